@@ -1,0 +1,98 @@
+"""W + eps: one signature, several backends, one place that chooses.
+
+    (W + eps)_ij = W_ij + row_std_i * z(seed, sample, layer, first_row + i, j)
+
+| backend     | noise                                                      | devices |
+|-------------|------------------------------------------------------------|---------|
+| `reference` | the contract of `philox.py` in plain torch; slow           | any     |
+| `torch`     | torch's own generators, a stream of its own (see below)    | any     |
+
+The stream of `torch` is a function of (seed, sample, layer, block of 64 rows): each block seeds a fresh generator of
+the weight's device with a Philox hash of those four. It differs from the contract, and between device types.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import philox
+
+ROW_BLOCK = 64  # rows that share one generator in the `torch` backend
+
+
+
+def perturb_weight(
+    weight: Tensor,  # (m, n)
+    row_std: Tensor,  # (m,)
+    key: Tensor,  # (2,) int64
+    layer: int,
+    first_row: int = 0,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The perturbed weight ``W + row_std[:, None] * z`` of a block of rows.
+
+    The sum is made in float32 (float64 for a float64 weight) and rounded once. The weight is only read.
+
+    Args:
+        weight: (m, n) floating point, any strides.
+        row_std: (m,) standard deviation of each row, float32, or float64 for a float64 weight.
+        key: (2,) int64 on the weight's device: the seed (rank mixed in) and the sample.
+        layer: index of the layer in the noise stream.
+        first_row: index of `weight[0]` in the whole weight.
+        dtype: of the result; default the weight's.
+        backend: one of `BACKENDS`, or "auto".
+
+    Returns:
+        (m, n) contiguous tensor of `dtype`.
+    """
+    run = BACKENDS[resolve_backend(backend, weight.device)]
+    return run(weight, row_std, key, layer, first_row, dtype or weight.dtype)
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that "auto" means on this device; an explicit choice is checked and kept.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if backend == "auto":
+        return "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def _add(weight: Tensor, row_std: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.addcmul(weight.to(row_std.dtype), row_std[:, None], z.to(row_std.dtype)).to(dtype)
+
+
+def _reference(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, dtype: torch.dtype) -> Tensor:
+    seed, sample = key.tolist()
+    rows = torch.arange(first_row, first_row + weight.shape[0], device=weight.device)
+    return _add(weight, row_std, philox.normals(seed, sample, layer, rows, weight.shape[1]), dtype)
+
+
+def _torch(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, dtype: torch.dtype) -> Tensor:
+    seed, sample = key.tolist()
+    m, n = weight.shape
+    out = torch.empty(m, n, dtype=dtype, device=weight.device)
+    for start in range(first_row - first_row % ROW_BLOCK, first_row + m, ROW_BLOCK):
+        z = _generator_normals(seed, sample, layer, start // ROW_BLOCK, n, weight.device)
+        a, b = max(start, first_row), min(start + ROW_BLOCK, first_row + m)
+        here = slice(a - first_row, b - first_row)
+        out[here] = _add(weight[here], row_std[here], z[a - start : b - start], dtype)
+    return out
+
+
+def _generator_normals(seed: int, sample: int, layer: int, block: int, n: int, device: torch.device) -> Tensor:
+    low, high, _, _ = philox.philox4x32(
+        (block, 0, layer & philox.WORD, sample & philox.WORD), (seed & philox.WORD, (seed >> 32) & philox.WORD)
+    )
+    generator = torch.Generator(device=device).manual_seed((high << 32 | low) >> 1)
+    return torch.empty(ROW_BLOCK, n, device=device).normal_(generator=generator)
+
+
+BACKENDS = {"reference": _reference, "torch": _torch}

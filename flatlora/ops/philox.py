@@ -1,0 +1,87 @@
+"""The noise contract, and its reference in plain torch.
+
+z = N(seed, sample, layer, i, j) is a pure function of five integers. It is made by the counter-based generator
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) and the Box-Muller transform:
+
+    key      = (low word, high word) of the 64-bit seed, the data-parallel rank mixed in (`mix_rank`)
+    counter  = (column block, row i, layer, sample)                 four 32-bit words
+    words    = Philox4x32-10(counter, key) = (w0, w1, w2, w3)
+    u_k      = ((w_k >> 8) + 1/2) * 2^-24      in (0, 1)            k = 0, 2
+    t_k      = 2 pi * (w_k >> 8) * 2^-24                            k = 1, 3
+    z_0, z_1 = sqrt(-2 ln u_0) * (cos t_1, sin t_1)
+    z_2, z_3 = sqrt(-2 ln u_2) * (cos t_3, sin t_3)
+
+Columns are dealt out in tiles of 64 so that a vector unit of up to 16 lanes stores what it has just made next to each
+other: column j = 64*tile + 16*q + lane takes z_q of column block 16*tile + lane.
+
+Every backend that follows the contract gives the same words bit for bit and the same normals within 1e-5.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+LANES, TILE = 16, 64  # lanes of a column block group, columns of a tile
+WORD = 0xFFFFFFFF
+MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def mix_rank(seed: int, rank: int) -> int:
+    """The seed of one data-parallel rank: ``seed XOR rank * golden ratio`` modulo 2^64, as a signed 64-bit integer.
+
+    Rank 0 keeps the seed; for a given seed different ranks get different keys.
+    """
+    mixed = (seed ^ (rank * 0x9E3779B97F4A7C15)) & MASK64
+    return mixed - (1 << 64) if mixed >> 63 else mixed
+
+
+def philox4x32(counter: tuple, key: tuple) -> tuple:
+    """Philox4x32-10 of four counter words and two key words; Python ints or int64 tensors that broadcast.
+
+    Returns the four output words, each in [0, 2^32), of the broadcast shape.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        # int64 wraps modulo 2^64, so the low word is right, and the mask takes away the sign that >> drags in
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
+        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def words(seed: int, sample: int, layer: int, rows: Tensor, columns: int) -> Tensor:
+    """The words behind the normals of the given rows.
+
+    Args:
+        seed, sample, layer: the stream; the sample and the layer are taken modulo 2^32.
+        rows: (m,) int64, row indices of the whole weight.
+        columns: n.
+
+    Returns:
+        (m, blocks, 4) int64 in [0, 2^32), blocks = 16 * ceil(n / 64).
+    """
+    blocks = torch.arange(LANES * math.ceil(columns / TILE), device=rows.device)
+    counter = (blocks[None, :], rows[:, None], layer & WORD, sample & WORD)
+    key = (seed & WORD, (seed >> 32) & WORD)
+    return torch.stack(torch.broadcast_tensors(*philox4x32(counter, key)), dim=-1)
+
+
+def normals(seed: int, sample: int, layer: int, rows: Tensor, columns: int) -> Tensor:
+    """The standard normals of the given rows by the definition, computed in float64 and rounded once.
+
+    Returns:
+        (m, n) float32.
+    """
+    bits = (words(seed, sample, layer, rows, columns) >> 8).to(torch.float64)
+    radius = torch.sqrt(-2 * torch.log((bits[..., 0::2] + 0.5) * 2.0**-24))  # (m, blocks, 2)
+    angle = (2 * math.pi * 2.0**-24) * bits[..., 1::2]
+    z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)  # (m, blocks, pair, cos/sin)
+    tiles = z.reshape(len(rows), -1, LANES, 4).transpose(2, 3)  # (m, tile, q, lane): the order of the columns
+    return tiles.reshape(len(rows), -1)[:, :columns].float().contiguous()

@@ -52,6 +52,36 @@ def perturb_weight(
     return run(weight, row_std, key, layer, first_row, dtype or weight.dtype)
 
 
+def row_noise(
+    rows: Tensor,  # (k,) int64
+    row_std: Tensor,  # (k,)
+    key: Tensor,  # (2,) int64
+    layer: int,
+    columns: int,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The noise of arbitrary rows, ``row_std[:, None] * z[rows]``: what an embedding adds to the rows it looks up.
+
+    Row by row it is the noise of `perturb_weight` with the same key, layer and backend.
+
+    Args:
+        rows: (k,) row indices of the whole weight, in any order, repeats allowed.
+        row_std: (k,) standard deviation of each of those rows, float32 or float64.
+        key: (2,) int64 on the rows' device: the seed (rank mixed in) and the sample.
+        layer: index of the layer in the noise stream.
+        columns: n.
+        dtype: of the result; default that of `row_std`.
+        backend: one of `BACKENDS`, or "auto".
+
+    Returns:
+        (k, n) contiguous tensor of `dtype`.
+    """
+    run = ROW_BACKENDS[resolve_backend(backend, rows.device)]
+    return run(rows, row_std, key, layer, columns, dtype or row_std.dtype)
+
+
 def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend that "auto" means on this device; an explicit choice is checked and kept.
 
@@ -95,4 +125,23 @@ def _generator_normals(seed: int, sample: int, layer: int, block: int, n: int, d
     return torch.empty(ROW_BLOCK, n, device=device).normal_(generator=generator)
 
 
+def _reference_rows(
+    rows: Tensor, row_std: Tensor, key: Tensor, layer: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    seed, sample = key.tolist()
+    return (row_std[:, None] * philox.normals(seed, sample, layer, rows, columns)).to(dtype)
+
+
+def _torch_rows(rows: Tensor, row_std: Tensor, key: Tensor, layer: int, columns: int, dtype: torch.dtype) -> Tensor:
+    seed, sample = key.tolist()
+    out = torch.empty(len(rows), columns, dtype=dtype, device=rows.device)
+    blocks = rows // ROW_BLOCK
+    for block in blocks.unique().tolist():
+        z = _generator_normals(seed, sample, layer, block, columns, rows.device)
+        (here,) = torch.where(blocks == block)
+        out[here] = (row_std[here, None] * z[rows[here] % ROW_BLOCK]).to(dtype)
+    return out
+
+
 BACKENDS = {"reference": _reference, "torch": _torch}
+ROW_BACKENDS = {"reference": _reference_rows, "torch": _torch_rows}

@@ -1,0 +1,340 @@
+"""One adapted layer: its weight, its row norms, and the forward at W + sBA + eps.
+
+A layer that peft made keeps its class and gets `FlatLayer` in front of it, so `isinstance` and everything peft does
+with it go on as before. A forward that is not to be perturbed is peft's own forward, untouched.
+
+| what is adapted                          | how eps enters                                                      |
+|------------------------------------------|---------------------------------------------------------------------|
+| Linear, Conv1D, Conv1d/2d/3d             | the base product is computed once, with W + eps in place of W       |
+| the same with DoRA                       | x eps^T is added: DoRA rescales the base product, and its magnitude |
+|                                          | would otherwise receive the gradient of the noise                   |
+| Embedding                                | the rows of eps that were looked up are added                       |
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora import layer as lora
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .ops import merged_row_norms, perturbed_conv, perturbed_linear, row_noise, squared_row_norms
+from .ops.norms import norm_dtype
+from .state import Perturbation
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+STOCK_FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)}
+
+
+def create_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module:
+    """The layer that peft would have made for `target`, made flat: `FlatLoraConfig` registers this with peft.
+
+    Raises:
+        ValueError: the layer cannot be perturbed and `config.on_unsupported` is "error".
+    """
+    tuner = _calling_tuner()
+    with _as_plain(config):
+        layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+    state = Perturbation.shared(tuner.model, config.settings())
+    state.watch(tuner)
+    adopt(layer, adapter_name, state, config.rho, config.on_unsupported, kwargs.get("target_name", adapter_name))
+    return layer
+
+
+def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsupported: str, name: str) -> bool:
+    """Make `adapter` flat in a LoRA layer, in place; where that cannot be done, answer as `on_unsupported` says.
+
+    Returns:
+        True if the layer is perturbed from now on.
+
+    Raises:
+        ValueError: it cannot be, and `on_unsupported` is "error".
+    """
+    reason = unsupported(layer, adapter)
+    if reason is None:
+        if not isinstance(layer, FlatLayer):
+            stream = state.stream_of(layer.get_base_layer().weight)
+            layer.__dict__.update(perturbation=state, stream=stream, flat_adapters=set(), _norms={})
+            layer.__class__ = flat_class(type(layer))
+        layer.flat_adapters.add(adapter)
+        state.rhos[adapter] = rho
+        return True
+    message = f"the layer {name!r} ({type(layer).__name__}) cannot be perturbed: {reason}."
+    if on_unsupported == "error":
+        raise ValueError(
+            f"{message} Leave it out of target_modules, or set on_unsupported='warn' to train it without noise."
+        )
+    warnings.warn(f"{message} It is trained without noise (on_unsupported='warn').", stacklevel=2)
+    return False
+
+
+def release(layer: Any) -> None:
+    """Undo `adopt`: the layer is again what peft made, and nothing of ours stays on it."""
+    plain = layer.plain_class
+    for name in ("perturbation", "stream", "flat_adapters", "_norms"):
+        layer.__dict__.pop(name)
+    layer.__class__ = plain
+
+
+def unsupported(layer: Any, adapter: str) -> str | None:
+    """Why this adapter of a LoRA layer cannot be perturbed, or None if it can."""
+    plain = getattr(type(layer), "plain_class", type(layer))
+    if plain not in (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d):
+        return f"peft adapts it with {plain.__name__}, which is not supported"
+    base = layer.base_layer
+    if isinstance(base, BaseTunerLayer):
+        return f"it is wrapped around another adapter layer ({type(base).__name__})"
+    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "torch's MultiheadAttention reads its weight without calling it"
+    if type(base).forward not in STOCK_FORWARDS and not hasattr(base, "embed_scale"):
+        return f"{type(base).__name__} has a forward of its own"
+    if not base.weight.is_floating_point():
+        return f"its weight is stored as {base.weight.dtype}"
+    if getattr(base, "_hf_tp_plan", None) is not None:
+        return "it is split by tensor parallelism, and the row norms of a part are not those of the whole"
+    if adapter in layer.lora_variant and not layer.use_dora.get(adapter):
+        return f"{type(layer.lora_variant[adapter]).__name__} of adapter {adapter!r} is not supported"
+    return None
+
+
+def flat_layers(model: nn.Module) -> Iterator[Any]:
+    """The flat layers of a model."""
+    return (module for module in model.modules() if isinstance(module, FlatLayer))
+
+
+def _calling_tuner() -> BaseTuner:
+    """The tuner that is injecting layers just now.
+
+    peft hands a custom-module factory the target and no more, but the layers of a model share their state, and where
+    a pass begins is seen on the model. So the caller is asked: the one frame up the stack whose `self` is a tuner.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        tuner = frame.f_locals.get("self")
+        if isinstance(tuner, BaseTuner):
+            return tuner
+        frame = frame.f_back  # type: ignore[assignment]
+    raise RuntimeError("FlatLoraConfig makes layers only for a peft tuner (get_peft_model, inject_adapter_in_model)")
+
+
+@contextmanager
+def _as_plain(config: Any) -> Iterator[None]:
+    """A FlatLoraConfig as the LoraConfig that it extends, for as long as peft builds a layer from it."""
+    flat, custom = type(config), config._custom_modules
+    if flat is LoraConfig:
+        yield
+        return
+    config.__class__ = LoraConfig
+    config._custom_modules = {key: value for key, value in (custom or {}).items() if value is not create_layer}
+    try:
+        yield
+    finally:
+        config.__class__, config._custom_modules = flat, custom
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """`module(x)` runs its hooks and then `forward`, for the time being. accelerate keeps the real one elsewhere."""
+    slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    before = module.__dict__.get(slot)
+    module.__dict__[slot] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__[slot]
+        else:
+            module.__dict__[slot] = before
+
+
+def _rows(base: Any) -> Tensor:
+    """The weight as a matrix with one output per row: Conv1D stores (in, out); a filter is flattened."""
+    return base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
+
+
+def _grouped_row_norms(weight: Tensor, squared: Tensor, B: list[Tensor], A: list[Tensor], groups: int) -> Tensor:
+    """Row norms of a grouped convolution's merged weight.
+
+    W is zero outside of its group's input channels, but lora_A reads all of them: the output channels of group g see
+    the g-th part of lora_A's rows over the whole input. So the cross term takes the group's columns of A, and the
+    quadratic term all of them.
+    """
+    norms, rows, columns = [], len(weight) // groups, weight.shape[1]
+    for g in range(groups):
+        here = slice(g * rows, (g + 1) * rows)
+        part = torch.cat([a.to(squared.dtype).chunk(groups)[g] for a in A])  # (ranks / groups, all columns)
+        inside = part[:, g * columns : (g + 1) * columns]
+        b = torch.cat([b[here] for b in B], dim=1)
+        norms.append(merged_row_norms(weight[here], squared[here], b, inside, gram=part @ part.T))
+    return torch.cat(norms)
+
+
+@cache
+def flat_class(plain: type) -> type:
+    """The class of a flat layer over the class that peft gave it."""
+    return type(f"Flat{plain.__name__}", (FlatLayer, plain), {"plain_class": plain, "__module__": __name__})
+
+
+def _rebuild(plain: type) -> nn.Module:
+    return object.__new__(flat_class(plain))
+
+
+class FlatLayer:
+    """Mix-in in front of a LoRA layer's class; see the head of this module."""
+
+    plain_class: type
+    perturbation: Perturbation
+    stream: int  # index of the layer in the noise contract
+    flat_adapters: set[str]  # the adapters whose training is perturbed here
+    _norms: dict[str, tuple]  # cached norms, each with what it was computed from
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plain = super().forward  # type: ignore[misc]
+        rho = self._rho(kwargs)
+        if rho == 0:
+            return plain(x, *args, **kwargs)
+        out = self._perturbed(plain, rho * self.perturbation.ramp, x, *args, **kwargs)
+        if out.requires_grad and not torch.compiler.is_compiling():
+            out.register_hook(self.perturbation.backward_began)
+        return out
+
+    def _perturbed(self, plain: Callable, rho_t: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        key, sample = self.perturbation.draw()
+        base = self.get_base_layer()
+        if isinstance(base, nn.Embedding):
+            return self._add_row_noise(plain(x, *args, **kwargs), x, rho_t, key)
+        row_std = self._row_norms(sample) * (rho_t / math.sqrt(base.weight.numel() // self.out_features))
+        if any(name in self.lora_variant for name in self._active()):
+            none = base.weight.new_zeros(1).expand_as(base.weight)  # W = 0 without its memory: eps alone
+            return plain(x, *args, **kwargs) + self._product(x, none, None, row_std, key)
+
+        def forward(x: Tensor) -> Tensor:
+            return self._product(x, base.weight, base.bias, row_std, key)
+
+        with _replaced_forward(base, forward):
+            return plain(x, *args, **kwargs)
+
+    # ---- when ----
+
+    def _rho(self, kwargs: dict[str, Any]) -> float:
+        """rho of the flat adapters that are active here (the largest); 0 where this forward is to be clean."""
+        state = self.perturbation
+        if not state.enabled or self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+            return 0.0
+        rho = max((state.rhos[name] for name in self._active() if name in self.flat_adapters), default=0.0)
+        return rho if rho > 0 and (state.is_forced or self._in_training()) else 0.0
+
+    def _in_training(self) -> bool:
+        # an adapter that is injected after model.eval() is in training mode, its base layer is not
+        return self.training and self.get_base_layer().training and self.perturbation.in_training_pass()
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.scaling]
+
+    # ---- how strong ----
+
+    def _row_norms(self, sample: int) -> Tensor:
+        """``||W'_i||`` of the merged weight, (m,); with DoRA the absolute value of the magnitude vector."""
+        state, active = self.perturbation, self._active()
+        versions = tuple((p.data_ptr(), p._version) for p in self._factors(active))
+        scales = tuple(self.scaling[name] for name in active)
+        return self._cached("merged", (sample, state.steps, *active, *scales, *versions), self._merged_row_norms)
+
+    def _cached(self, name: str, source: tuple, compute: Callable[[], Tensor]) -> Tensor:
+        found = self._norms.get(name)
+        if found is None or found[0] != source:
+            found = self._norms[name] = (source, compute())
+        return found[1]
+
+    def _factors(self, active: list[str]) -> list[Tensor]:
+        weight = self.get_base_layer().weight
+        return [weight, *(f[name].weight for name in active for f in (self.lora_A, self.lora_B))]
+
+    @torch.no_grad()
+    def _merged_row_norms(self) -> Tensor:
+        active, base = self._active(), self.get_base_layer()
+        dtype = norm_dtype(base.weight.dtype)
+        dora = [name for name in active if self.use_dora.get(name)]
+        if dora:  # the magnitude of the last one applied is the norm of the merged row
+            return self.lora_magnitude_vector[dora[-1]].weight.detach().flatten().abs().to(dtype)
+        weight = _rows(base)
+        source = (base.weight.data_ptr(), base.weight._version, base.weight.dtype, base.weight.device)
+        squared = self._cached("base", source, lambda: squared_row_norms(weight))
+        A = [self.lora_A[name].weight.detach().flatten(1) for name in active]
+        B = [self.lora_B[name].weight.detach().flatten(1).to(dtype) * self.scaling[name] for name in active]
+        if getattr(base, "groups", 1) > 1:
+            return _grouped_row_norms(weight, squared, B, A, base.groups)
+        return merged_row_norms(weight, squared, torch.cat(B, dim=1), torch.cat(A))
+
+    # ---- the product ----
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, row_std: Tensor, key: Tensor) -> Tensor:
+        base, backend = self.get_base_layer(), self.perturbation.settings.backend
+        if not isinstance(base, CONVOLUTIONS):
+            weight = weight.T if isinstance(base, Conv1D) else weight
+            return perturbed_linear(x, weight, bias, row_std, key, self.stream, backend=backend)
+        padding: Any = base.padding
+        if isinstance(padding, str) or base.padding_mode != "zeros":
+            mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+            x = F.pad(x, base._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * len(base.stride)
+        geometry: Any = {"stride": base.stride, "padding": padding, "dilation": base.dilation, "groups": base.groups}
+        return perturbed_conv(x, weight, bias, row_std, key, self.stream, backend=backend, **geometry)
+
+    def _add_row_noise(self, out: Tensor, tokens: Tensor, rho_t: float, key: Tensor) -> Tensor:
+        # the output of an embedding is the merged row itself, so its norm is the row norm, DoRA and scales included
+        n, backend = out.shape[-1], self.perturbation.settings.backend
+        merged = out.detach().flatten(0, -2)
+        row_std = torch.linalg.vector_norm(merged, dim=-1, dtype=norm_dtype(out.dtype)) * (rho_t / math.sqrt(n))
+        noise = row_noise(tokens.flatten(), row_std, key, self.stream, n, dtype=out.dtype, backend=backend)
+        return out + noise.view_as(out)
+
+    # ---- what peft does with a layer ----
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        self._norms.clear()  # peft writes through .data, which no version counter sees
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+
+    def unmerge(self) -> None:
+        self._norms.clear()
+        super().unmerge()  # type: ignore[misc]
+
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        self._norms.clear()
+        with _as_plain(config):
+            super().update_layer(adapter_name, *args, config=config, **kwargs)  # type: ignore[misc]
+        if hasattr(config, "rho"):
+            state = Perturbation.shared(self.perturbation.model, config.settings())
+            adopt(self, adapter_name, state, config.rho, config.on_unsupported, kwargs.get("target_name", "?"))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        self.flat_adapters.discard(adapter_name)
+        self.perturbation.rhos.pop(adapter_name, None)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """peft's door for layers that unload in their own way; ours lets the model's hooks go with the last layer."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        base = self.get_base_layer()
+        state = self.perturbation
+        if all(layer is self for layer in flat_layers(state.model)):
+            state.close()
+        return base
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _rebuild, (self.plain_class,), self.__dict__  # the class is made at run time, so by its recipe

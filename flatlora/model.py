@@ -1,0 +1,185 @@
+"""From a model to a flat one and back: the functions a user calls."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import peft
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from . import state
+from .config import FlatLoraConfig, plain_copy
+from .layer import adopt, flat_layers, release
+from .state import Perturbation, Settings, check_rho
+
+
+def get_flat_peft_model(
+    model: nn.Module, config: FlatLoraConfig, adapter_name: str = "default", **kwargs: Any
+) -> PeftModel:
+    """[`peft.get_peft_model`] for a [`FlatLoraConfig`]: the model with LoRA adapters that train under noise.
+
+    `peft.get_peft_model(model, config)` gives the same; this one refuses a config without noise.
+
+    Args:
+        model: the model to adapt; modified in place, as by peft.
+        config: the adapter and its noise.
+        adapter_name: name of the adapter.
+        kwargs: passed on to `peft.get_peft_model`.
+
+    Returns:
+        peft's own `PeftModel` (or its subclass for the task).
+
+    Raises:
+        TypeError: `config` is not a `FlatLoraConfig`.
+        ValueError: no layer matched, or a targeted layer cannot be perturbed. The model is then as it was.
+    """
+    if not isinstance(config, FlatLoraConfig):
+        raise TypeError(
+            f"config must be a FlatLoraConfig, got {type(config).__name__}. For a plain adapter use "
+            "peft.get_peft_model; to perturb the training of an adapter that exists, flatlora.attach."
+        )
+    before = set(model.modules())
+    try:
+        return peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+    except Exception:
+        _take_back(model, before)
+        raise
+
+
+def attach(
+    model: nn.Module,
+    *,
+    rho: float = 0.05,
+    schedule: str = "cosine",
+    total_steps: int | None = None,
+    resample: str = "forward",
+    seed: int | None = None,
+    backend: str = "auto",
+    on_unsupported: str = "error",
+) -> nn.Module:
+    """Perturb the training of a model whose LoRA adapters peft has already made. All its adapters become flat.
+
+    Args:
+        model: a `PeftModel`, or any model with LoRA layers in it.
+        rho, schedule, total_steps, resample, seed, backend, on_unsupported: see [`FlatLoraConfig`].
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: it has no LoRA layer, it is flat already, or a layer cannot be perturbed. The model is then as it
+            was.
+    """
+    rho, settings = check_rho(rho), Settings(schedule, total_steps, resample, seed, backend)
+    if on_unsupported not in ("error", "warn"):
+        raise ValueError(f"on_unsupported must be 'error' or 'warn', got {on_unsupported!r}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LoRA layer: make one with get_flat_peft_model")
+    if any(flat_layers(model)):
+        raise ValueError(
+            "the model is flat already: set flatlora.perturbation(model).rho, or call flatlora.detach(model) first"
+        )
+    perturbation = Perturbation(_root(model), settings)
+    perturbation.watch(model)
+    try:
+        for name, layer in layers.items():
+            for adapter in layer.scaling:
+                adopt(layer, adapter, perturbation, rho, on_unsupported, name)
+    except ValueError:
+        _strip(model, perturbation)
+        raise
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take the noise away: layers, hooks and configs are again those of plain peft; the adapters stay as trained.
+
+    Raises:
+        ValueError: the model is not flat.
+    """
+    _strip(model, perturbation(model))
+    configs = getattr(model, "peft_config", {})
+    for name, config in configs.items():
+        if isinstance(config, FlatLoraConfig):
+            configs[name] = plain_copy(config)
+    return model
+
+
+def perturbation(model: nn.Module) -> Perturbation:
+    """The noise of a flat model: `.rho`, `.rho_t`, `.progress`, `.sample`, `.seed`, `.enabled`.
+
+    Raises:
+        ValueError: the model has no flat layer.
+    """
+    for layer in flat_layers(model):
+        return layer.perturbation
+    raise ValueError(
+        f"{type(model).__name__} has no flat LoRA layer: make it with get_flat_peft_model, or call attach on it"
+    )
+
+
+def unperturbed(model: nn.Module) -> AbstractContextManager[None]:
+    """Context manager: no noise inside, in training mode too."""
+    return state.enabled(perturbation(model), False)
+
+
+def perturbed(model: nn.Module, sample: int | None = None) -> AbstractContextManager[None]:
+    """Context manager: noise of the present strength rho_t inside, in evaluation mode and under `no_grad` too.
+
+    Averaging the loss over several samples estimates the objective of Flat-LoRA, E_eps L(W + sBA + eps).
+
+    Args:
+        model: a flat model.
+        sample: index of the noise sample; default the current one. The sample of training is not advanced.
+    """
+    if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or not 0 <= sample < 2**32):
+        raise ValueError(f"sample must be None or an integer in [0, 2^32), got {sample!r}")
+    return state.forced(perturbation(model), sample)
+
+
+def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainable: bool = True, **kwargs: Any):
+    """[`PeftModel.from_pretrained`] that brings an adapter back perturbed as it was trained.
+
+    Args:
+        model: the base model.
+        path: what `save_pretrained` wrote: a folder or a hub name.
+        adapter_name: name of the adapter.
+        is_trainable: as in peft; True here, since an adapter for inference needs no noise.
+        kwargs: passed on to `PeftModel.from_pretrained`.
+
+    Raises:
+        ValueError: it was saved without noise settings.
+    """
+    config = FlatLoraConfig.from_pretrained(path, subfolder=kwargs.get("subfolder"))
+    return PeftModel.from_pretrained(
+        model, path, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **kwargs
+    )
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The model inside peft's wrappers, where the hooks are kept."""
+    inner = getattr(model, "base_model", None)
+    if isinstance(inner, BaseTuner):
+        return inner.model
+    return model.model if isinstance(model, BaseTuner) else model
+
+
+def _take_back(model: nn.Module, before: set[nn.Module]) -> None:
+    """Put the base layers back where an injection that failed half-way has replaced them."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer) and module not in before:
+            model.set_submodule(name, module.get_base_layer())
+    left = state.of_model(model)
+    if left is not None and not any(flat_layers(model)):
+        left.close()
+
+
+def _strip(model: nn.Module, perturbation: Perturbation) -> None:
+    for layer in list(flat_layers(model)):
+        release(layer)
+    perturbation.close()

@@ -1,0 +1,16 @@
+"""The mathematics on tensors; imports torch only."""
+
+from .norms import merged_row_norms, squared_row_norms
+from .perturb import BACKENDS, perturb_weight, resolve_backend, row_noise
+from .products import perturbed_conv, perturbed_linear
+
+__all__ = [
+    "BACKENDS",
+    "merged_row_norms",
+    "perturb_weight",
+    "perturbed_conv",
+    "perturbed_linear",
+    "resolve_backend",
+    "row_noise",
+    "squared_row_norms",
+]

@@ -1,0 +1,57 @@
+"""Row norms of the merged weight, without the merged weight.
+
+    W' = W + B A            (the scaling s is folded into B; several adapters: their ranks concatenated)
+    ||W'_i||^2 = ||W_i||^2 + 2 (W A^T)_i . B_i + B_i (A A^T) B_i^T
+
+Only r x r, m x r and m-sized tensors are made. Flat-LoRA, arXiv 2409.14396, eq. 7 needs these norms at each new noise
+sample; ||W_i||^2 belongs to the frozen weight and is computed once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .blocks import row_blocks
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which norms of a weight of this dtype are accumulated: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def squared_row_norms(weight: Tensor) -> Tensor:
+    """``||W_i||^2`` of each row.
+
+    Args:
+        weight: (m, n) floating point, any strides.
+
+    Returns:
+        (m,) float32, or float64 for a float64 weight.
+    """
+    dtype = norm_dtype(weight.dtype)
+    blocks = row_blocks(*weight.shape, dtype.itemsize)
+    return torch.cat([weight[rows].to(dtype).square().sum(dim=1) for rows in blocks])
+
+
+@torch.no_grad()
+def merged_row_norms(weight: Tensor, squared: Tensor, B: Tensor, A: Tensor, gram: Tensor | None = None) -> Tensor:
+    """``||W_i + (B A)_i||`` of each row, by the formula at the head of this module.
+
+    Args:
+        weight: (m, n).
+        squared: (m,) from `squared_row_norms(weight)`.
+        B: (m, r), the scaling folded in.
+        A: (r, n).
+        gram: (r, r), ``A A^T``; given when A stands for a part of a wider factor (grouped convolutions).
+
+    Returns:
+        (m,) of the dtype of `squared`.
+    """
+    dtype = squared.dtype
+    B = B.to(dtype)
+    gram = A.to(dtype) @ A.to(dtype).T if gram is None else gram
+    cross = (weight @ A.to(weight.dtype).T).to(dtype)
+    low_rank = ((2 * cross + B @ gram) * B).sum(dim=1)
+    return (squared + low_rank).clamp_min_(0).sqrt_()  # rounding can leave a vanishing row just below zero

@@ -1,0 +1,205 @@
+"""Products with the perturbed weight, W + eps, that save neither it nor anything of its size.
+
+    linear:       y = x (W + eps)^T + b            dL/dx = dL/dy (W + eps)
+    convolution:  y = conv(x, W + eps) + b         dL/dx = conv_transpose(dL/dy, W + eps)
+
+eps_ij = row_std_i * z_ij is a constant for autograd. W + eps is made one block of rows at a time in forward, made again
+in backward from the same key, and has the same bits then. What is saved beyond the frozen weight itself is `row_std`,
+O(m), and the two integers of the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from .blocks import row_blocks
+from .perturb import perturb_weight
+
+
+def perturbed_linear(
+    x: Tensor,  # (..., n)
+    weight: Tensor,  # (m, n)
+    bias: Tensor | None,  # (m,)
+    row_std: Tensor,  # (m,)
+    key: Tensor,  # (2,) int64
+    layer: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``x (W + eps)^T + b`` with ``eps_ij = row_std_i * z(key, layer, i, j)``.
+
+    Under autocast x and b are cast as `F.linear` would cast them, and W + eps is rounded once, from W's own precision
+    into the autocast dtype.
+
+    Args:
+        x: (..., n) of the weight's dtype (any floating dtype under autocast).
+        weight: (m, n), any strides; read, never written. If it requires a gradient it gets the one of the expression.
+        bias: (m,) or None.
+        row_std: (m,) float32, float64 for a float64 weight.
+        key: (2,) int64, the seed with the data-parallel rank mixed in, and the sample.
+        layer: index of the layer in the noise stream.
+        backend: see `perturb_weight`.
+
+    Returns:
+        (..., m).
+    """
+    dtype = _autocast_dtype(x.device.type, weight.dtype)
+    if dtype != weight.dtype:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    return _PerturbedLinear.apply(x, weight, bias, row_std, key, layer, dtype, backend)
+
+
+def perturbed_conv(
+    x: Tensor,  # (batch, in, *spatial)
+    weight: Tensor,  # (m, in / groups, *kernel)
+    bias: Tensor | None,  # (m,)
+    row_std: Tensor,  # (m,)
+    key: Tensor,  # (2,) int64
+    layer: int,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    backend: str = "auto",
+) -> Tensor:
+    """``conv(x, W + eps) + b`` in one, two or three dimensions; row i of W is output channel i, flattened.
+
+    Arguments as in `perturbed_linear` and `torch.nn.functional.conv1d/2d/3d`; the padding is of zeros.
+
+    Returns:
+        (batch, m, *spatial).
+    """
+    dtype = _autocast_dtype(x.device.type, weight.dtype)
+    if dtype != weight.dtype:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    batched = x.ndim == weight.ndim
+    x = x if batched else x.unsqueeze(0)
+    geometry = (stride, padding, dilation)
+    out = _PerturbedConv.apply(x, weight, bias, row_std, key, layer, dtype, backend, geometry, groups)
+    return out if batched else out.squeeze(0)
+
+
+def _autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    # autocast leaves float64 alone
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _blocks(
+    weight: Tensor, row_std: Tensor, key: Tensor, layer: int, dtype: torch.dtype, backend: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """Row blocks of W + eps, (rows, n) each, one alive at a time."""
+    for rows in row_blocks(*weight.shape, dtype.itemsize):
+        yield rows, perturb_weight(weight[rows], row_std[rows], key, layer, rows.start, dtype=dtype, backend=backend)
+
+
+class _PerturbedLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, row_std, key, layer, dtype, backend):
+        # x is needed for the gradient of W alone, and W is frozen unless the user says otherwise
+        ctx.save_for_backward(weight, row_std, key, x if ctx.needs_input_grad[1] else None)
+        ctx.settings = layer, dtype, backend
+        out = None
+        for rows, block in _blocks(weight, row_std, key, *ctx.settings):
+            part = F.linear(x, block, None if bias is None else bias[rows])
+            if len(block) == len(weight):
+                return part
+            out = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
+            out[..., rows] = part
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad):
+        weight, row_std, key, x = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = grad_bias = None
+        if need_x:
+            grad_x = _sum(grad[..., rows] @ block for rows, block in _blocks(weight, row_std, key, *ctx.settings))
+        if need_weight:
+            grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        if need_bias:
+            grad_bias = grad.flatten(0, -2).sum(dim=0)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+class _PerturbedConv(Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, row_std, key, layer, dtype, backend, geometry, groups):
+        ctx.save_for_backward(weight, row_std, key, x if ctx.needs_input_grad[1] else None)
+        ctx.settings, ctx.geometry, ctx.groups, ctx.shape = (layer, dtype, backend), geometry, groups, x.shape
+        parts = []
+        for rows, channels, count, block in _channel_blocks(weight, row_std, key, *ctx.settings, groups):
+            here = None if bias is None else bias[rows]
+            parts.append(torch.convolution(x[:, channels], block, here, *geometry, False, _zeros(geometry), count))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad):
+        weight, row_std, key, x = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = grad_bias = None
+        if need_x:
+            parts: dict[int, list[Tensor]] = {}  # by first input channel: without groups all blocks share one
+            for rows, channels, count, block in _channel_blocks(weight, row_std, key, *ctx.settings, ctx.groups):
+                shape = (ctx.shape[0], channels.stop - channels.start, *ctx.shape[2:])
+                part = _conv_gradients(grad[:, rows], grad.new_empty(1).expand(shape), block, ctx.geometry, count, 0)
+                parts.setdefault(channels.start, []).append(part)
+            grad_x = torch.cat([_sum(iter(same)) for same in parts.values()], dim=1)
+        if need_weight:
+            grad_weight = _conv_gradients(grad, x, weight.to(grad.dtype), ctx.geometry, ctx.groups, 1).to(weight.dtype)
+        if need_bias:
+            grad_bias = grad.sum(dim=[0, *range(2, grad.ndim)])
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None, None
+
+
+def _channel_blocks(
+    weight: Tensor, row_std: Tensor, key: Tensor, layer: int, dtype: torch.dtype, backend: str, groups: int
+) -> Iterator[tuple[slice, slice, int, Tensor]]:
+    """(output channels, input channels, groups, block of W + eps) of blocks that each hold whole groups.
+
+    Without groups any run of output channels will do, and each of them reads all input channels.
+    """
+    m, per_group, kernel = weight.shape[0], weight.shape[1], weight.shape[2:]
+    size, flat = m // groups, weight.flatten(1)
+    for rows in _whole_groups(m, flat.shape[1], dtype.itemsize, 1 if groups == 1 else size):
+        block = perturb_weight(flat[rows], row_std[rows], key, layer, rows.start, dtype=dtype, backend=backend)
+        first, last = rows.start // size, -(-rows.stop // size)
+        channels = slice(first * per_group, last * per_group)
+        yield rows, channels, last - first, block.view(len(block), per_group, *kernel)
+
+
+def _whole_groups(rows: int, columns: int, itemsize: int, size: int) -> Iterator[slice]:
+    for groups in row_blocks(rows // size, columns * size, itemsize):
+        yield slice(groups.start * size, groups.stop * size)
+
+
+def _conv_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, groups: int, which: int
+) -> Tensor:
+    """Gradient of a convolution with respect to x (which = 0) or to the weight (which = 1)."""
+    mask = [which == 0, which == 1, False]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *geometry, False, _zeros(geometry), groups, mask
+    )[which]
+
+
+def _zeros(geometry: tuple) -> list[int]:
+    return [0] * len(geometry[0])  # no output padding: this is not a transposed convolution
+
+
+def _sum(parts: Iterator[Tensor]) -> Tensor:
+    """The sum over row blocks; of several in low precision, in float32, rounded once."""
+    total, dtype = next(parts), None
+    for part in parts:
+        if dtype is None and total.dtype.itemsize < 4:
+            dtype, total = total.dtype, total.float()
+        total = total + part
+    return total if dtype is None else total.to(dtype)

@@ -1,0 +1,413 @@
+"""The state that all layers of a model share: seed, noise sample, strength, schedule, and what pass is running.
+
+Two questions are answered here for every layer. Which noise? `Perturbation.draw`. Is this a training pass?
+`Perturbation.in_training_pass`: gradients were enabled where the outermost model was entered, which hooks on the model
+see. Asking inside a layer would be wrong: reentrant gradient checkpointing runs its first pass under `no_grad`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .ops import BACKENDS, resolve_backend
+from .ops.philox import mix_rank
+
+RAMPS = {
+    "cosine": lambda t: 0.5 * (1 - math.cos(math.pi * t)),
+    "linear": lambda t: t,
+    "constant": lambda t: 1.0,
+}
+RESAMPLE = ("forward", "step")
+
+
+def check_rho(rho: Any) -> float:
+    """`rho` as a float, or an error: it must be a finite number >= 0."""
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)):
+        raise TypeError(f"rho must be a number, got {rho!r} of type {type(rho).__name__}")
+    if not math.isfinite(rho) or rho < 0:
+        raise ValueError(f"rho must be finite and >= 0, got {rho}; 0 means plain LoRA, 0.05 to 0.10 is usual")
+    return float(rho)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the noise is scheduled and drawn. Checked at construction; the fields are those of `FlatLoraConfig`."""
+
+    schedule: str = "cosine"
+    total_steps: int | None = None
+    resample: str = "forward"
+    seed: int | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choice("schedule", self.schedule, tuple(RAMPS))
+        _check_choice("resample", self.resample, RESAMPLE)
+        _check_choice("backend", self.backend, ("auto", *BACKENDS))
+        _check_integer("total_steps", self.total_steps, 1, 2**63 - 1)
+        _check_integer("seed", self.seed, -(2**63), 2**64 - 1)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+
+
+def _check_integer(name: str, value: Any, low: int, high: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer or None, got {value!r} of type {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be None or in [{low}, {high}], got {value}")
+
+
+class Perturbation:
+    """The noise of one model: its strength, its schedule and its current sample.
+
+        eps_ij = rho_t / sqrt(n) * ||W'_i|| * z(seed, rank, sample, layer, i, j),    rho_t = rho * ramp(progress)
+
+    Get it with `flatlora.perturbation(model)`. All of it can be read; `rho`, `progress`, `total_steps`, `sample`,
+    `seed` and `enabled` can be set.
+
+    Attributes:
+        rhos: strength of each flat adapter, by name.
+        settings: as given at construction.
+        total_steps: length of the ramp in optimizer steps, None if not known.
+        steps: optimizer steps seen.
+        sample: index of the current noise sample.
+        seed: 64-bit integer; by default torch's initial seed, so that `set_seed` reproduces a run (it is read, the
+            generator is not used).
+        enabled: False keeps every pass clean.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model = model
+        self.settings = settings
+        self.rhos: dict[str, float] = {}
+        self.total_steps = settings.total_steps
+        self.steps = 0
+        self.sample = 0
+        self.seed = torch.initial_seed() if settings.seed is None else settings.seed
+        self.enabled = True
+        self.layers = 0  # noise streams handed out
+        self._origin = (0.0, 0)  # progress, and the step it was set at
+        self._stale = False  # a backward has used the sample: the next training forward takes a new one
+        self._fresh_pass = False  # the outermost model was entered, and no layer has drawn its noise yet
+        self._entered: list[int] = []  # ids of the models that are running, outermost first
+        self._gradients = False  # were enabled where the outermost one was entered
+        self._backward_sample: int | None = None  # of the forward whose backward is running
+        self._forced: tuple[int | None] | None = None  # sample of `perturbed(...)`, which also forces the noise on
+        self._warned = False
+        self._weights: list[tuple[weakref.ref, int]] = []  # a tied weight keeps one noise stream
+        self._optimizers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._handles: list = []
+        for module in _entrances(model):
+            self.watch(module)
+        self._count_steps()
+
+    @classmethod
+    def shared(cls, model: nn.Module, settings: Settings) -> Perturbation:
+        """The perturbation of this model, made if there is none.
+
+        Raises:
+            ValueError: there is one with other settings. Adapters of one model may differ in rho, in nothing else.
+        """
+        state = of_model(model)
+        if state is None:
+            return cls(model, settings)
+        for name, value in vars(settings).items():
+            known = getattr(state.settings, name)
+            if value != known:
+                raise ValueError(
+                    f"{name} is {known!r} for the flat adapters that this model has, got {value!r}: the noise of a "
+                    "model has one schedule and one seed. Give this config the same value (rho may differ)."
+                )
+        return state
+
+    # ---- strength ----
+
+    @property
+    def rho(self) -> float:
+        """Strength; with several flat adapters of different strength, the largest. Setting it sets all."""
+        return max(self.rhos.values(), default=0.0)
+
+    @rho.setter
+    def rho(self, value: float) -> None:
+        value = check_rho(value)
+        self.rhos = dict.fromkeys(self.rhos, value)
+
+    @property
+    def rho_t(self) -> float:
+        """``rho * ramp(progress)``, the strength now."""
+        return self.rho * self.ramp
+
+    @property
+    def ramp(self) -> float:
+        """The schedule at the current progress, in [0, 1]; 1 when the length of the run is not known."""
+        known = self.total_steps is not None or self._origin != (0.0, 0)
+        return RAMPS[self.settings.schedule](self.progress) if known else 1.0
+
+    @property
+    def progress(self) -> float:
+        """Part of the run that is behind us, 0 to 1: optimizer steps over `total_steps`, or as set."""
+        start, at = self._origin
+        done = (self.steps - at) / self.total_steps if self.total_steps else 0.0
+        return min(1.0, start + done)
+
+    @progress.setter
+    def progress(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"progress must be a number in [0, 1], got {value!r}")
+        self._origin = (float(value), self.steps)
+
+    def set_step(self, step: int, total_steps: int | None = None) -> None:
+        """Say which optimizer step the run is at, where the library cannot count (FSDP1, DeepSpeed) or has resumed."""
+        if total_steps is not None:
+            _check_integer("total_steps", total_steps, 1, 2**63 - 1)
+            self.total_steps = total_steps
+        _check_integer("step", step, 0, 2**63 - 1)
+        self._origin = (0.0, 0)
+        if step != self.steps:
+            self.steps = step
+            self._after_step()
+
+    # ---- which noise ----
+
+    def draw(self) -> tuple[Tensor, int]:
+        """Key and sample of the noise for the forward that asks, a training forward or one inside `perturbed`.
+
+        The key is the int64 tensor (seed with the rank mixed in, sample). A new sample is taken at the first training
+        forward after a backward; a recompute takes the sample of its own forward.
+        """
+        if self._forced is not None:
+            sample = self.sample if self._forced[0] is None else self._forced[0]
+        elif _in_backward():
+            sample = self.sample if self._backward_sample is None else self._backward_sample
+        else:
+            if self._stale and (self._fresh_pass or not self._entered):
+                self.sample, self._stale = self.sample + 1, False
+            self._fresh_pass = False
+            self._warn_once()
+            sample = self.sample
+        return torch.tensor([mix_rank(self.seed, _rank()), sample & 0xFFFFFFFF]), sample
+
+    def backward_began(self, _grad: Tensor | None = None) -> None:
+        """Told by every perturbed layer's gradient: the sample has been used."""
+        if self.settings.resample == "forward":
+            self._stale = True
+
+    def backend(self, device: torch.device) -> str:
+        """Name of the noise backend on this device."""
+        return resolve_backend(self.settings.backend, device)
+
+    def _warn_once(self) -> None:
+        unknown = self.total_steps is None and self._origin == (0.0, 0)
+        if unknown and self.settings.schedule != "constant" and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"schedule={self.settings.schedule!r} needs the length of the run: total_steps is None, so rho stays at "
+                f"{self.rho} throughout. Pass total_steps (optimizer steps), or use FlatLoraCallback in a Trainer, or "
+                "schedule='constant'.",
+                stacklevel=2,
+            )
+
+    # ---- is this a training pass ----
+
+    @property
+    def is_forced(self) -> bool:
+        """Inside of `perturbed(...)`."""
+        return self._forced is not None
+
+    def in_training_pass(self) -> bool:
+        """Were gradients enabled where the outermost model was entered (or here, outside of any model)?"""
+        return self._gradients if self._entered else torch.is_grad_enabled()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if id(module) in self._entered:  # left over from a pass that an interrupt broke off
+            del self._entered[self._entered.index(id(module)) :]
+        if not self._entered:
+            self._gradients = torch.is_grad_enabled()
+            if not _in_backward():
+                self._fresh_pass, self._backward_sample = True, None
+            elif self._gradients and self._backward_sample is None:
+                raise RuntimeError(
+                    "the model as a whole runs under torch.utils.checkpoint with use_reentrant=True: its first pass "
+                    "cannot be told from an evaluation, so it was not perturbed. Use use_reentrant=False, or "
+                    "checkpoint the layers (model.gradient_checkpointing_enable())."
+                )
+        self._entered.append(id(module))
+
+    def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) in self._entered:
+            del self._entered[self._entered.index(id(module)) :]
+        if not self._entered and self._gradients and not _in_backward() and not torch.compiler.is_compiling():
+            sample = self.sample
+
+            def remember(_grad: Tensor) -> None:
+                self._backward_sample = sample
+
+            for tensor in _tensors(output):
+                if tensor.requires_grad and tensor.grad_fn is not None:
+                    tensor.register_hook(remember)
+
+    # ---- the optimizer's steps ----
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        ours = self._optimizers.get(optimizer)
+        anchor = self._anchor()
+        if ours is None or ours[0] is not anchor:
+            held = any(p is anchor for group in optimizer.param_groups for p in group["params"])
+            ours = self._optimizers[optimizer] = (anchor, held)
+        if ours[1]:
+            self.steps += 1
+            self._after_step()
+
+    def _after_step(self) -> None:
+        if self.settings.resample == "step":
+            self.sample = self.steps
+
+    def _anchor(self) -> nn.Parameter | None:
+        """One trainable adapter parameter: the optimizer that holds it is the one whose steps count."""
+        for module in self.model.modules():
+            if getattr(module, "perturbation", None) is self:
+                for name, parameter in module.named_parameters():
+                    if "lora_" in name and parameter.requires_grad:
+                        return parameter
+        return None
+
+    # ---- saving and resuming ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to continue with the same noise; plain numbers.
+
+        `accelerator.register_for_checkpointing(perturbation(model))` saves and loads it with the rest.
+        """
+        return {
+            "seed": self.seed,
+            "sample": self.sample,
+            "stale": self._stale,
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "origin": list(self._origin),
+            "rhos": dict(self.rhos),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.seed, self.sample, self._stale = state["seed"], state["sample"], state["stale"]
+        self.steps, self.total_steps = state["steps"], state["total_steps"]
+        self._origin = (state["origin"][0], state["origin"][1])
+        self.rhos.update(state["rhos"])
+
+    # ---- life ----
+
+    def stream_of(self, weight: Tensor) -> int:
+        """Index of the noise stream of a layer with this weight: a new one, unless the weight is tied to one seen."""
+        for seen, index in self._weights:
+            if seen() is weight:
+                return index
+        self._weights.append((weakref.ref(weight), self.layers))
+        self.layers += 1
+        return self.layers - 1
+
+    def watch(self, module: nn.Module) -> None:
+        """Take `module` for one of the places where a pass of the model may begin."""
+        if of_model(module) is not self:
+            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            self._handles.append(module.register_forward_hook(self._exit, always_call=True))
+
+    def _count_steps(self) -> None:
+        me = weakref.ref(self)
+
+        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            state = me()
+            if state is not None:
+                state._after_optimizer_step(optimizer)
+
+        handle = register_optimizer_step_post_hook(after_step)
+        self._unregister = weakref.finalize(self, handle.remove)
+
+    def close(self) -> None:
+        """Take every hook away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._unregister()
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = {"_unregister": None, "_optimizers": None, "_weights": []}  # hold weak references: made anew
+        return {**self.__dict__, **dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._optimizers = weakref.WeakKeyDictionary()
+        self._count_steps()
+
+
+def of_model(model: nn.Module) -> Perturbation | None:
+    """The perturbation whose hooks watch this very module, if any."""
+    for hook in model._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Perturbation):
+            return owner
+    return None
+
+
+@contextmanager
+def enabled(perturbation: Perturbation, value: bool) -> Iterator[None]:
+    before, perturbation.enabled = perturbation.enabled, value
+    try:
+        yield
+    finally:
+        perturbation.enabled = before
+
+
+@contextmanager
+def forced(perturbation: Perturbation, sample: int | None) -> Iterator[None]:
+    before, perturbation._forced = perturbation._forced, (sample,)
+    try:
+        yield
+    finally:
+        perturbation._forced = before
+
+
+def _entrances(model: nn.Module) -> list[nn.Module]:
+    """The modules that user code enters: the model, and each transformers model inside it (the backbone, which fused
+    losses and TRL call directly)."""
+    from transformers import PreTrainedModel
+
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [model, *(module for module in inner if module is not model)]
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from _tensors(getattr(value, name))

@@ -1,0 +1,124 @@
+"""Random directions of the weights: a direction is a seed, never a tensor that is kept.
+
+Row i of a weight, W'_i (n entries), moves by D_i = u_i z_i with z standard normal and the unit u_i one of
+
+| noise               | u_i                  |                                                                |
+|---------------------|----------------------|----------------------------------------------------------------|
+| `filter`            | ||W'_i|| / sqrt(n)   | Flat-LoRA's (arXiv 2409.14396, eq. 7): E||D_i||^2 = ||W'_i||^2 |
+| `filter_normalised` | ||W'_i|| / ||z_i||   | Li et al. 2018 (arXiv 1712.09913): ||D_i|| = ||W'_i|| exactly  |
+| `layer`             | ||W'||_F / sqrt(m n) | one standard deviation per layer                               |
+| `plain`             | 1                    | random weight perturbation, one standard deviation for all     |
+
+so rho (or the distance t) is a fraction of the row's norm for the first three and an absolute standard deviation for
+the last. z is a function of (seed, direction, name of the layer, i, j): the same for every model, adapter and rho.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flatlora.ops.perturb import perturb_weight
+from flatlora.ops.philox import mix_rank
+
+from .weights import CHUNK, At, Weight, row_norms
+
+NOISES = ("filter", "filter_normalised", "layer", "plain")
+STREAM = 0x0A7A1751  # keeps the directions apart from the noise of training with the same seed
+
+Norms = Mapping[str, Tensor]  # name of a layer -> (m,)
+
+
+def all_row_norms(weights: list[Weight]) -> dict[str, Tensor]:
+    """The row norms of every chosen weight, by name, each (m,)."""
+    return {weight.name: row_norms(weight) for weight in weights}
+
+
+@dataclass
+class Directions:
+    """The directions of one measurement, and the units of the one in use.
+
+    Attributes:
+        weights: that are displaced.
+        noise: one of `NOISES`.
+        seed: any 64-bit integer.
+        norms: row norms of every weight; another model's to measure several models along identical directions.
+    """
+
+    weights: list[Weight]
+    noise: str
+    seed: int
+    norms: Norms
+    _units: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.noise not in NOISES:
+            raise ValueError(f"noise must be one of {NOISES}, got {self.noise!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        for weight in self.weights:
+            if weight.name not in self.norms:
+                raise ValueError(f"norms must hold every chosen layer, {weight.name!r} is missing")
+            if self.norms[weight.name].shape != weight.shape[:1]:
+                got = tuple(self.norms[weight.name].shape)
+                raise ValueError(f"norms[{weight.name!r}] must have shape {weight.shape[:1]}, got {got}")
+
+    def at(self, steps: Sequence[tuple[float, int]]) -> At:
+        """The displacement sum_k t_k D(direction_k) of (t_k, direction_k) pairs, as a function for `displaced`."""
+        self.keep({direction for _, direction in steps})
+
+        def displace(weight: Weight, values: Tensor) -> Tensor:
+            dtype, out = values.dtype, values
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            for k, (t, direction) in enumerate(steps):
+                std = t * self.units(weight, direction)
+                to = dtype if k == len(steps) - 1 else wide  # rounded once, at the end
+                out = perturb_weight(out, std, self.key(direction, std.device), weight.index, dtype=to)
+            return out
+
+        return displace
+
+    def key(self, direction: int, device: torch.device) -> Tensor:
+        """The key of a direction in the noise stream, (2,) int64."""
+        return torch.tensor([mix_rank(self.seed, STREAM), direction], dtype=torch.int64, device=device)
+
+    def keep(self, directions: set[int]) -> None:
+        """Forget the units of every other direction: what is held is O(m) per layer."""
+        self._units = {key: unit for key, unit in self._units.items() if key[0] in directions}
+
+    def units(self, weight: Weight, direction: int) -> Tensor:
+        """u of one weight along one direction, (m,)."""
+        key = direction, weight.name
+        if key not in self._units:
+            self._units[key] = self._make_units(weight, direction)
+        return self._units[key]
+
+    def _make_units(self, weight: Weight, direction: int) -> Tensor:
+        values = weight.values()
+        norms = self.norms[weight.name].to(values.device, torch.float64)
+        m, n = weight.shape
+        if self.noise == "filter":
+            unit = norms / math.sqrt(n)
+        elif self.noise == "filter_normalised":
+            unit = norms / self._noise_norms(weight, direction, values.device)
+        elif self.noise == "layer":
+            unit = (norms.square().sum() / (m * n)).sqrt().expand(m)
+        else:
+            unit = torch.ones_like(norms)
+        return unit.to(torch.float64 if values.dtype == torch.float64 else torch.float32).contiguous()
+
+    def _noise_norms(self, weight: Weight, direction: int, device: torch.device) -> Tensor:
+        """||z_i||, (m,), by blocks of rows; a multiple of 64 rows, which no backend has to make twice."""
+        m, n = weight.shape
+        rows = max(64, CHUNK // n // 64 * 64)
+        key, norms = self.key(direction, device), []
+        for start in range(0, m, rows):
+            count = min(rows, m - start)
+            zeros, ones = torch.zeros(count, n, device=device), torch.ones(count, device=device)
+            z = perturb_weight(zeros, ones, key, weight.index, start)
+            norms.append(torch.linalg.vector_norm(z, dim=1, dtype=torch.float64))
+        return torch.cat(norms)

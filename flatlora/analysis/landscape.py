@@ -1,0 +1,159 @@
+"""The loss along random directions around a solution, after Li et al. 2018 (arXiv 1712.09913)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .directions import Norms, all_row_norms
+from .evaluate import LossFn, bar
+from .measurement import Measurement
+from .stats import Estimate, standard_error, t_quantile
+from .weights import find_weights
+
+
+@dataclass(frozen=True, eq=False)
+class LossLine:
+    """The loss along several random directions.
+
+    Attributes:
+        distances: t.
+        losses: L(W' + t D_k) for every direction k.
+        center: L(W').
+        noise, space, seed: what the directions are; lines with the same three can be compared point by point.
+    """
+
+    distances: Tensor  # (points,), float64
+    losses: Tensor  # (directions, points), float64
+    center: float
+    noise: str
+    space: str
+    seed: int
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over the directions, (points,)."""
+        return self.losses.mean(dim=0)
+
+    @property
+    def stderr(self) -> Tensor:
+        """Standard error of `mean` over the directions, (points,); NaN for one direction."""
+        return standard_error(self.losses, dim=0)
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Student's interval for the mean over all directions, two times (points,); NaN for one direction."""
+        half = t_quantile(level, len(self.losses) - 1) * self.stderr
+        return self.mean - half, self.mean + half
+
+    def rise(self) -> LossLine:
+        """The same line measured from its centre, L(W' + t D) - L(W')."""
+        rises = self.losses - self.center
+        return LossLine(self.distances, rises, 0.0, self.noise, self.space, self.seed)
+
+    def minus(self, other: LossLine) -> LossLine:
+        """The paired difference of two models along the same directions: its spread is that of the difference.
+
+        Raises:
+            ValueError: the two were not measured along the same directions at the same distances.
+        """
+        same = (self.noise, self.space, self.seed, self.losses.shape) == (
+            other.noise, other.space, other.seed, other.losses.shape
+        )  # fmt: skip
+        if not same or not torch.equal(self.distances, other.distances):
+            raise ValueError("other must have the same distances, directions, noise, space and seed as this line")
+        center = self.center - other.center
+        return LossLine(self.distances, self.losses - other.losses, center, self.noise, self.space, self.seed)
+
+    def curvature(self) -> Estimate:
+        """The mean of d^T H d over the directions, by a least-squares parabola a t^2 / 2 through the rises.
+
+        Meaningful where the line is a parabola; ask for small distances.
+        """
+        squares = self.distances.square() / 2
+        if not squares.any():
+            raise ValueError("distances must hold one other than 0")
+        return Estimate.of((self.losses - self.center) @ squares / squares.square().sum())
+
+
+def loss_line(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    distances: Sequence[float] | Tensor | None = None,
+    directions: int = 3,
+    seed: int = 0,
+    noise: str = "filter_normalised",
+    space: str = "merged",
+    layers: str | Callable[[str], bool] | None = None,
+    norms: Norms | None = None,
+    sizes: Sequence[float] | None = None,
+    progress: bool | None = None,
+    file: str | os.PathLike | None = None,
+) -> LossLine:
+    """The loss L(W' + t D_k) at every distance t along random directions D_1 ... D_directions.
+
+    The model is only read: nothing is written into a weight, and training mode, gradients and random states are as
+    they were, also after an exception. It is evaluated in evaluation mode. A direction costs a seed; one displaced
+    weight exists at a time.
+
+    Args:
+        model: any module, with or without adapters.
+        loss_fn: ``loss_fn(model, batch)``, the mean loss of the batch as a scalar tensor.
+        batches: run through once and kept as a list.
+        distances: t, in units of the row norms (see `noise`); default 21 points from -1 to 1.
+        directions: how many; the spread over them is the line's uncertainty.
+        seed: of the directions. The same seed gives every model the same directions, layer name by layer name.
+        noise: "filter_normalised" (||D_i|| = ||W'_i||, Li et al.), "filter" (Flat-LoRA's), "layer" or "plain".
+        space: "merged" or "adapter".
+        layers: None (adapted layers, or all where none is), "all", or a function of the layer's name.
+        norms: row norms in place of the model's own, by layer name, from `merged_row_norms`.
+        sizes: weight of each batch in the mean, its number of examples; default equal.
+        progress: a progress bar; None shows one on a terminal.
+        file: keep the losses here as they are measured, and go on from it if it exists.
+
+    Raises:
+        ValueError: an argument out of bounds; the message names it, its bound and its value.
+
+    Example:
+        >>> line = loss_line(model, lambda model, batch: model(**batch).loss, batches)
+        >>> plot_loss_line({"Flat-LoRA": line}).savefig("line.png")
+    """
+    grid = torch.linspace(-1, 1, 21, dtype=torch.float64) if distances is None else _grid("distances", distances)
+    positive("directions", directions)
+    loss = Measurement(
+        "line", model, loss_fn, batches,
+        seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,
+    )  # fmt: skip
+    losses = torch.empty(directions, len(grid), dtype=torch.float64)
+    with bar(losses.numel(), "loss line", progress) as tick:
+        for k in range(directions):
+            for p, t in enumerate(grid.tolist()):
+                losses[k, p] = loss.at((t, k))
+                tick.update()
+    return LossLine(grid, losses, loss.center, noise, space, seed)
+
+
+def merged_row_norms(
+    model: nn.Module, layers: str | Callable[[str], bool] | None = None, space: str = "merged"
+) -> dict[str, Tensor]:
+    """The row norms ||W'_i|| of every chosen weight, by layer name, each (m,): a shared reference for `norms=`."""
+    return all_row_norms(find_weights(model, layers, space))
+
+
+def _grid(name: str, values: Sequence[float] | Tensor) -> Tensor:
+    grid = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
+    if not len(grid) or not grid.isfinite().all():
+        raise ValueError(f"{name} must be at least one finite number, got {grid.tolist()}")
+    return grid
+
+
+def positive(name: str, value: int) -> None:
+    """Raise unless the argument is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")

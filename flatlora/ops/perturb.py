@@ -5,6 +5,7 @@
 | backend     | noise                                                      | devices |
 |-------------|------------------------------------------------------------|---------|
 | `reference` | the contract of `philox.py` in plain torch; slow           | any     |
+| `c`         | the contract, in one pass over W (`csrc/`)                 | CPU     |
 | `torch`     | torch's own generators, a stream of its own (see below)    | any     |
 
 The stream of `torch` is a function of (seed, sample, layer, block of 64 rows): each block seeds a fresh generator of
@@ -13,10 +14,15 @@ the weight's device with a Philox hash of those four. It differs from the contra
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 from torch import Tensor
 
-from . import philox
+from . import native, philox
+
+logger = logging.getLogger(__name__)
 
 ROW_BLOCK = 64  # rows that share one generator in the `torch` backend
 
@@ -31,6 +37,7 @@ def perturb_weight(
     *,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    out: Tensor | None = None,  # (m, n)
 ) -> Tensor:
     """The perturbed weight ``W + row_std[:, None] * z`` of a block of rows.
 
@@ -44,12 +51,23 @@ def perturb_weight(
         first_row: index of `weight[0]` in the whole weight.
         dtype: of the result; default the weight's.
         backend: one of `BACKENDS`, or "auto".
+        out: where to write the result, any strides; it must not overlap the weight. Its dtype is that of the result.
 
     Returns:
-        (m, n) contiguous tensor of `dtype`.
+        `out`, or a new (m, n) contiguous tensor of `dtype`.
+
+    Raises:
+        ValueError: a backend that is unknown or that cannot serve the weight's device; an `out` that does not fit.
     """
-    run = BACKENDS[resolve_backend(backend, weight.device)]
-    return run(weight, row_std, key, layer, first_row, dtype or weight.dtype)
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    elif out.shape != weight.shape or out.device != weight.device or out.dtype != (dtype or out.dtype):
+        raise ValueError(
+            f"out must be of shape {tuple(weight.shape)} and dtype {dtype or out.dtype} on {weight.device}, "
+            f"got {tuple(out.shape)}, {out.dtype}, {out.device}"
+        )
+    BACKENDS[resolve_backend(backend, weight.device)](weight, row_std, key, layer, first_row, out)
+    return out
 
 
 def row_noise(
@@ -78,43 +96,85 @@ def row_noise(
     Returns:
         (k, n) contiguous tensor of `dtype`.
     """
-    run = ROW_BACKENDS[resolve_backend(backend, rows.device)]
-    return run(rows, row_std, key, layer, columns, dtype or row_std.dtype)
+    out = torch.empty(len(rows), columns, dtype=dtype or row_std.dtype, device=rows.device)
+    ROW_BACKENDS[resolve_backend(backend, rows.device)](rows, row_std, key, layer, out)
+    return out
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend that "auto" means on this device; an explicit choice is checked and kept.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a backend that cannot serve the device.
     """
     if backend == "auto":
-        return "torch"
+        return _auto(device.type)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    if backend == "c" and device.type != "cpu":
+        raise ValueError(f"backend='c' serves CPU tensors only, got one on {device}: use backend='auto'")
+    if backend == "c" and native.LIBRARY is None:
+        raise ValueError(
+            "backend='c' needs the C kernel, which was not built: install a C compiler and install flatlora again "
+            "(pip install --force-reinstall --no-deps --no-cache-dir), or use backend='auto'"
+        )
     return backend
 
 
-def _add(weight: Tensor, row_std: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.addcmul(weight.to(row_std.dtype), row_std[:, None], z.to(row_std.dtype)).to(dtype)
+@functools.cache  # so that it says what it chose once
+def _auto(device_type: str) -> str:
+    if device_type == "cpu" and native.LIBRARY is not None:
+        return "c"
+    if device_type == "cpu":
+        logger.warning(
+            "flatlora's C kernel was not built (no C compiler at install time): the noise comes from torch's "
+            "generator instead, about five times slower and with a stream of its own."
+        )
+    return "torch"
 
 
-def _reference(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, dtype: torch.dtype) -> Tensor:
+def _add(weight: Tensor, row_std: Tensor, z: Tensor) -> Tensor:
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.addcmul(weight.to(wide), row_std[:, None].to(wide), z.to(wide))
+
+
+def _reference(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, out: Tensor) -> None:
     seed, sample = key.tolist()
     rows = torch.arange(first_row, first_row + weight.shape[0], device=weight.device)
-    return _add(weight, row_std, philox.normals(seed, sample, layer, rows, weight.shape[1]), dtype)
+    out.copy_(_add(weight, row_std, philox.normals(seed, sample, layer, rows, weight.shape[1])))
 
 
-def _torch(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, dtype: torch.dtype) -> Tensor:
+def _reference_rows(rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
+    seed, sample = key.tolist()
+    out.copy_(row_std[:, None] * philox.normals(seed, sample, layer, rows, out.shape[1]))
+
+
+def _c(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, out: Tensor) -> None:
+    native.perturb(weight, row_std, key, layer, out, first_row=first_row)
+
+
+def _c_rows(rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
+    zero = torch.zeros((), dtype=row_std.dtype).expand(out.shape)
+    native.perturb(zero, row_std, key, layer, out, rows=rows)
+
+
+def _torch(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, out: Tensor) -> None:
     seed, sample = key.tolist()
     m, n = weight.shape
-    out = torch.empty(m, n, dtype=dtype, device=weight.device)
     for start in range(first_row - first_row % ROW_BLOCK, first_row + m, ROW_BLOCK):
         z = _generator_normals(seed, sample, layer, start // ROW_BLOCK, n, weight.device)
         a, b = max(start, first_row), min(start + ROW_BLOCK, first_row + m)
         here = slice(a - first_row, b - first_row)
-        out[here] = _add(weight[here], row_std[here], z[a - start : b - start], dtype)
-    return out
+        out[here] = _add(weight[here], row_std[here], z[a - start : b - start])
+
+
+def _torch_rows(rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
+    seed, sample = key.tolist()
+    blocks = rows // ROW_BLOCK
+    for block in blocks.unique().tolist():
+        z = _generator_normals(seed, sample, layer, block, out.shape[1], rows.device)
+        (here,) = torch.where(blocks == block)
+        out[here] = (row_std[here, None] * z[rows[here] % ROW_BLOCK]).to(out.dtype)
 
 
 def _generator_normals(seed: int, sample: int, layer: int, block: int, n: int, device: torch.device) -> Tensor:
@@ -125,23 +185,5 @@ def _generator_normals(seed: int, sample: int, layer: int, block: int, n: int, d
     return torch.empty(ROW_BLOCK, n, device=device).normal_(generator=generator)
 
 
-def _reference_rows(
-    rows: Tensor, row_std: Tensor, key: Tensor, layer: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    seed, sample = key.tolist()
-    return (row_std[:, None] * philox.normals(seed, sample, layer, rows, columns)).to(dtype)
-
-
-def _torch_rows(rows: Tensor, row_std: Tensor, key: Tensor, layer: int, columns: int, dtype: torch.dtype) -> Tensor:
-    seed, sample = key.tolist()
-    out = torch.empty(len(rows), columns, dtype=dtype, device=rows.device)
-    blocks = rows // ROW_BLOCK
-    for block in blocks.unique().tolist():
-        z = _generator_normals(seed, sample, layer, block, columns, rows.device)
-        (here,) = torch.where(blocks == block)
-        out[here] = (row_std[here, None] * z[rows[here] % ROW_BLOCK]).to(dtype)
-    return out
-
-
-BACKENDS = {"reference": _reference, "torch": _torch}
-ROW_BACKENDS = {"reference": _reference_rows, "torch": _torch_rows}
+BACKENDS = {"reference": _reference, "torch": _torch, "c": _c}
+ROW_BACKENDS = {"reference": _reference_rows, "torch": _torch_rows, "c": _c_rows}

@@ -1,0 +1,217 @@
+/* out = W + std * z in one pass over W, with the z of the noise contract (see ../philox.py).
+ *
+ * A plain shared library, called from Python through ctypes (see ../native.py): no Python.h, no torch headers, no
+ * libraries beyond libc, libm and the threads. The kernel is compiled once per instruction set and chosen at run time.
+ */
+#define _GNU_SOURCE /* RTLD_DEFAULT */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__GNUC__)
+#define ALIGNED __attribute__((aligned(64)))
+#else
+#define ALIGNED
+#endif
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#include <dlfcn.h>
+#include <pthread.h>
+#include <unistd.h>
+#define EXPORT __attribute__((visibility("default")))
+#endif
+#if defined(_MSC_VER)
+#define restrict __restrict
+#endif
+
+enum { LANES = 16, TILE = 64, SPAN = 32, ROUNDS = 10, PANEL = 32, MAX_THREADS = 256 };
+#define MULTIPLIER0 0xD2511F53u
+#define MULTIPLIER1 0xCD9E8D57u
+#define WEYL0 0x9E3779B9u
+#define WEYL1 0xBB67AE85u
+
+enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+static const int64_t SIZE[] = {4, 8, 2, 2};
+
+typedef struct {
+    uint32_t key[2], layer, sample;
+} stream;
+
+typedef struct {
+    char *out;            /* (m, n) */
+    const char *weight;   /* (m, n) */
+    int64_t o0, o1;       /* strides of out, in bytes */
+    int64_t w0, w1;       /* strides of W, in bytes */
+    int o_type, w_type;
+    const void *std;      /* (m,) double where W is, else float */
+    const int64_t *index; /* (m,) rows of the whole weight, or NULL: first_row, first_row + 1, ... */
+    int64_t first_row, m, n;
+    stream s;
+} job;
+
+static inline float as_float(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline int32_t as_int(float f) {
+    int32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+
+static inline uint32_t row_of(const job *j, int64_t i) { return (uint32_t)(j->index ? j->index[i] : j->first_row + i); }
+
+/* A block of elements from one layout to another: down the columns where those are the contiguous side. */
+#define COPY(T)                                                                                     \
+    for (int a = 0; a < outer; a++) {                                                               \
+        char *d = to + a * to_outer;                                                                \
+        const char *f = from + a * from_outer;                                                      \
+        for (int b = 0; b < inner; b++, d += to_inner, f += from_inner) *(T *)d = *(const T *)f;    \
+    }
+
+static void copy(char *to, int64_t to0, int64_t to1, const char *from, int64_t from0, int64_t from1, int rows,
+                 int columns, int64_t size) {
+    int down = from0 == size || to0 == size;
+    int outer = down ? columns : rows, inner = down ? rows : columns;
+    int64_t to_outer = down ? to1 : to0, to_inner = down ? to0 : to1;
+    int64_t from_outer = down ? from1 : from0, from_inner = down ? from0 : from1;
+    if (to_inner == size && from_inner == size)
+        for (int a = 0; a < outer; a++) memcpy(to + a * to_outer, from + a * from_outer, inner * size);
+    else if (size == 2) COPY(uint16_t)
+    else if (size == 4) COPY(uint32_t)
+    else COPY(uint64_t)
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DISPATCH 1
+#include <immintrin.h>
+
+#define NAME(x) x##_avx512
+#if defined(__clang__)
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#else
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#endif
+#define VECTOR 64
+#define MULTIPLY(a, b) ((lanes_avx512)_mm512_mul_epu32((__m512i)(a), _mm512_set1_epi64(b)))
+#define TOGETHER 2
+#define HALF_TO_FLOAT(x, h) _mm512_storeu_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h))))
+#define FLOAT_TO_HALF(h, x) _mm256_storeu_si256((__m256i *)(h), _mm512_cvtps_ph(_mm512_loadu_ps(x), 0))
+#include "noise_kernel.h"
+
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define VECTOR 32
+#define MULTIPLY(a, b) ((lanes_avx2)_mm256_mul_epu32((__m256i)(a), _mm256_set1_epi64x(b)))
+#define TOGETHER 1
+#include "noise_kernel.h"
+#endif
+
+#define NAME(x) x##_baseline
+#define TARGET
+#include "noise_kernel.h"
+
+static const struct {
+    void (*rows)(const job *, int64_t, int64_t);
+    void (*words)(uint32_t *, uint32_t, int64_t, const stream *);
+    void (*normals)(float *, const uint32_t *, int64_t);
+} KERNELS[] = {
+    {rows_baseline, words_baseline, normals_baseline},
+#ifdef DISPATCH
+    {rows_avx2, words_avx2, normals_avx2},
+    {rows_avx512, words_avx512, normals_avx512},
+#endif
+};
+
+/* The last of KERNELS that this machine can run. */
+EXPORT int flatlora_best(void) {
+#ifdef DISPATCH
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            return 2;
+        return 1;
+    }
+#endif
+    return 0;
+}
+
+/* Threads: thread t of T does the rows m t / T ... m (t + 1) / T - 1. A row is the same whoever makes it. */
+typedef struct {
+    const job *j;
+    int kernel, threads, next;
+} team;
+
+static void share(team *t, int which) {
+    KERNELS[t->kernel].rows(t->j, t->j->m * which / t->threads, t->j->m * (which + 1) / t->threads);
+}
+
+#if defined(_WIN32)
+static void run(team *t) {
+    for (int which = 0; which < t->threads; which++) share(t, which);
+}
+#else
+static void member(void *arg) {
+    team *t = arg;
+    int which;
+    while ((which = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->threads) share(t, which);
+}
+
+static void *helper(void *t) {
+    member(t);
+    return NULL;
+}
+
+typedef void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
+static gomp_parallel pool;
+static pid_t home;
+
+/* The OpenMP pool that torch's own operators run on, if it is libgomp (or libomp, which has the same entry point): a
+ * second pool would compete with the first one, whose threads go on spinning for milliseconds after each operator. */
+__attribute__((constructor)) static void find_pool(void) {
+    home = getpid();
+    pool = (gomp_parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+}
+
+static void run(team *t) {
+    if (pool && getpid() == home) { /* the threads of the pool do not exist in the child of a fork */
+        pool(member, t, t->threads, 0);
+        return;
+    }
+    pthread_t helpers[MAX_THREADS];
+    int started = 0;
+    while (started < t->threads - 1 && pthread_create(&helpers[started], NULL, helper, t) == 0) started++;
+    member(t);
+    while (started > 0) pthread_join(helpers[--started], NULL);
+}
+#endif
+
+/* out = W + std z. Strides in elements; key: (2,) seed and sample. */
+EXPORT void flatlora_perturb(void *out, int out_type, int64_t o0, int64_t o1, const void *weight, int weight_type,
+                             int64_t w0, int64_t w1, const void *std, const int64_t *key, int64_t layer,
+                             const int64_t *index, int64_t first_row, int64_t m, int64_t n, int threads, int kernel) {
+    int64_t o = SIZE[out_type], w = SIZE[weight_type];
+    job j = {out, weight, o0 * o, o1 * o, w0 * w, w1 * w, out_type, weight_type, std, index, first_row, m, n,
+             {{(uint32_t)key[0], (uint32_t)((uint64_t)key[0] >> 32)}, (uint32_t)layer, (uint32_t)key[1]}};
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads > m) threads = (int)m;
+    team t = {&j, kernel, threads, 0};
+    if (threads > 1) run(&t);
+    else KERNELS[kernel].rows(&j, 0, m);
+}
+
+/* out: (m, blocks, 4) */
+EXPORT void flatlora_words(uint32_t *out, const int64_t *rows, int64_t m, int64_t blocks, const int64_t *key,
+                           int64_t layer, int kernel) {
+    stream s = {{(uint32_t)key[0], (uint32_t)((uint64_t)key[0] >> 32)}, (uint32_t)layer, (uint32_t)key[1]};
+    for (int64_t i = 0; i < m; i++) KERNELS[kernel].words(out + 4 * blocks * i, (uint32_t)rows[i], blocks, &s);
+}
+
+/* out, words: (blocks, 4) */
+EXPORT void flatlora_normals(float *out, const uint32_t *words, int64_t blocks, int kernel) {
+    KERNELS[kernel].normals(out, words, blocks);
+}

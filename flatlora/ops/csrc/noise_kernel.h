@@ -1,0 +1,247 @@
+/* The kernel for one instruction set. noise.c includes this file once per set, with
+ *   NAME(x)   x with a suffix of the set,
+ *   TARGET    the function attribute that turns the set on,
+ * and where the compiler alone does not find the best code for it
+ *   VECTOR    bytes of a vector of 64-bit lanes,
+ *   MULTIPLY  the product of the low 32 bits of each lane with a constant,
+ *   TOGETHER  pairs of vectors that go through the rounds at the same time, to hide their latency,
+ *   HALF_TO_FLOAT, FLOAT_TO_HALF    sixteen conversions between pointers.
+ * The loops over lanes are written for the compiler to vectorise: fixed lengths, no branches, no calls.
+ */
+
+/* words[k][lane] of the column blocks first, first + 1, ..., first + SPAN - 1. */
+#ifdef VECTOR
+typedef uint64_t NAME(lanes) __attribute__((vector_size(VECTOR), may_alias));
+
+static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, uint32_t row, const stream *s) {
+    enum { WIDTH = VECTOR / 8 };
+    NAME(lanes) step = {0};
+    for (int i = 0; i < WIDTH; i++) step[i] = 2 * i;
+    for (int start = 0; start < SPAN; start += 2 * WIDTH * TOGETHER) {
+        /* A counter word sits in the low half of a 64-bit lane. The multiplication does not read the high half, so it
+         * may hold anything until the end: the low half of a product needs no mask. Vectors 2p and 2p + 1 hold the
+         * even and the odd blocks of a pair, so that a shift and an or put their words next to each other. */
+        NAME(lanes) c0[2 * TOGETHER], c1[2 * TOGETHER], c2[2 * TOGETHER], c3[2 * TOGETHER];
+        for (int v = 0; v < 2 * TOGETHER; v++) {
+            c0[v] = step + (first + start + v / 2 * 2 * WIDTH + v % 2);
+            c1[v] = row - (NAME(lanes)){0};
+            c2[v] = s->layer - (NAME(lanes)){0};
+            c3[v] = s->sample - (NAME(lanes)){0};
+        }
+#pragma GCC unroll 10
+        for (int round = 0; round < ROUNDS; round++) {
+            uint64_t k0 = s->key[0] + round * WEYL0, k1 = s->key[1] + round * WEYL1;
+            k0 &= 0xFFFFFFFFu, k1 &= 0xFFFFFFFFu;
+            for (int v = 0; v < 2 * TOGETHER; v++) {
+                NAME(lanes) p0 = MULTIPLY(c0[v], MULTIPLIER0), p1 = MULTIPLY(c2[v], MULTIPLIER1);
+                c0[v] = (p1 >> 32) ^ c1[v] ^ k0;
+                c1[v] = p1;
+                c2[v] = (p0 >> 32) ^ c3[v] ^ k1;
+                c3[v] = p0;
+            }
+        }
+        for (int v = 0; v < 2 * TOGETHER; v += 2) {
+            int at = start + WIDTH * v;
+            *(NAME(lanes) *)&words[0][at] = (c0[v] & 0xFFFFFFFFu) | (c0[v + 1] << 32);
+            *(NAME(lanes) *)&words[1][at] = (c1[v] & 0xFFFFFFFFu) | (c1[v + 1] << 32);
+            *(NAME(lanes) *)&words[2][at] = (c2[v] & 0xFFFFFFFFu) | (c2[v + 1] << 32);
+            *(NAME(lanes) *)&words[3][at] = (c3[v] & 0xFFFFFFFFu) | (c3[v + 1] << 32);
+        }
+    }
+}
+#else
+static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, uint32_t row, const stream *s) {
+    uint32_t *c0 = words[0], *c1 = words[1], *c2 = words[2], *c3 = words[3];
+    for (int i = 0; i < SPAN; i++) c0[i] = first + i, c1[i] = row, c2[i] = s->layer, c3[i] = s->sample;
+    for (int round = 0; round < ROUNDS; round++) {
+        uint32_t k0 = s->key[0] + round * WEYL0, k1 = s->key[1] + round * WEYL1;
+        for (int i = 0; i < SPAN; i++) {
+            uint64_t p0 = (uint64_t)c0[i] * MULTIPLIER0, p1 = (uint64_t)c2[i] * MULTIPLIER1;
+            c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
+            c1[i] = (uint32_t)p1;
+            c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
+            c3[i] = (uint32_t)p0;
+        }
+    }
+}
+#endif
+
+/* z[TILE] of one tile: sqrt(-2 ln u) times the cosine and the sine of t. */
+static inline TARGET void NAME(box_muller)(float *restrict z, uint32_t words[4][SPAN], int at) {
+    for (int pair = 0; pair < 2; pair++)
+        for (int i = 0; i < LANES; i++) {
+            /* u = (k + 1/2) / 2^24 = m 2^e with m in [sqrt(1/2), sqrt(2)), f = m - 1, -2 ln u = -2 ln(2) e - 2 ln(1 + f) */
+            int32_t k = words[2 * pair][at + i] >> 8;
+            int32_t bits = as_int((float)k + 0.5f) - 0x3F3504F3; /* less the bits of sqrt(1/2) */
+            int32_t e = (bits >> 23) - 24;
+            float f = as_float((bits & 0x7FFFFF) + 0x3F3504F3) - 1.0f;
+            /* k + 1/2 has 25 bits where u > 1/2. So where e = 0, f = u - 1 is made from 2^24 - k, without rounding. */
+            float exact = (float)(k - (1 << 24)) * 0x1p-24f + 0x1p-25f;
+            f = e == 0 ? exact : f;
+            /* -2 ln(1 + f) / f, minimax in relative error: 1.7e-7 */
+            float p = 0.2075742684974607f;
+            p = p * f - 0.32676289599598524f;
+            p = p * f + 0.34424853034065217f;
+            p = p * f - 0.39768471150106893f;
+            p = p * f + 0.49943120490794946f;
+            p = p * f - 0.6667121579742487f;
+            p = p * f + 1.0000068856300852f;
+            p = p * f - 1.9999998357126516f;
+            float radius = sqrtf(p * f - 1.3862943611198906f * (float)e);
+
+            /* t = pi/2 quarter + pi/4 x with x in [-1, 1) */
+            int32_t turn = words[2 * pair + 1][at + i] >> 8;
+            int32_t quarter = (turn + (1 << 21)) >> 22;
+            float x = (float)(turn - (quarter << 22)) * 0x1p-21f;
+            float y = x * x;
+            /* sin(pi/4 x) and cos(pi/4 x), minimax: 1e-9 and 3e-8 */
+            float sine = -3.587725839827414e-05f;
+            sine = sine * y + 0.002489871967804031f;
+            sine = sine * y - 0.08074536727091274f;
+            sine = sine * y + 0.7853981525427292f;
+            sine = sine * x;
+            float cosine = -0.00031888050842583107f;
+            cosine = cosine * y + 0.015849915256947688f;
+            cosine = cosine * y - 0.3084242535619725f;
+            cosine = cosine * y + 0.9999999724233218f;
+            /* an odd quarter swaps the two, the second bit of the quarter is the sign of the sine */
+            float a = quarter & 1 ? sine : cosine, b = quarter & 1 ? cosine : sine;
+            z[32 * pair + i] = radius * as_float(as_int(a) ^ (uint32_t)((quarter + 1) & 2) << 30);
+            z[32 * pair + 16 + i] = radius * as_float(as_int(b) ^ (uint32_t)(quarter & 2) << 30);
+        }
+}
+
+static inline TARGET void NAME(load)(float *restrict x, const void *weight, int type) {
+    if (type == FLOAT32) {
+        const float *w = weight;
+        for (int j = 0; j < TILE; j++) x[j] = w[j];
+    } else if (type == BFLOAT16) {
+        const uint16_t *w = weight;
+        for (int j = 0; j < TILE; j++) x[j] = as_float((uint32_t)w[j] << 16);
+    } else {
+        const uint16_t *w = weight;
+#ifdef HALF_TO_FLOAT
+        for (int j = 0; j < TILE; j += 16) HALF_TO_FLOAT(x + j, w + j);
+#else
+        for (int j = 0; j < TILE; j++) {
+            /* The exponent moves up by 112; the product also makes normal numbers of the subnormal ones. */
+            uint32_t sign = (uint32_t)(w[j] & 0x8000) << 16, magnitude = (uint32_t)(w[j] & 0x7FFF) << 13;
+            float finite = as_float(magnitude) * 0x1p112f;
+            x[j] = as_float(sign | (magnitude >= 0x0F800000 ? magnitude | 0x7F800000 : (uint32_t)as_int(finite)));
+        }
+#endif
+    }
+}
+
+static inline TARGET void NAME(store)(void *out, const float *restrict x, int type) {
+    if (type == FLOAT32) {
+        float *o = out;
+        for (int j = 0; j < TILE; j++) o[j] = x[j];
+    } else if (type == FLOAT64) {
+        double *o = out;
+        for (int j = 0; j < TILE; j++) o[j] = x[j];
+    } else if (type == BFLOAT16) {
+        uint16_t *o = out;
+        for (int j = 0; j < TILE; j++) { /* round to nearest, ties to even */
+            uint32_t bits = as_int(x[j]);
+            o[j] = x[j] == x[j] ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0;
+        }
+    } else {
+        uint16_t *o = out;
+#ifdef FLOAT_TO_HALF
+        for (int j = 0; j < TILE; j += 16) FLOAT_TO_HALF(o + j, x + j);
+#else
+        for (int j = 0; j < TILE; j++) {
+            uint32_t bits = as_int(x[j]), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+            uint32_t normal = (magnitude + 0xFFF + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+            /* half a unit of a half's subnormals is half a unit of 0.5: the addition does the rounding */
+            uint32_t subnormal = as_int(as_float(magnitude) + 0.5f) - 0x3F000000;
+            uint32_t h = magnitude < 0x38800000 ? subnormal : normal;
+            h = magnitude >= 0x477FF000 ? 0x7C00 : h; /* from 65520 on: infinity */
+            o[j] = sign | (magnitude > 0x7F800000 ? 0x7E00 : h);
+        }
+#endif
+    }
+}
+
+static inline TARGET void NAME(add)(
+    void *out, int out_type, const void *weight, int weight_type, const void *std, int64_t i, const float *restrict z) {
+    ALIGNED float x[TILE];
+    if (weight_type == FLOAT64) {
+        const double *w = weight;
+        double s = ((const double *)std)[i];
+        if (out_type == FLOAT64) {
+            double *o = out;
+            for (int j = 0; j < TILE; j++) o[j] = w[j] + s * z[j];
+            return;
+        }
+        for (int j = 0; j < TILE; j++) x[j] = (float)(w[j] + s * z[j]);
+    } else {
+        float s = ((const float *)std)[i];
+        NAME(load)(x, weight, weight_type);
+        for (int j = 0; j < TILE; j++) x[j] = x[j] + s * z[j];
+    }
+    NAME(store)(out, x, out_type);
+}
+
+/* Rows begin ... end - 1 of the job, in panels: rows that are read and written in place one by one; rows whose elements
+ * are apart PANEL at a time, through buffers, so that a cache line of a column is fetched once. */
+static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
+    enum { COLUMNS = SPAN / LANES * TILE };
+    ALIGNED char weight_buffer[PANEL * COLUMNS * 8], out_buffer[PANEL * COLUMNS * 8];
+    int64_t w_size = SIZE[j->w_type], o_size = SIZE[j->o_type];
+    int w_apart = j->w1 != w_size, o_apart = j->o1 != o_size;
+    int height = (w_apart && j->w1 != 0) || o_apart ? PANEL : 1;
+    for (int64_t i0 = begin; i0 < end; i0 += height) {
+        int rows = end - i0 < height ? (int)(end - i0) : height;
+        for (int64_t j0 = 0; j0 < j->n; j0 += COLUMNS) {
+            int columns = j->n - j0 < COLUMNS ? (int)(j->n - j0) : COLUMNS;
+            const char *w = j->weight + i0 * j->w0 + j0 * j->w1;
+            char *o = j->out + i0 * j->o0 + j0 * j->o1;
+            int w_copy = w_apart || columns < COLUMNS, o_copy = o_apart || columns < COLUMNS;
+            if (w_copy) copy(weight_buffer, COLUMNS * w_size, w_size, w, j->w0, j->w1, rows, columns, w_size);
+            for (int i = 0; i < rows; i++) {
+                const char *from = w_copy ? weight_buffer + i * COLUMNS * w_size : w + i * j->w0;
+                char *to = o_copy ? out_buffer + i * COLUMNS * o_size : o + i * j->o0;
+                ALIGNED uint32_t words[4][SPAN];
+                ALIGNED float z[TILE];
+                NAME(philox)(words, (uint32_t)(j0 / TILE * LANES), row_of(j, i0 + i), &j->s);
+                for (int t = 0; t * TILE < columns; t++) {
+                    NAME(box_muller)(z, words, t * LANES);
+                    NAME(add)(to + t * TILE * o_size, j->o_type, from + t * TILE * w_size, j->w_type, j->std, i0 + i, z);
+                }
+            }
+            if (o_copy) copy(o, j->o0, j->o1, out_buffer, COLUMNS * o_size, o_size, rows, columns, o_size);
+        }
+    }
+}
+
+/* For tests: the words behind a row, four of a column block together, and the normals of given words. */
+static TARGET void NAME(words)(uint32_t *out, uint32_t row, int64_t blocks, const stream *s) {
+    for (int64_t first = 0; first < blocks; first += SPAN) {
+        ALIGNED uint32_t words[4][SPAN];
+        NAME(philox)(words, (uint32_t)first, row, s);
+        for (int64_t b = first; b < first + SPAN && b < blocks; b++)
+            for (int k = 0; k < 4; k++) out[4 * b + k] = words[k][b - first];
+    }
+}
+
+static TARGET void NAME(normals)(float *out, const uint32_t *in, int64_t blocks) {
+    for (int64_t first = 0; first < blocks; first += LANES) {
+        ALIGNED uint32_t words[4][SPAN] = {{0}};
+        ALIGNED float z[TILE];
+        for (int64_t b = first; b < first + LANES && b < blocks; b++)
+            for (int k = 0; k < 4; k++) words[k][b - first] = in[4 * b + k];
+        NAME(box_muller)(z, words, 0);
+        for (int64_t b = first; b < first + LANES && b < blocks; b++)
+            for (int k = 0; k < 4; k++) out[4 * b + k] = z[LANES * k + b - first];
+    }
+}
+
+#undef NAME
+#undef TARGET
+#undef VECTOR
+#undef MULTIPLY
+#undef TOGETHER
+#undef HALF_TO_FLOAT
+#undef FLOAT_TO_HALF

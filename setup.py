@@ -1,0 +1,49 @@
+"""The optional C kernel of `flatlora.ops`; everything else is in pyproject.toml.
+
+It is a plain shared library loaded with ctypes, not a Python module: one wheel serves every Python version, and without
+a compiler the install goes on without it.
+"""
+
+import os
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+FLAGS = {
+    # No -march: the instruction set is chosen at run time. sqrtf need not set errno, comparisons need not trap: only
+    # then are the loops vectorised.
+    "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"],
+    "mingw32": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-g0"],
+    "msvc": ["/O2", "/fp:contract"],
+}
+LIBRARIES = {"unix": ["m", "dl", "pthread"]}
+
+
+class BuildLibrary(build_ext):
+    def build_extension(self, ext):
+        ext.extra_compile_args = FLAGS.get(self.compiler.compiler_type, [])
+        ext.libraries = LIBRARIES.get(self.compiler.compiler_type, [])
+        super().build_extension(ext)
+
+    def get_export_symbols(self, ext):
+        return []
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"
+
+
+class PlatformWheel(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+source = "flatlora/ops/csrc/"
+setup(
+    ext_modules=[
+        Extension(
+            "flatlora.ops._noise", [source + "noise.c"], depends=[source + "noise_kernel.h"], optional=True
+        )
+    ],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+)

@@ -28,7 +28,8 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self._perturbation = perturbation(model)
-        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        callbacks: Any = state.stateful_callbacks  # a dict by now, whatever its annotation says
+        saved = callbacks.get(type(self).__name__) if state.global_step else None
         if isinstance(saved, dict) and saved.get("attributes"):
             self._perturbation.load_state_dict(saved["attributes"]["perturbation"])
         if self._perturbation.settings.total_steps is None:
@@ -41,9 +42,7 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         if self._perturbation is not None:
             self._perturbation.set_step(state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._perturbation is not None:
             self._perturbation.set_step(state.global_step)
 

@@ -73,7 +73,7 @@ class FlatLoraConfig(LoraConfig):
         self.settings()
         if self.on_unsupported not in ("error", "warn"):
             raise ValueError(f"on_unsupported must be 'error' or 'warn', got {self.on_unsupported!r}")
-        self._register_custom_module({nn.Module: create_layer})
+        self._register_custom_module({nn.Module: create_layer})  # type: ignore[dict-item]  # any callable will do
 
     def settings(self) -> Settings:
         """The settings that all flat adapters of a model share, checked."""

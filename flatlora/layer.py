@@ -125,7 +125,7 @@ def _calling_tuner() -> BaseTuner:
         tuner = frame.f_locals.get("self")
         if isinstance(tuner, BaseTuner):
             return tuner
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     raise RuntimeError("FlatLoraConfig makes layers only for a peft tuner (get_peft_model, inject_adapter_in_model)")
 
 
@@ -191,7 +191,10 @@ def _rebuild(plain: type) -> nn.Module:
     return object.__new__(flat_class(plain))
 
 
-class FlatLayer:
+_Layer: Any = object  # for the type checker: in use, the class that peft has made comes next
+
+
+class FlatLayer(_Layer):
     """Mix-in in front of a LoRA layer's class; see the head of this module."""
 
     plain_class: type
@@ -201,7 +204,7 @@ class FlatLayer:
     _norms: dict[str, tuple]  # cached norms, each with what it was computed from
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = super().forward  # type: ignore[misc]
+        plain = super().forward
         rho = self._rho(kwargs)
         if rho == 0:
             return plain(x, *args, **kwargs)
@@ -305,22 +308,22 @@ class FlatLayer:
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         self._norms.clear()  # peft writes through .data, which no version counter sees
-        super().merge(*args, **kwargs)  # type: ignore[misc]
+        super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
         self._norms.clear()
-        super().unmerge()  # type: ignore[misc]
+        super().unmerge()
 
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
         self._norms.clear()
         with _as_plain(config):
-            super().update_layer(adapter_name, *args, config=config, **kwargs)  # type: ignore[misc]
+            super().update_layer(adapter_name, *args, config=config, **kwargs)
         if hasattr(config, "rho"):
             state = Perturbation.shared(self.perturbation.model, config.settings())
             adopt(self, adapter_name, state, config.rho, config.on_unsupported, kwargs.get("target_name", "?"))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        super().delete_adapter(adapter_name)
         self.flat_adapters.discard(adapter_name)
         self.perturbation.rhos.pop(adapter_name, None)
 

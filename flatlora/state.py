@@ -215,8 +215,8 @@ class Perturbation:
         if unknown and self.settings.schedule != "constant" and not self._warned:
             self._warned = True
             warnings.warn(
-                f"schedule={self.settings.schedule!r} needs the length of the run: total_steps is None, so rho stays at "
-                f"{self.rho} throughout. Pass total_steps (optimizer steps), or use FlatLoraCallback in a Trainer, or "
+                f"schedule={self.settings.schedule!r} needs the length of the run: total_steps is None, so rho stays "
+                f"at {self.rho} throughout. Pass total_steps (optimizer steps), or use FlatLoraCallback in a Trainer, or "
                 "schedule='constant'.",
                 stacklevel=2,
             )

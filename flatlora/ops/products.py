@@ -124,9 +124,9 @@ class _PerturbedLinear(Function):
         if need_x:
             grad_x = _sum(grad[..., rows] @ block for rows, block in _blocks(weight, row_std, key, *ctx.settings))
         if need_weight:
-            grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+            grad_weight = (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if need_bias:
-            grad_bias = grad.flatten(0, -2).sum(dim=0)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
@@ -181,14 +181,12 @@ def _whole_groups(rows: int, columns: int, itemsize: int, size: int) -> Iterator
         yield slice(groups.start * size, groups.stop * size)
 
 
-def _conv_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, groups: int, which: int
-) -> Tensor:
+def _conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, groups: int, which: int) -> Tensor:
     """Gradient of a convolution with respect to x (which = 0) or to the weight (which = 1)."""
     mask = [which == 0, which == 1, False]
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, *geometry, False, _zeros(geometry), groups, mask
-    )[which]
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, False, _zeros(geometry), groups, mask)[
+        which
+    ]
 
 
 def _zeros(geometry: tuple) -> list[int]:

@@ -47,7 +47,7 @@ def plot_loss_line(
     theme: str = "light",
     size: tuple[float, float] = (6.0, 3.8),
 ) -> Figure:
-    """The loss along random directions: the mean over them with its interval, behind one or two lines each direction too.
+    """The loss along random directions: their mean with its interval; one or two lines show each direction too.
 
     Args:
         lines: label -> line.

@@ -25,17 +25,12 @@ from torch import Tensor
 from flatlora.ops.perturb import perturb_weight
 from flatlora.ops.philox import mix_rank
 
-from .weights import CHUNK, At, Weight, row_norms
+from .weights import CHUNK, At, Weight
 
 NOISES = ("filter", "filter_normalised", "layer", "plain")
 STREAM = 0x0A7A1751  # keeps the directions apart from the noise of training with the same seed
 
 Norms = Mapping[str, Tensor]  # name of a layer -> (m,)
-
-
-def all_row_norms(weights: list[Weight]) -> dict[str, Tensor]:
-    """The row norms of every chosen weight, by name, each (m,)."""
-    return {weight.name: row_norms(weight) for weight in weights}
 
 
 @dataclass

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .directions import Norms, all_row_norms
+from .directions import Norms
 from .evaluate import LossFn, bar
 from .measurement import Measurement
-from .stats import Estimate, standard_error, t_quantile
+from .norms import all_row_norms
+from .stats import Curve, Estimate
 from .weights import find_weights
 
 
 @dataclass(frozen=True, eq=False)
-class LossLine:
-    """The loss along several random directions.
+class LossLine(Curve):
+    """The loss along several random directions; mean, stderr and interval are over the directions.
 
     Attributes:
         distances: t.
@@ -28,6 +29,7 @@ class LossLine:
         noise, space, seed: what the directions are; lines with the same three can be compared point by point.
     """
 
+    GRID, SAMPLES = "distances", "losses"
     distances: Tensor  # (points,), float64
     losses: Tensor  # (directions, points), float64
     center: float
@@ -35,39 +37,9 @@ class LossLine:
     space: str
     seed: int
 
-    @property
-    def mean(self) -> Tensor:
-        """Mean over the directions, (points,)."""
-        return self.losses.mean(dim=0)
-
-    @property
-    def stderr(self) -> Tensor:
-        """Standard error of `mean` over the directions, (points,); NaN for one direction."""
-        return standard_error(self.losses, dim=0)
-
-    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Student's interval for the mean over all directions, two times (points,); NaN for one direction."""
-        half = t_quantile(level, len(self.losses) - 1) * self.stderr
-        return self.mean - half, self.mean + half
-
     def rise(self) -> LossLine:
         """The same line measured from its centre, L(W' + t D) - L(W')."""
-        rises = self.losses - self.center
-        return LossLine(self.distances, rises, 0.0, self.noise, self.space, self.seed)
-
-    def minus(self, other: LossLine) -> LossLine:
-        """The paired difference of two models along the same directions: its spread is that of the difference.
-
-        Raises:
-            ValueError: the two were not measured along the same directions at the same distances.
-        """
-        same = (self.noise, self.space, self.seed, self.losses.shape) == (
-            other.noise, other.space, other.seed, other.losses.shape
-        )  # fmt: skip
-        if not same or not torch.equal(self.distances, other.distances):
-            raise ValueError("other must have the same distances, directions, noise, space and seed as this line")
-        center = self.center - other.center
-        return LossLine(self.distances, self.losses - other.losses, center, self.noise, self.space, self.seed)
+        return replace(self, losses=self.losses - self.center, center=0.0)
 
     def curvature(self) -> Estimate:
         """The mean of d^T H d over the directions, by a least-squares parabola a t^2 / 2 through the rises.

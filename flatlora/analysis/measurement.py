@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .directions import Directions, Norms, all_row_norms
+from .directions import Directions, Norms
 from .evaluate import Journal, LossFn, MeanLoss
+from .norms import all_row_norms
 from .weights import find_weights
 
 

@@ -14,12 +14,12 @@ from .directions import Norms
 from .evaluate import LossFn, bar
 from .landscape import positive
 from .measurement import Measurement
-from .stats import Estimate, standard_error, t_quantile
+from .stats import Curve
 
 
 @dataclass(frozen=True, eq=False)
-class ExpectedSharpness:
-    """E_eps[L(W' + eps)] - L(W') at several strengths of the noise.
+class ExpectedSharpness(Curve):
+    """E_eps[L(W' + eps)] - L(W') at several strengths of the noise; mean, stderr and interval are over the noise.
 
     Attributes:
         rho: strengths.
@@ -29,45 +29,13 @@ class ExpectedSharpness:
         noise, space, seed: what the noise is; results with the same three can be compared sample by sample.
     """
 
+    GRID, SAMPLES = "rho", "rises"
     rho: Tensor  # (strengths,), float64
     rises: Tensor  # (samples, strengths), float64
     center: float
     noise: str
     space: str
     seed: int
-
-    @property
-    def mean(self) -> Tensor:
-        """The expected sharpness, (strengths,)."""
-        return self.rises.mean(dim=0)
-
-    @property
-    def stderr(self) -> Tensor:
-        """Its standard error, (strengths,); NaN for one sample."""
-        return standard_error(self.rises, dim=0)
-
-    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Student's interval, two times (strengths,)."""
-        half = t_quantile(level, len(self.rises) - 1) * self.stderr
-        return self.mean - half, self.mean + half
-
-    def estimates(self) -> dict[float, Estimate]:
-        """rho -> estimate with its standard error and samples."""
-        return {rho: Estimate.of(self.rises[:, k]) for k, rho in enumerate(self.rho.tolist())}
-
-    def minus(self, other: ExpectedSharpness) -> ExpectedSharpness:
-        """The paired difference of two models on the same noise, with the interval of the difference.
-
-        Raises:
-            ValueError: the two were not measured on the same noise.
-        """
-        same = (self.noise, self.space, self.seed, self.rises.shape) == (
-            other.noise, other.space, other.seed, other.rises.shape
-        )  # fmt: skip
-        if not same or not torch.equal(self.rho, other.rho):
-            raise ValueError("other must have the same rho, samples, noise, space and seed as this result")
-        center = self.center - other.center
-        return ExpectedSharpness(self.rho, self.rises - other.rises, center, self.noise, self.space, self.seed)
 
 
 def expected_sharpness(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,63 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.estimate:.4g} ± {self.stderr:.2g}"
+
+
+Self = TypeVar("Self", bound="Curve")
+
+
+class Curve:
+    """What a result measured over several samples at several points can do: the base of the frozen dataclasses.
+
+    A subclass names its field of points, (points,), and its field of independent samples, (samples, points). Any other
+    field says how it was measured, but for `center`, the value at the undisturbed model.
+    """
+
+    GRID: ClassVar[str]
+    SAMPLES: ClassVar[str]
+    center: float
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over the samples, (points,)."""
+        return getattr(self, self.SAMPLES).mean(dim=0)
+
+    @property
+    def stderr(self) -> Tensor:
+        """Standard error of `mean`, (points,); NaN for one sample."""
+        return standard_error(getattr(self, self.SAMPLES), dim=0)
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Student's interval for the mean, two times (points,); NaN for one sample."""
+        half = t_quantile(level, len(getattr(self, self.SAMPLES)) - 1) * self.stderr
+        return self.mean - half, self.mean + half
+
+    def estimates(self) -> dict[float, Estimate]:
+        """Point -> estimate with its standard error and samples."""
+        samples = getattr(self, self.SAMPLES)
+        return {x: Estimate.of(samples[:, k]) for k, x in enumerate(getattr(self, self.GRID).tolist())}
+
+    def minus(self: Self, other: Self) -> Self:
+        """The paired difference, sample by sample: of two models measured on the same noise, with the interval of the
+        difference, which is narrower than that of either.
+
+        Raises:
+            ValueError: the two were not measured at the same points, on the same noise, in the same way.
+        """
+        skip = (self.SAMPLES, "center")
+        for name in [f.name for f in fields(self) if f.name not in skip]:  # type: ignore[arg-type]
+            ours, theirs = getattr(self, name), getattr(other, name, None)
+            if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+                same = torch.equal(ours, theirs)
+            else:
+                same = ours == theirs
+            if not same:
+                raise ValueError(f"other must have the same {name} as this result, {ours}, got {theirs}")
+        ours, theirs = getattr(self, self.SAMPLES), getattr(other, self.SAMPLES)
+        if ours.shape != theirs.shape:
+            raise ValueError(f"other must have the same number of samples, {len(ours)}, got {len(theirs)}")
+        changes = {self.SAMPLES: ours - theirs, "center": self.center - other.center}
+        return replace(self, **changes)  # type: ignore[type-var]
 
 
 def standard_error(samples: Tensor, dim: int) -> Tensor:

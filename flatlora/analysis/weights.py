@@ -6,8 +6,8 @@ weight exists at a time, whatever the size of the model. Because out = x (W + s 
 adds D to the merged weight W' = W + s B A.
 
 A LoRA layer whose base weight cannot take D in its place (quantised; DoRA, which rescales the sum) gets D additively,
-out + x D^T. LoRA layers are recognised by what they offer (`get_base_layer`, `get_delta_weight`, `active_adapters`),
-so nothing here imports peft.
+its layer's operation with D alone, out + x D^T. LoRA layers are recognised by what they offer (`get_base_layer`,
+`get_delta_weight`, `active_adapters`), so nothing here imports peft.
 
 Row form: every weight is seen as (m, n), one row per output filter. GPT-2's Conv1D stores the transpose; the trailing
 axes of a convolution are flattened.
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLAIN = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
 SPACES = ("merged", "adapter")
 CHUNK = 1 << 20  # entries of a temporary block
 
@@ -43,6 +44,7 @@ class Weight:
         index: of the weight in the noise stream, a hash of `name`: it does not depend on which others are chosen.
         transposed: the parameter is stored (n, m).
         shape: (m, n), row form.
+        full_shape: in which the parameter is stored.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Weight:
     index: int
     transposed: bool
     shape: tuple[int, int]
+    full_shape: tuple[int, ...]
 
     def parameter(self) -> Tensor | None:
         """The stored parameter, or None for an additive weight."""
@@ -71,10 +74,7 @@ class Weight:
 
     def stored(self, rows: Tensor) -> Tensor:
         """Row form back to the shape in which the parameter is stored."""
-        parameter = self.parameter()
-        if parameter is None:
-            return rows
-        return rows.T if self.transposed else rows.view(parameter.shape)
+        return rows.T if self.transposed else rows.view(self.full_shape)
 
 
 def find_weights(
@@ -126,26 +126,6 @@ def active(module: Any) -> list[str]:
     return [name for name in module.active_adapters if any(name in d for d in held)]
 
 
-def row_norms(weight: Weight) -> Tensor:
-    """The norms ||W'_i|| of the rows of the weight the layer acts with, (m,), float32 or the weight's float64.
-
-    The merged weight W' is built for this one layer and dropped; for an additive weight it is read off the layer's
-    answers to unit vectors, W' = (layer(I) - layer(0))^T.
-    """
-    values = weight.values()
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    with torch.no_grad():
-        if weight.path is None:
-            return _probed_norms(weight, dtype)
-        if weight.path.startswith("base_layer."):
-            for adapter in active(weight.owner):
-                owner: Any = weight.owner
-                delta = owner.get_delta_weight(adapter)
-                values = values.to(dtype) + (delta.T if weight.transposed else delta.flatten(1)).to(dtype)
-        blocks = values.split(max(1, CHUNK // weight.shape[1]))
-        return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=dtype) for block in blocks])
-
-
 @contextlib.contextmanager
 def displaced(weights: list[Weight], at: At) -> Iterator[set[str]]:
     """Inside, every forward of the chosen layers acts with ``at(weight, W)`` in place of W (both in row form).
@@ -190,14 +170,24 @@ def _displaced_forward(run: Callable, owner: nn.Module, group: list[Weight], at:
     def forward(*args, **kwargs):
         used.update(weight.name for weight in group)
         if group[0].path is None:
-            (weight,), x = group, args[0]
-            shift = nn.functional.linear(x, at(weight, weight.values()).to(x.dtype))
+            (weight,) = group
+            shift = _shift(owner, args[0], weight.stored(at(weight, weight.values())))
             out = run(*args, **kwargs)
             return out + shift.to(out.dtype)
         swap = {f"layer.{weight.path}": weight.stored(at(weight, weight.values())) for weight in group}
         return functional_call(call, swap, args, kwargs)
 
     return forward
+
+
+def _shift(owner: Any, x: Tensor, D: Tensor) -> Tensor:
+    """What the layer adds to its output when D, in the shape of its weight, is added to the weight."""
+    base = owner.get_base_layer()
+    if isinstance(base, nn.Embedding):
+        return nn.functional.embedding(x, D) * getattr(base, "embed_scale", 1)
+    if isinstance(base, CONVOLUTIONS):
+        return base._conv_forward(x, D.to(x.dtype), None)  # type: ignore[arg-type]
+    return nn.functional.linear(x, (D.T if is_transposed(base) else D).to(x.dtype))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -209,7 +199,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         whole = is_adapted(module) or isinstance(module, nn.MultiheadAttention)
         if whole:
             inside.append(f"{name}." if name else "")
-        if whole or isinstance(module, PLAIN) or _is_transposed(module):
+        if whole or isinstance(module, PLAIN) or is_transposed(module):
             yield _canonical(name), module
 
 
@@ -220,12 +210,12 @@ def _canonical(name: str) -> str:
     return name.split(".modules_to_save.")[0]
 
 
-def _is_transposed(module: Any) -> bool:
+def is_transposed(module: Any) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _weight(name: str, owner: nn.Module, path: str, transposed: bool) -> Weight:
-    made = Weight(name, owner, path, zlib.crc32(name.encode()), transposed, (0, 0))
+    made = Weight(name, owner, path, zlib.crc32(name.encode()), transposed, (0, 0), ())
     parameter = made.parameter()
     if parameter is None or not parameter.is_floating_point() or parameter.ndim < 2 or parameter.numel() == 0:
         kind = "missing" if parameter is None else f"{parameter.dtype}, shape {tuple(parameter.shape)}"
@@ -234,7 +224,7 @@ def _weight(name: str, owner: nn.Module, path: str, transposed: bool) -> Weight:
             "leave the layer out through layers=, or gather or dequantise it first"
         )
     rows = parameter.T if transposed else parameter.flatten(1)
-    return replace(made, shape=(rows.shape[0], rows.shape[1]))
+    return replace(made, shape=(rows.shape[0], rows.shape[1]), full_shape=tuple(parameter.shape))
 
 
 def _merged(name: str, module: Any) -> list[Weight]:
@@ -244,16 +234,18 @@ def _merged(name: str, module: Any) -> list[Weight]:
         paths = ("in_proj_weight", "out_proj.weight")
         return [_weight(f"{name}.{path}", module, path, False) for path in paths]
     if not is_adapted(module):
-        return [_weight(name, module, "weight", _is_transposed(module))]
+        return [_weight(name, module, "weight", is_transposed(module))]
     base = module.get_base_layer()
     parameter = getattr(base, "weight", None)
     takes = parameter is not None and parameter.is_floating_point() and parameter.ndim > 1 and parameter.numel() > 0
-    plain = (isinstance(base, PLAIN) or _is_transposed(base)) and hasattr(module, "lora_A")
-    if plain and takes and module.base_layer is base and not any(a in _variants(module) for a in active(module)):
-        return [_weight(name, module, "base_layer.weight", _is_transposed(base))]
+    known = takes and (isinstance(base, PLAIN) or is_transposed(base)) and module.base_layer is base
+    added = hasattr(module, "lora_A") and not any(adapter in _variants(module) for adapter in active(module))
+    if known:
+        weight = _weight(name, module, "base_layer.weight", is_transposed(base))
+        return [weight if added else replace(weight, path=None)]
     m, n = getattr(base, "out_features", None), getattr(base, "in_features", None)
-    if isinstance(m, int) and isinstance(n, int):
-        return [Weight(name, module, None, zlib.crc32(name.encode()), False, (m, n))]
+    if isinstance(m, int) and isinstance(n, int):  # the weight is out of reach: quantised, or itself wrapped
+        return [Weight(name, module, None, zlib.crc32(name.encode()), False, (m, n), (m, n))]
     raise ValueError(
         f"layer {name!r}: a {type(module).__name__} over {type(base).__name__} cannot be displaced in the merged "
         "space; leave it out through layers=, or merge the adapter first"
@@ -298,16 +290,3 @@ def _share_tied(weights: list[Weight]) -> list[Weight]:
                 tied[id(parameter)] = index
         out.append(replace(weight, index=index))
     return out
-
-
-def _probed_norms(weight: Weight, dtype: torch.dtype) -> Tensor:
-    m, n = weight.shape
-    like = weight.values()
-    squares = torch.zeros(m, dtype=dtype, device=like.device)
-    zero = weight.owner(torch.zeros(1, n, dtype=like.dtype, device=like.device)).to(dtype)
-    step = max(1, CHUNK // (m + n))
-    for start in range(0, n, step):
-        units = torch.zeros(min(step, n - start), n, dtype=like.dtype, device=like.device)
-        units[:, start:].fill_diagonal_(1)
-        squares += (weight.owner(units).to(dtype) - zero).square().sum(dim=0)
-    return squares.sqrt()

@@ -1,0 +1,122 @@
+"""Sharpness: closed forms of a quadratic, and intervals that hold the truth as often as they say."""
+
+import math
+
+import pytest
+import torch
+from analysis.cases import Quadratic, Snapshot, token_loss, value
+from torch import nn
+
+from flatlora.analysis import Estimate, expected_sharpness
+from flatlora.analysis.stats import t_quantile
+
+
+def half_trace(model, noise, rho):
+    """tr(H Sigma) / 2 for the noise's covariance Sigma."""
+    m, n = model.w0.shape
+    norms = model.w0.norm(dim=1)
+    variance = {
+        "filter": norms.square() / n,
+        "layer": norms.square().sum().expand(m) / (m * n),
+        "plain": torch.ones(m),
+    }[noise]
+    return float(rho**2 / 2 * (variance.repeat_interleave(n) * model.H.diagonal()).sum())
+
+
+def test_intervals_of_a_quadratic_hold_the_truth_as_often_as_they_say():
+    model, trials, level = Quadratic(slope=1.0), 150, 0.8
+    truth = half_trace(model, "filter", 0.1)
+    hits, means, errors = 0, [], []
+    for seed in range(trials):
+        result = expected_sharpness(model, value, model.batches, rho=0.1, samples=12, seed=seed)
+        low, high = result.interval(level)
+        hits += bool(low <= truth <= high)
+        means.append(result.mean.item())
+        errors.append(result.stderr.item())
+    spread = math.sqrt(level * (1 - level) / trials)  # of the rate of hits
+    assert level - 4 * spread - 0.03 <= hits / trials <= level + 4 * spread  # 0.03: the samples are skew, chi-squared
+    assert abs(sum(means) / trials - truth) < 5 * (sum(e * e for e in errors) ** 0.5 / trials)
+
+
+@pytest.mark.parametrize("noise", ["layer", "plain"])
+def test_other_noises_of_a_quadratic(noise):
+    model = Quadratic(slope=1.0)
+    result = expected_sharpness(model, value, model.batches, rho=0.2, samples=300, noise=noise)
+    assert abs(result.mean - half_trace(model, noise, 0.2)) < 5 * result.stderr
+
+
+def test_the_same_noise_at_every_strength_scales_a_quadratic_exactly():
+    model = Quadratic(slope=2.0)
+    result = expected_sharpness(model, value, model.batches, rho=[0.0, 0.1, 0.2, 0.4], samples=3)
+    torch.testing.assert_close(result.rises[:, 3], 16 * result.rises[:, 1], rtol=1e-5, atol=1e-9)
+    assert (result.rises[:, 0] == 0).all()
+
+
+def test_two_models_on_the_same_noise_differ_by_less_than_either_interval():
+    a, b = Quadratic(), Quadratic()
+    b.H = 1.01 * b.H
+    results = [expected_sharpness(m, value, m.batches, rho=[0.1], samples=16) for m in (a, b)]
+    difference = results[1].minus(results[0])
+    assert difference.stderr < 0.05 * results[0].stderr
+    low, high = difference.interval()
+    truth = half_trace(b, "filter", 0.1) - half_trace(a, "filter", 0.1)
+    assert 0 < low < truth < high
+    with pytest.raises(ValueError, match="same number of samples, 16, got 2"):
+        results[0].minus(expected_sharpness(a, value, a.batches, rho=[0.1], samples=2))
+
+
+def test_leaves_nothing_behind(net, ids):
+    before = Snapshot(net)
+    expected_sharpness(net, token_loss, ids, rho=[0.1, 0.5], samples=2)
+    before.assert_same()
+    with pytest.raises(TypeError):
+        expected_sharpness(net, lambda m, b: m(1), ids)
+    before.assert_same()
+
+
+def test_norms_of_another_model():
+    model, other = Quadratic(), Quadratic(seed=1)
+    norms = {"layer": other.w0.norm(dim=1)}
+    result = expected_sharpness(model, value, model.batches, rho=0.1, samples=300, norms=norms)
+    truth = float(0.01 / 8 * (norms["layer"].square().repeat_interleave(4) * model.H.diagonal()).sum())
+    assert abs(result.mean - truth) < 5 * result.stderr
+
+
+@pytest.mark.parametrize("rho", [-0.1, math.nan, math.inf, [], [0.1, -1.0]])
+def test_rho_out_of_bounds(rho):
+    model = Quadratic()
+    with pytest.raises(ValueError, match="rho must be one or more finite numbers >= 0, got"):
+        expected_sharpness(model, value, model.batches, rho=rho)
+
+
+@pytest.mark.parametrize("samples", [0, True, 2.0])
+def test_samples_out_of_bounds(samples):
+    model = Quadratic()
+    with pytest.raises(ValueError, match="samples must be an integer >= 1, got"):
+        expected_sharpness(model, value, model.batches, samples=samples)
+
+
+@pytest.mark.parametrize(
+    "level, degrees, expected",
+    [(0.95, 1, 12.7062047362), (0.95, 2, 4.3026527297), (0.9, 5, 2.0150483733), (0.99, 30, 2.7499956536)],
+)
+def test_student_quantiles(level, degrees, expected):
+    """Values of published tables."""
+    assert t_quantile(level, degrees) == pytest.approx(expected, abs=1e-8)
+    assert t_quantile(level, 100000) < t_quantile(level, degrees)
+
+
+def test_estimate():
+    estimate = Estimate.of(torch.tensor([1.0, 2.0, 3.0]))
+    assert estimate.estimate == 2 and estimate.stderr == pytest.approx(1 / math.sqrt(3))
+    assert str(estimate) == "2 ± 0.58"
+    assert math.isnan(Estimate.of(torch.tensor([1.0])).stderr)
+    with pytest.raises(ValueError, match=r"level must be in \(0, 1\), got 95"):
+        estimate.interval(95)
+
+
+def test_a_float32_model_with_large_loss_does_not_lose_the_rise():
+    model = nn.Linear(64, 64, bias=False)
+    x = [torch.randn(16, 64)]
+    result = expected_sharpness(model, lambda m, b: m(b).square().mean(), x, rho=0.05, samples=4)
+    torch.testing.assert_close(result.mean / result.center, torch.tensor([0.0025]).double(), rtol=0.2, atol=0)

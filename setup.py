@@ -10,13 +10,10 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-FLAGS = {
-    # No -march: the instruction set is chosen at run time. sqrtf need not set errno, comparisons need not trap: only
-    # then are the loops vectorised.
-    "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"],
-    "mingw32": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-g0"],
-    "msvc": ["/O2", "/fp:contract"],
-}
+# No -march: the instruction set is chosen at run time. The loops are vectorised only where sqrtf need not set errno,
+# comparisons need not trap, and signed integers need not wrap (-fwrapv comes with Python's own flags).
+GNU = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-wrapv", "-ffp-contract=fast", "-g0"]
+FLAGS = {"unix": [*GNU, "-fvisibility=hidden"], "mingw32": GNU, "msvc": ["/O2", "/fp:contract"]}
 LIBRARIES = {"unix": ["m", "dl", "pthread"]}
 
 
@@ -42,7 +39,7 @@ source = "flatlora/ops/csrc/"
 setup(
     ext_modules=[
         Extension(
-            "flatlora.ops._noise", [source + "noise.c"], depends=[source + "noise_kernel.h"], optional=True
+            "flatlora.ops._noise", [source + "noise.c"], depends=[source + "noise_kernel.h", "setup.py"], optional=True
         )
     ],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},

@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 ROW_BLOCK = 64  # rows that share one generator in the `torch` backend
 
 
-
 def perturb_weight(
     weight: Tensor,  # (m, n)
     row_std: Tensor,  # (m,)

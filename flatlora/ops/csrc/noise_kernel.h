@@ -184,17 +184,20 @@ static inline TARGET void NAME(add)(
     NAME(store)(out, x, out_type);
 }
 
-/* Rows begin ... end - 1 of the job, in panels: rows that are read and written in place one by one; rows whose elements
- * are apart PANEL at a time, through buffers, so that a cache line of a column is fetched once. */
+/* Rows begin ... end - 1 of the job, in blocks of rows x COLUMNS. Where elements of a row lie next to each other, a block
+ * is a part of one row, read and written in place. Where they are apart, it has PANEL rows and goes through buffers, so
+ * that a cache line of a column is fetched once, and blocks follow each other down the columns, so that a page is. */
 static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
     enum { COLUMNS = SPAN / LANES * TILE };
     ALIGNED char weight_buffer[PANEL * COLUMNS * 8], out_buffer[PANEL * COLUMNS * 8];
     int64_t w_size = SIZE[j->w_type], o_size = SIZE[j->o_type];
     int w_apart = j->w1 != w_size, o_apart = j->o1 != o_size;
-    int height = (w_apart && j->w1 != 0) || o_apart ? PANEL : 1;
-    for (int64_t i0 = begin; i0 < end; i0 += height) {
-        int rows = end - i0 < height ? (int)(end - i0) : height;
-        for (int64_t j0 = 0; j0 < j->n; j0 += COLUMNS) {
+    int down = (w_apart && j->w1 != 0) || o_apart, height = down ? PANEL : 1;
+    int64_t high = (end - begin + height - 1) / height, wide = (j->n + COLUMNS - 1) / COLUMNS;
+    for (int64_t outer = 0; outer < (down ? wide : high); outer++) {
+        for (int64_t inner = 0; inner < (down ? high : wide); inner++) {
+            int64_t i0 = begin + (down ? inner : outer) * height, j0 = (down ? outer : inner) * COLUMNS;
+            int rows = end - i0 < height ? (int)(end - i0) : height;
             int columns = j->n - j0 < COLUMNS ? (int)(j->n - j0) : COLUMNS;
             const char *w = j->weight + i0 * j->w0 + j0 * j->w1;
             char *o = j->out + i0 * j->o0 + j0 * j->o1;

@@ -6,6 +6,7 @@
 |-------------|------------------------------------------------------------|---------|
 | `reference` | the contract of `philox.py` in plain torch; slow           | any     |
 | `c`         | the contract, in one pass over W (`csrc/`)                 | CPU     |
+| `triton`    | the contract, in one kernel (`triton_kernel.py`)           | GPU     |
 | `torch`     | torch's own generators, a stream of its own (see below)    | any     |
 
 The stream of `torch` is a function of (seed, sample, layer, block of 64 rows): each block seeds a fresh generator of
@@ -15,7 +16,9 @@ the weight's device with a Philox hash of those four. It differs from the contra
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+import os
 
 import torch
 from torch import Tensor
@@ -117,13 +120,24 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             "backend='c' needs the C kernel, which was not built: install a C compiler and install flatlora again "
             "(pip install --force-reinstall --no-deps --no-cache-dir), or use backend='auto'"
         )
+    if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend='triton' serves CUDA and ROCm tensors only, got one on {device}: use backend='auto'")
+    if backend == "triton" and not _has_triton():
+        raise ValueError("backend='triton' needs the triton package (pip install triton), or use backend='auto'")
     return backend
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache  # so that it says what it chose once
 def _auto(device_type: str) -> str:
     if device_type == "cpu" and native.LIBRARY is not None:
         return "c"
+    if device_type == "cuda" and _has_triton():
+        return "triton"
     if device_type == "cpu":
         logger.warning(
             "flatlora's C kernel was not built (no C compiler at install time): the noise comes from torch's "
@@ -157,6 +171,19 @@ def _c_rows(rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor)
     native.perturb(zero, row_std, key, layer, out, rows=rows)
 
 
+def _triton(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, out: Tensor) -> None:
+    from . import triton_kernel  # imports triton
+
+    triton_kernel.perturb(weight, row_std, key, layer, out, first_row=first_row)
+
+
+def _triton_rows(rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
+    from . import triton_kernel
+
+    zero = torch.zeros((), dtype=row_std.dtype, device=rows.device).expand(out.shape)
+    triton_kernel.perturb(zero, row_std, key, layer, out, rows=rows)
+
+
 def _torch(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, out: Tensor) -> None:
     seed, sample = key.tolist()
     m, n = weight.shape
@@ -184,5 +211,5 @@ def _generator_normals(seed: int, sample: int, layer: int, block: int, n: int, d
     return torch.empty(ROW_BLOCK, n, device=device).normal_(generator=generator)
 
 
-BACKENDS = {"reference": _reference, "torch": _torch, "c": _c}
-ROW_BACKENDS = {"reference": _reference_rows, "torch": _torch_rows, "c": _c_rows}
+BACKENDS = {"reference": _reference, "torch": _torch, "c": _c, "triton": _triton}
+ROW_BACKENDS = {"reference": _reference_rows, "torch": _torch_rows, "c": _c_rows, "triton": _triton_rows}

@@ -100,9 +100,7 @@ def _delta(layer, base, name):
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     groups = getattr(base, "groups", 1)
     rank, rows = A.shape[0] // groups, B.shape[0] // groups
-    parts = [
-        B.flatten(1)[g * rows : (g + 1) * rows] @ A.flatten(1)[g * rank : (g + 1) * rank] for g in range(groups)
-    ]
+    parts = [B.flatten(1)[g * rows : (g + 1) * rows] @ A.flatten(1)[g * rank : (g + 1) * rank] for g in range(groups)]
     return scaling * torch.cat(parts).view(B.shape[0], *A.shape[1:])
 
 
@@ -121,7 +119,9 @@ def dense_noise(layer, sample=0, rho=RHO, seed=SEED):
     base = layer.get_base_layer()
     own = base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
     key = torch.tensor([mix_rank(seed, 0), sample])
-    z = perturb_weight(torch.zeros(own.shape, dtype=own.dtype), torch.ones(len(own), dtype=own.dtype), key, layer.stream)
+    z = perturb_weight(
+        torch.zeros(own.shape, dtype=own.dtype), torch.ones(len(own), dtype=own.dtype), key, layer.stream
+    )
     norms = merged_norms(layer).detach()
     eps = rho / own.shape[1] ** 0.5 * norms[:, None] * z
     shape = own.shape if isinstance(base, Conv1D) else base.weight.shape

@@ -175,7 +175,12 @@ def test_layers_have_streams_of_their_own_and_a_tied_weight_has_one():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.a, self.b, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 9)
+            self.embed, self.a, self.b, self.head = (
+                nn.Embedding(9, 8),
+                nn.Linear(8, 8),
+                nn.Linear(8, 8),
+                nn.Linear(8, 9),
+            )
             self.head.weight = self.embed.weight
 
         def forward(self, x):

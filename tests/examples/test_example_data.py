@@ -1,0 +1,108 @@
+import io
+import json
+import tarfile
+
+import data
+import pytest
+from data import Encoder, Example
+
+PROMPT = "Review: {text}\nSentiment:"
+LABELS = ("negative", "positive")
+
+
+def test_ratings_become_labels_and_unclear_ones_are_left_out():
+    lines = "1\t2.5\tA &amp; B\r\n2\t-0.5\tdull \r\n3\t0.45\tso-so\r\n4\t-2\tA & B\r\n"
+    assert data.parse_vader(lines.encode()) == [Example("A & B", 1), Example("dull", 0)]
+
+
+def test_the_four_domains_are_read_from_the_nested_archive(tmp_path):
+    def add(archive, name, content):
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for file in data.VADER_FILES.values():
+            add(archive, f"folder/{file}_GroundTruth.txt", f"1\t1.0\t{file}".encode())
+    with tarfile.open(tmp_path / "outer.tar.gz", "w:gz") as archive:
+        add(archive, "package/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+    domains = data.read_vader(tmp_path / "outer.tar.gz")
+    assert domains == {name: [Example(file, 1)] for name, file in data.VADER_FILES.items()}
+
+
+def test_a_file_missing_from_the_archive_is_named(tmp_path):
+    with tarfile.open(tmp_path / "empty.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(ValueError, match="hutto_ICWSM_2014.tar.gz, found 0"):
+        data.read_vader(tmp_path / "empty.tar.gz")
+
+
+def test_the_split_is_fixed_and_loses_nothing():
+    rows = list(range(50))
+    train, test = data.split(rows)
+    assert (len(train), len(test)) == (40, 10) and sorted(train + test) == rows
+    assert data.split(rows) == (train, test)
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = [(f"text {i}", LABELS[i % 2]) for i in range(10)]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f'"{t}, really",{y}\n' for t, y in rows))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
+    return tmp_path
+
+
+def test_files_become_a_task(files):
+    task = data.load_task(str(files / "a.csv"), [str(files / "b.jsonl")])
+    assert task.labels == LABELS and list(task.tests) == ["held-out", "b"]
+    assert (len(task.train), len(task.tests["held-out"]), len(task.tests["b"])) == (8, 2, 10)
+    assert task.tests["b"][3] == Example("text 3", 1)
+    assert not set(task.train) & set(task.tests["held-out"])
+    assert all(example.text.endswith(", really") for example in task.train)
+
+
+def test_bad_files_are_answered_with_what_was_found(files):
+    with pytest.raises(ValueError, match="must have a column 'review', got text, label"):
+        data.load_task(str(files / "a.csv"), text_column="review")
+    (files / "c.csv").write_text("text,label\nfine,neutral\n")
+    with pytest.raises(ValueError, match="neutral"):
+        data.load_task(str(files / "a.csv"), [str(files / "c.csv")])
+    (files / "d.csv").write_text("text,label\n")
+    with pytest.raises(ValueError, match="at least one row"):
+        data.load_task(str(files / "d.csv"))
+
+
+def test_prompts_are_padded_on_the_left_and_labels_are_the_next_word(tokenizer):
+    encode = Encoder(tokenizer, PROMPT, LABELS)
+    inputs, targets = encode([Example("good", 1), Example("a very bad film", 0)])
+    assert tokenizer.convert_ids_to_tokens(targets) == ["positive", "negative"]
+    assert tokenizer.decode(inputs["input_ids"][0]) == "<pad> <pad> <pad> Review : good Sentiment :"
+    assert inputs["attention_mask"][0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert inputs["position_ids"][0].tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
+    assert inputs["position_ids"][1].tolist() == list(range(8))
+
+
+def test_braces_in_a_text_stay(tokenizer):
+    inputs, _ = Encoder(tokenizer, "{text} :", LABELS)([Example("{text} {x} film", 0)])
+    assert tokenizer.decode(inputs["input_ids"][0]).endswith("film :")
+
+
+def test_long_texts_keep_the_end_of_the_prompt(tokenizer):
+    tokenizer.truncation_side = "left"
+    inputs, _ = Encoder(tokenizer, PROMPT, LABELS, max_tokens=4)([Example("good " * 50, 1)])
+    assert tokenizer.decode(inputs["input_ids"][0]) == "good good Sentiment :"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "labels", "message"),
+    [
+        ("Review:", LABELS, "must hold {text}"),
+        (PROMPT, ("good", "good film"), "different tokens"),
+        (PROMPT, ("positive", ""), "a new token starts"),
+    ],
+    ids=["no text", "same first token", "no token"],
+)
+def test_prompts_that_cannot_work(tokenizer, prompt, labels, message):
+    with pytest.raises(ValueError, match=message):
+        Encoder(tokenizer, prompt, labels)

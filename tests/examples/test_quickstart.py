@@ -1,0 +1,89 @@
+import csv
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import quickstart
+import torch
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """Forty reviews whose label follows from one word, and ten from another domain."""
+    words = [("good", 1), ("fine", 1), ("great", 1), ("bad", 0), ("poor", 0), ("dull", 0)]
+    nouns, adverbs = ("film", "plot"), ("", "very ", "not ")
+    rows = [(f"the {n} is {a}{w}", y) for n, a, (w, y) in itertools.product(nouns, adverbs, words)]
+    for name, some in (("movies", rows), ("books", rows[:10])):
+        lines = [f"{text},{('negative', 'positive')[label]}" for text, label in some]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def arguments(tiny_model, reviews):
+    files = ["--dataset", str(reviews / "movies.csv"), "--other_domains", str(reviews / "books.csv")]
+    sizes = ["--steps", "6", "--batch_size", "4", "--eval_samples", "8", "--picture_samples", "4", "--r", "2"]
+    kind = ["--dtype", "float32", "--device", "cpu", "--lr", "0.01"]
+    return ["--model", str(tiny_model), *files, *sizes, *kind, "--output_dir", str(reviews / "out")]
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_from_the_model_to_the_table_and_the_picture(arguments, reviews, capfd):
+    results = quickstart.main(arguments)
+    out = reviews / "out"
+    accuracy = read_csv(out / "accuracy.csv")
+    assert [(row["method"], row["domain"]) for row in accuracy] == list(
+        itertools.product(("before", "lora", "flat"), ("held-out", "books"))
+    )
+    training = read_csv(out / "training.csv")
+    assert [row["method"] for row in training] == ["lora"] * 6 + ["flat"] * 6
+    rho = [float(row["rho"]) for row in training if row["method"] == "flat"]
+    assert rho[0] == 0 and rho == sorted(rho) and 0 < rho[-1] <= 0.05
+    assert (out / "loss_line.png").read_bytes().startswith(b"\x89PNG")
+    assert results["command"].startswith("python examples/quickstart.py --model")
+    assert results["arguments"]["seed"] == 0 and results["machine"]["torch"] == torch.__version__
+    for method in ("lora", "flat"):
+        check = results["reloaded"][method]
+        assert check["same_answers"] == check["examples"] == check["same_answers_merged"]
+        assert (out / method / "adapter" / "adapter_model.safetensors").exists()
+        assert (out / method / "merged" / "model.safetensors").exists()
+    printed = capfd.readouterr()
+    assert "Flat-LoRA minus LoRA" in printed.out and "rho=" in printed.err and "loss=" in printed.err
+
+
+def test_without_noise_both_methods_are_the_same_run(arguments):
+    (args,) = quickstart.HfArgumentParser(quickstart.Arguments).parse_args_into_dataclasses([*arguments, "--rho", "0"])
+    encode, task = quickstart.prepare(args)
+    histories = []
+    for method in ("lora", "flat"):
+        model = quickstart.adapt(quickstart.load_model(args.model, torch.float32), method, args)
+        histories.append([step["loss"] for step in quickstart.train(model, method, encode, task.train, args)])
+    assert histories[0] == histories[1]
+
+
+def test_an_adapter_that_answers_differently_is_an_error(arguments, monkeypatch):
+    run = subprocess.run
+
+    def damage(command, **kwargs):
+        from safetensors.torch import load_file, save_file
+
+        path = Path(command[-1]).parent / "adapter" / "adapter_model.safetensors"
+        save_file({key: -50 * torch.randn_like(value) for key, value in load_file(path).items()}, path)
+        return run(command, **kwargs)
+
+    monkeypatch.setattr(quickstart.subprocess, "run", damage)
+    with pytest.raises(RuntimeError, match="must give the same 7 answers, got"):
+        quickstart.main([*arguments, "--method", "flat", "--picture_samples", "0"])
+
+
+def test_the_fresh_process_cannot_import_flatlora():
+    examples = Path(quickstart.__file__).parent
+    code = "import reload_adapter, flatlora"
+    done = subprocess.run([sys.executable, "-c", code], cwd=examples, capture_output=True, text=True)
+    assert done.returncode == 1 and "import of flatlora halted" in done.stderr

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from analysis.cases import Quadratic, Snapshot, token_loss, value
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from flatlora.analysis import Estimate, expected_sharpness
+from flatlora.analysis import Estimate, expected_sharpness, sam_sharpness
 from flatlora.analysis.stats import t_quantile
 
 
@@ -120,3 +121,60 @@ def test_a_float32_model_with_large_loss_does_not_lose_the_rise():
     x = [torch.randn(16, 64)]
     result = expected_sharpness(model, lambda m, b: m(b).square().mean(), x, rho=0.05, samples=4)
     torch.testing.assert_close(result.mean / result.center, torch.tensor([0.0025]).double(), rtol=0.2, atol=0)
+
+
+def worst_rise(model, rho):
+    """The maximum of g e + e H e / 2 over ||e|| = rho, by the secular equation (H convex: it is on the sphere)."""
+    values, vectors = torch.linalg.eigh(model.H)
+    slope = vectors.T @ model.slope
+    low, high = values.max().item() + 1e-12, values.max().item() + slope.norm().item() / rho + 1
+    for _ in range(200):
+        shift = (low + high) / 2
+        low, high = (shift, high) if (slope / (shift - values)).norm() > rho else (low, shift)
+    e = slope / (shift - values)
+    return float(slope @ e + (values * e * e).sum() / 2)
+
+
+def test_sam_sharpness_of_a_quadratic():
+    model = Quadratic(slope=1.0)
+    rho = [0.05, 0.5, 2.0]
+    first = sam_sharpness(model, value, model.batches, rho=rho)
+    g = model.slope / model.slope.norm()
+    exact = [r * model.slope.norm() + r * r / 2 * (g @ model.H @ g) for r in rho]
+    torch.testing.assert_close(first.mean, torch.tensor(exact).double())
+    torch.testing.assert_close(first.first_order[0], torch.tensor(rho).double() * model.slope.norm())
+    many = sam_sharpness(model, value, model.batches, rho=rho, steps=60)
+    torch.testing.assert_close(many.mean, torch.tensor([worst_rise(model, r) for r in rho]).double(), rtol=1e-4, atol=0)
+    assert (many.mean >= first.mean - 1e-12).all() and math.isnan(many.stderr[0])
+
+
+def test_sam_sharpness_where_the_gradient_vanishes_finds_the_top_eigenvalue():
+    model = Quadratic()
+    found = sam_sharpness(model, value, model.batches, rho=0.3, steps=100)
+    assert found.mean.item() == pytest.approx(0.045 * torch.linalg.eigvalsh(model.H)[-1].item(), rel=1e-3)
+    assert found.first_order.item() == 0
+
+
+def test_sam_sharpness_per_batch_and_together(net, ids):
+    before = Snapshot(net)
+    apart = sam_sharpness(net, token_loss, ids, rho=[0.0, 0.1], steps=2)
+    together = sam_sharpness(net, token_loss, ids, rho=[0.0, 0.1], steps=2, per_batch=False)
+    before.assert_same()
+    assert apart.rises.shape == (2, 2) and together.rises.shape == (1, 2)
+    assert apart.center == pytest.approx(together.center)
+    assert apart.mean[1] > together.mean[1] > 0 and apart.mean[0] == 0  # the mean of maxima is above
+    with pytest.raises(ValueError, match="steps must be an integer >= 1"):
+        sam_sharpness(net, token_loss, ids, steps=0)
+
+
+def test_the_merged_space_and_the_adapter_space_differ():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(r=2, target_modules=["0"]))  # B = 0
+    x = [torch.randn(8, 6)]
+    loss = lambda m, b: m(b).square().mean()  # noqa: E731
+    merged = sam_sharpness(model, loss, x, rho=0.1)
+    adapter = sam_sharpness(model, loss, x, rho=0.1, space="adapter")
+    W = model.base_model.model[0].weight.detach().clone().requires_grad_()
+    (g,) = torch.autograd.grad((x[0] @ W.T + model.base_model.model[0].bias).square().mean(), W)
+    A, s = model.base_model.model[0].lora_A["default"].weight, model.base_model.model[0].scaling["default"]
+    torch.testing.assert_close(merged.first_order.item(), 0.1 * g.norm().item())
+    torch.testing.assert_close(adapter.first_order.item(), 0.1 * (s * g @ A.T).norm().item())

@@ -1,0 +1,184 @@
+"""Hessian products, eigenvalues, trace and spectrum against dense matrices."""
+
+import copy
+import math
+
+import pytest
+import torch
+from analysis.cases import Quadratic, Snapshot, token_loss, value
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flatlora.analysis import Hessian, hessian_vector_product, spectral_density, top_eigenvalues, trace
+from flatlora.analysis.weights import find_weights
+
+
+class Dense:
+    """A symmetric matrix as an operator."""
+
+    def __init__(self, matrix):
+        self.matrix, self.size, self.dtype, self.device = matrix, len(matrix), matrix.dtype, matrix.device
+
+    def __matmul__(self, vector):
+        return self.matrix @ vector
+
+
+def symmetric(n=60, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    a = torch.randn(n, n, generator=g, dtype=torch.float64)
+    return (a + a.T) / math.sqrt(2 * n)
+
+
+def dense_hessian(model, loss_fn, batches, **settings):
+    """The same matrix by torch's own double differentiation, over the chosen weights of a model that owns them."""
+    weights = find_weights(model, **settings)
+    unique = {w.index: w for w in weights}.values()
+    values = tuple(w.values().clone() for w in unique)
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    class Call(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return loss_fn(self.model, batch)
+
+    def loss(*rows):
+        swap = {f"model.{names[id(w.parameter())]}": w.stored(row) for w, row in zip(unique, rows, strict=True)}
+        return sum(torch.func.functional_call(Call(), swap, (batch,)) for batch in batches) / len(batches)
+
+    blocks = torch.autograd.functional.hessian(loss, values)
+    sizes = [v.numel() for v in values]
+    return torch.cat(
+        [torch.cat([blocks[i][j].reshape(n, k) for j, k in enumerate(sizes)], 1) for i, n in enumerate(sizes)]
+    )
+
+
+def assert_hessian(hessian, dense):
+    assert hessian.size == len(dense)
+    for k in range(3):
+        v = torch.randn(hessian.size, dtype=hessian.dtype, generator=torch.Generator().manual_seed(k))
+        torch.testing.assert_close(hessian @ v, dense @ v, rtol=1e-8, atol=1e-10)
+
+
+def test_tied_weights_convolution_embedding(net, ids):
+    net.double().eval()
+    net.train()
+    before = Snapshot(net)
+    hessian = Hessian(net, token_loss, ids)
+    product = hessian @ torch.ones(hessian.size, dtype=torch.float64)
+    before.assert_same()
+    net.eval()
+    assert_hessian(hessian, dense_hessian(net, token_loss, ids))
+    vectors = {n: torch.ones_like(v) for n, v in hessian.split(product).items()}
+    assert set(vectors) == {"embedding", "convolution", "linear"}  # the head is the embedding
+    torch.testing.assert_close(
+        torch.cat([v.flatten() for v in hessian_vector_product(net, token_loss, ids, vectors).values()]), product
+    )
+    with pytest.raises(ValueError, match="vectors must have the keys"):
+        hessian_vector_product(net, token_loss, ids, {})
+
+
+def tiny_llama():
+    config = LlamaConfig(
+        vocab_size=13, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).double().eval()
+
+
+def language_loss(model, ids):
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def test_the_merged_weight_of_a_frozen_base_under_an_adapter():
+    ids = [torch.randint(0, 13, (2, 5)) for _ in range(2)]
+    targets = LoraConfig(r=2, target_modules=["v_proj", "o_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_llama(), targets, autocast_adapter_dtype=False).eval()
+    before = Snapshot(model)
+    hessian = Hessian(model, language_loss, ids)
+    top = top_eigenvalues(hessian, count=2)
+    before.assert_same()
+    assert (top.residuals < 1e-3 * top.values.abs().max()).all()
+    merged = copy.deepcopy(model).merge_and_unload()
+    dense = dense_hessian(merged, language_loss, ids, layers=lambda n: n.endswith(("v_proj", "o_proj")))
+    assert_hessian(hessian, dense)
+    torch.testing.assert_close(top.values, torch.linalg.eigvalsh(dense).flip(0)[:2], rtol=1e-3, atol=0)
+    adapter = Hessian(model, language_loss, ids, space="adapter")
+    assert_hessian(adapter, dense_hessian(model, language_loss, ids, space="adapter"))
+
+
+@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize("count", [1, 4])
+def test_extreme_eigenvalues(count, smallest):
+    matrix = symmetric()
+    found = top_eigenvalues(Dense(matrix), count, smallest=smallest, tolerance=1e-8, steps=60)
+    truth = torch.linalg.eigvalsh(matrix)
+    truth = truth[:count] if smallest else truth.flip(0)[:count]
+    torch.testing.assert_close(found.values, truth)
+    torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(count, dtype=torch.float64))
+    assert (found.residuals < 1e-6).all()
+
+
+def test_residuals_bound_the_error_of_eigenvalues_that_have_not_converged():
+    matrix = symmetric(200)
+    for seed in range(10):
+        found = top_eigenvalues(Dense(matrix), 1, steps=8, seed=seed)
+        gap = (torch.linalg.eigvalsh(matrix) - found.values).abs().min()
+        assert 1e-6 < found.residuals and gap <= found.residuals + 1e-12
+
+
+def test_an_operator_of_low_rank_ends_lanczos_early():
+    matrix = torch.diag(torch.tensor([3.0, 2.0] + [0.0] * 20, dtype=torch.float64))
+    torch.testing.assert_close(top_eigenvalues(Dense(matrix), 2).values, torch.tensor([3.0, 2.0]).double())
+    assert spectral_density(Dense(matrix), steps=15).nodes.isnan().any()
+
+
+def test_trace_intervals_hold_the_truth_as_often_as_they_say():
+    matrix, trials, level = symmetric(), 300, 0.9
+    found = [trace(Dense(matrix), samples=10, seed=seed) for seed in range(trials)]
+    truth = matrix.trace().item()
+    hits = sum(low <= truth <= high for low, high in (e.interval(level) for e in found))
+    assert abs(hits / trials - level) < 4 * math.sqrt(level * (1 - level) / trials)
+    assert trace(Dense(torch.diag(torch.arange(5.0)))).estimate == 10  # signs are exact for a diagonal
+    assert abs(trace(Hessian(q := Quadratic(), value, q.batches), samples=200).estimate - q.H.trace()) < 0.5
+
+
+def test_spectral_density_is_that_of_the_matrix():
+    matrix, width = symmetric(300), 0.1
+    found = spectral_density(Dense(matrix), samples=10, steps=60, width=width)
+    truth = torch.linalg.eigvalsh(matrix)
+    step = (found.eigenvalues[1] - found.eigenvalues[0]).item()
+    assert found.mean.sum() * step == pytest.approx(1, abs=1e-3)
+    exact = torch.exp(-0.5 * ((found.eigenvalues - truth[:, None]) / width) ** 2).mean(0) / (
+        width * (2 * math.pi) ** 0.5
+    )
+    assert ((found.mean - exact).abs() < 6 * found.stderr + 1e-3).all()
+    assert (found.mean - exact).abs().max() < 0.1 * exact.max()
+
+
+def test_curvlinops_takes_the_operator():
+    curvlinops = pytest.importorskip("curvlinops", reason="the analysis extra is not installed")
+    model = Quadratic()
+    operator = Hessian(model, value, model.batches).to_curvlinops()
+    torch.testing.assert_close(operator @ torch.eye(12, dtype=torch.float64), model.H)
+    assert abs(curvlinops.hutchinson_trace(operator, num_matvecs=11) - model.H.trace()) < 2
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda h: top_eigenvalues(h, 0), "count must be an integer >= 1, got 0"),
+        (lambda h: top_eigenvalues(h, 13), "count must be at most the operator's size, 12, got 13"),
+        (lambda h: top_eigenvalues(h, 3, steps=2), "steps must be at least count, 3, got 2"),
+        (lambda h: trace(h, samples=0), "samples must be an integer >= 1, got 0"),
+        (lambda h: spectral_density(h, steps=0), "steps must be an integer >= 1, got 0"),
+        (lambda h: h @ torch.ones(3), r"vector must have shape \(12,\), got \(3,\)"),
+    ],
+)
+def test_mistakes_are_answered(call, message):
+    model = Quadratic()
+    with pytest.raises(ValueError, match=message):
+        call(Hessian(model, value, model.batches))

@@ -1,0 +1,80 @@
+import gc
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from flatlora.ops import products
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_to_collect():
+    # a Trainer collects garbage when it starts: let it not look through all that the imports have made
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # for tensors this small several threads only wait for one another
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Pass:
+    """One pass through a model, and the perturbed products in it; those that backward makes again are left out."""
+
+    grad: bool  # gradients were enabled
+    training: bool  # the model was in training mode
+    strengths: list[float] = field(default_factory=list)  # of the noise in each product, from its std and peft's own merged weight
+    samples: set[int] = field(default_factory=set)
+
+    @property
+    def rho(self):
+        """The strength that all its products share."""
+        assert max(self.strengths, default=0.0) - min(self.strengths, default=0.0) < 1e-5
+        return max(self.strengths, default=0.0)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """passes(model): the list to which each pass of a transformers model inside adds itself from now on."""
+
+    def watch(model):
+        seen, entered = [], []
+        layers = {m.get_base_layer().weight.data_ptr(): m for m in model.modules() if isinstance(m, LoraLayer)}
+        perturb = products.perturb_weight
+
+        def enter(module, args):
+            entered.append(module)
+            if len(entered) == 1:
+                seen.append(Pass(torch.is_grad_enabled(), module.training))
+
+        def leave(module, args, output):
+            entered.pop()
+
+        def spy(weight, row_std, key, *args, **kwargs):
+            layer = layers.get(weight.data_ptr())
+            if layer is not None and torch._C._current_graph_task_id() == -1:
+                with torch.autocast(weight.device.type, enabled=False):
+                    merged = weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+                strength = row_std * weight.shape[1] ** 0.5 / merged.norm(dim=1)
+                assert strength.max() - strength.min() < 1e-5
+                seen[-1].strengths.append(strength.mean().item())
+                seen[-1].samples.add(key.tolist()[1])
+            return perturb(weight, row_std, key, *args, **kwargs)
+
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.register_forward_pre_hook(enter)
+                module.register_forward_hook(leave)
+        monkeypatch.setattr(products, "perturb_weight", spy)
+        return seen
+
+    return watch

@@ -1,0 +1,229 @@
+"""Inside transformers' Trainer: the ramp, what is logged, clean evaluation, and its other features beside us."""
+
+import pytest
+import tiny
+import torch
+from loops.runs import RHO, adapter, assert_same_adapter, cosine, flat_model, plain_model, rows, trainer
+from peft import PeftModel
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+)
+
+from flatlora import FlatLoraCallback, FlatLoraConfig, get_flat_peft_model, perturbation
+
+
+def with_callback(**settings):
+    return flat_model(**settings), [FlatLoraCallback()]
+
+
+def without(**settings):
+    return flat_model(**{"total_steps": 6, **settings}), []
+
+
+# ---- the ramp ----
+
+
+@pytest.mark.parametrize("way", [with_callback, without])
+@pytest.mark.parametrize(
+    "accumulation, windows",
+    [(1, [1, 1, 1]), (2, [2, 2, 1]), (3, [3, 3, 2])],  # batches in each optimizer step of one of the two epochs
+    ids=["every-batch", "two-and-a-rest", "three-and-a-rest"],
+)
+def test_ramp(way, accumulation, windows, passes, tmp_path):
+    model, callbacks = way()
+    seen = passes(model)
+    run = trainer(
+        model,
+        tmp_path,
+        callbacks=callbacks,
+        data=rows(sum(windows)),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=2,
+    )
+    run.train()
+    expected = [cosine(step, 6) for step, count in enumerate(windows * 2) for _ in range(count)]
+    assert [p.rho for p in seen] == pytest.approx(expected, abs=1e-6)
+    assert perturbation(model).steps == perturbation(model).total_steps == run.state.max_steps == 6
+    assert perturbation(model).rho_t == RHO
+
+
+@pytest.mark.parametrize("resample", ["forward", "step"])
+def test_samples(resample, passes, tmp_path):
+    model, callbacks = with_callback(resample=resample, schedule="constant")
+    seen = passes(model)
+    trainer(model, tmp_path, callbacks=callbacks, gradient_accumulation_steps=2).train()
+    samples = [sample for p in seen for sample in p.samples]
+    batches = 3 * 4
+    assert len(samples) == batches
+    assert len(set(samples)) == {"forward": batches, "step": batches // 2}[resample]
+
+
+def test_total_steps_of_the_config_wins(passes, tmp_path):
+    model, callbacks = with_callback(total_steps=10)
+    seen = passes(model)
+    trainer(model, tmp_path, callbacks=callbacks, max_steps=4).train()
+    assert [p.rho for p in seen] == pytest.approx([cosine(step, 10) for step in range(4)], abs=1e-6)
+
+
+def test_a_second_training_starts_the_ramp_again(passes, tmp_path):
+    model, callbacks = with_callback()
+    seen = passes(model)
+    trainer(model, tmp_path, callbacks=callbacks, max_steps=2).train()
+    trainer(model, tmp_path, callbacks=callbacks, max_steps=3).train()
+    expected = [cosine(0, 2), cosine(1, 2), cosine(0, 3), cosine(1, 3), cosine(2, 3)]
+    assert [p.rho for p in seen] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_model_that_is_not_flat(tmp_path):
+    with pytest.raises(ValueError, match="no flat LoRA layer"):
+        trainer(plain_model(), tmp_path, callbacks=[FlatLoraCallback()]).train()
+
+
+# ---- what is logged ----
+
+
+class Report(TrainerCallback):
+    """Stands for TensorBoard and the others: writes the numbers down when it is told."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.seen.append(dict(logs))
+
+
+def test_logs(tmp_path):
+    model, callbacks = with_callback()
+    report = Report()
+    run = trainer(model, tmp_path, callbacks=[*callbacks, report], max_steps=4, logging_steps=2)
+    run.train()
+    expected = [cosine(2, 4), cosine(4, 4)]
+    for logs in (report.seen, run.state.log_history):
+        assert [entry["flat_rho"] for entry in logs if "loss" in entry] == pytest.approx(expected)
+        assert all("flat_rho" not in entry for entry in logs if "loss" not in entry)
+
+
+@pytest.mark.parametrize("bar", [True, False], ids=["bar", "no-bar"])
+def test_progress_shows_the_strength(bar, capsys, tmp_path):
+    model, callbacks = with_callback()
+    trainer(model, tmp_path, callbacks=callbacks, max_steps=1, disable_tqdm=not bar).train()
+    assert f"'flat_rho': '{RHO}'" in capsys.readouterr().out
+
+
+# ---- evaluation ----
+
+
+class Evaluated(TrainerCallback):
+    def __init__(self):
+        self.losses = {}
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.losses[state.global_step] = metrics["eval_loss"]
+
+
+def test_evaluation_during_training_is_that_of_plain_lora(passes, tmp_path):
+    model, callbacks = with_callback(schedule="constant")
+    seen, evaluated = passes(model), Evaluated()
+    trainer(
+        model,
+        tmp_path,
+        callbacks=[*callbacks, evaluated],
+        more={"eval_dataset": rows(6)},
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    ).train()
+    assert [p.rho for p in seen if p.training] == pytest.approx([RHO] * 3)
+    assert not any(p.strengths for p in seen if not p.training)
+    for step, loss in evaluated.losses.items():
+        plain = PeftModel.from_pretrained(tiny.base_model(), tmp_path / f"checkpoint-{step}")
+        assert trainer(plain, tmp_path).evaluate(rows(6))["eval_loss"] == loss
+
+
+def test_early_stopping_and_the_best_model(tmp_path):
+    model, callbacks = with_callback()
+    run = trainer(
+        model,
+        tmp_path,
+        callbacks=[*callbacks, EarlyStoppingCallback(early_stopping_patience=1)],
+        more={"eval_dataset": rows(4, length=5)},
+        learning_rate=1.0,  # far too much: the first evaluation stays the best
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    run.train()
+    stopped = run.state.global_step
+    assert stopped < 6 and perturbation(model).steps == stopped and perturbation(model).total_steps == 6
+    best = PeftModel.from_pretrained(tiny.base_model(), run.state.best_model_checkpoint)
+    assert run.state.best_global_step < stopped
+    assert_same_adapter(model, adapter(best))
+
+
+# ---- the trainer's other features, beside us ----
+
+BESIDE = {
+    "dropout": {},
+    "label-smoothing": {"label_smoothing_factor": 0.1},
+    "neftune": {"neftune_noise_alpha": 5.0},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "bf16": {"bf16": True},
+    "accumulation": {"gradient_accumulation_steps": 3},
+}
+
+
+@pytest.mark.parametrize("settings", BESIDE.values(), ids=BESIDE)
+def test_without_strength_it_is_plain_lora(settings, tmp_path):
+    plain, flat = plain_model(lora_dropout=0.1), flat_model(rho=0.0, lora_dropout=0.1)
+    trainer(plain, tmp_path, max_steps=3, **settings).train()
+    trainer(flat, tmp_path, callbacks=[FlatLoraCallback()], max_steps=3, **settings).train()
+    assert_same_adapter(flat, adapter(plain))
+
+
+@pytest.mark.parametrize("settings", BESIDE.values(), ids=BESIDE)
+def test_every_training_pass_is_perturbed(settings, passes, tmp_path):
+    model, callbacks = with_callback(schedule="constant")
+    seen = passes(model)
+    trainer(model, tmp_path, callbacks=callbacks, data=rows(18), max_steps=3, **settings).train()
+    assert len(seen) == 3 * settings.get("gradient_accumulation_steps", 1)
+    layers = sum(hasattr(module, "lora_A") for module in model.modules())
+    for p in seen:
+        assert len(p.strengths) == layers and p.rho == pytest.approx(RHO)
+
+
+def test_seq2seq_trainer(passes, tmp_path):
+    sizes = dict(vocab_size=tiny.TOKENS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    config = FlatLoraConfig(r=4, target_modules=["q", "wi"], rho=RHO, schedule="constant", task_type="SEQ_2_SEQ_LM")
+    model = get_flat_peft_model(base, config)
+    seen = passes(model)
+    run = trainer(
+        model,
+        tmp_path,
+        kind=Seq2SeqTrainer,
+        arguments=Seq2SeqTrainingArguments,
+        callbacks=[FlatLoraCallback()],
+        more={"eval_dataset": rows(2)},
+        max_steps=2,
+        predict_with_generate=True,
+        generation_max_length=4,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    run.train()
+    assert [p.rho for p in seen if p.training] == pytest.approx([RHO] * 2)
+    assert not any(p.strengths for p in seen if not p.training)
+    assert any(not p.training for p in seen)

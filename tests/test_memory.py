@@ -1,0 +1,89 @@
+"""Only seeds are kept (invariant 4): what a layer saves beyond plain LoRA is O(m), and one block at a time exists."""
+
+from itertools import accumulate
+
+import peft
+import tiny
+import torch
+from layer_cases import CASES, clean_forward, flat_model
+from peft import LoraConfig
+from torch.profiler import ProfilerActivity, profile
+
+import flatlora.ops.blocks
+from flatlora import FlatLoraConfig, get_flat_peft_model
+
+
+def saved_bytes(run, frozen):
+    """Bytes of the distinct storages that autograd keeps after `run()`, the frozen parameters' left out."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    return sum(storages.values()), out
+
+
+def test_a_layer_saves_order_m_beyond_plain_lora():
+    for case in CASES:
+        model, layer, x = flat_model(case, dtype=torch.float32)
+        x = x.requires_grad_() if x.is_floating_point() else x
+        frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        plain, _keep = saved_bytes(lambda: clean_forward(model, x), frozen)  # noqa: B023
+        flat, _keep2 = saved_bytes(lambda: model(x), frozen)  # noqa: B023
+        base = layer.get_base_layer()
+        rows = _keep2.numel() // _keep2.shape[-1] if case.tokens else layer.out_features
+        assert flat - plain <= 4 * rows + 64, case.name  # row_std in float32, the key, an empty element
+        assert base.weight.numel() > rows
+
+
+def test_a_model_saves_order_m_for_each_layer():
+    plain, flat = tiny.plain_model(), tiny.flat_model()
+    frozen = [{p.untyped_storage().data_ptr() for p in model.parameters()} for model in (plain, flat)]
+    first, _a = saved_bytes(lambda: tiny.loss(plain), frozen[0])
+    second, _b = saved_bytes(lambda: tiny.loss(flat), frozen[1])
+    rows = sum(layer.out_features for layer in flat.modules() if hasattr(layer, "perturbation"))
+    layers = sum(1 for layer in flat.modules() if hasattr(layer, "perturbation"))
+    assert second - first <= 4 * rows + 16 * layers
+
+
+def allocations(run):
+    """(largest single allocation, peak of all that was alive) during `run()`, in bytes, from torch's own profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert sizes  # negative where memory is given back
+    return max(sizes), max(accumulate(sizes))
+
+
+def test_no_temporary_is_larger_than_a_block(monkeypatch):
+    """A weight of 4 MiB, blocks of 64 KiB: forward, norms and backward make nothing larger than a block."""
+    monkeypatch.setattr(flatlora.ops.blocks, "BLOCK_BYTES", 2**16)
+    config = FlatLoraConfig(target_modules=["0"], r=2, schedule="constant")
+    model = get_flat_peft_model(torch.nn.Sequential(torch.nn.Linear(256, 4096, bias=False)), config).train()
+    x = torch.randn(2, 256, requires_grad=True)
+    largest, peak = allocations(lambda: model(x).sum().backward())
+    assert model.base_model.model[0].weight.nbytes == 2**22
+    assert largest <= 2**16
+    assert peak <= 2**19  # outputs and gradients of 32 KiB each, a few rows' worth of vectors, a block
+
+
+def test_the_peak_of_a_training_step_grows_by_a_block_and_not_with_the_model():
+    width, depth = 512, 8
+
+    def peak(config):
+        layers = [torch.nn.Linear(width, width) for _ in range(depth)]
+        model = peft.get_peft_model(torch.nn.Sequential(*layers), config).train()
+        x = torch.randn(16, width)
+        model(x).sum().backward()  # gradients exist and caches are filled, as in any step but the first
+        return allocations(lambda: model(x).sum().backward())[1]
+
+    options = {"target_modules": [str(i) for i in range(depth)]}
+    plain, flat = peak(LoraConfig(**options)), peak(FlatLoraConfig(**options, schedule="constant"))
+    block = 4 * width * width  # the whole weight fits into a block
+    assert flat - plain <= block + depth * 64 * width  # a few m- and r x m-sized vectors for each layer
+    assert depth * block > 3 * (flat - plain)

@@ -1,0 +1,180 @@
+"""Strength, schedule and sample: rho_t, progress and when new noise is drawn (invariant 6)."""
+
+import math
+import warnings
+
+import pytest
+import tiny
+import torch
+
+from flatlora import FlatLoraConfig, attach, get_flat_peft_model, perturbation, perturbed
+
+SHAPES = {
+    "cosine": lambda t: 0.5 * (1 - math.cos(math.pi * t)),
+    "linear": lambda t: t,
+    "constant": lambda t: 1.0,
+}
+
+
+@pytest.mark.parametrize("schedule", SHAPES)
+def test_the_ramp_follows_the_optimizer_steps(schedule):
+    model = tiny.flat_model(rho=0.1, schedule=schedule, total_steps=4)
+    state = perturbation(model)
+    optimizer = torch.optim.SGD(tiny.trainable(model), lr=0.0)
+    for step in range(6):  # two more than announced: the ramp stays up
+        assert state.progress == min(1.0, step / 4)
+        assert state.rho_t == pytest.approx(0.1 * SHAPES[schedule](min(1.0, step / 4)), abs=1e-15)
+        optimizer.step()
+
+
+def test_the_strength_in_the_forward_is_rho_t():
+    """The noise of a linear layer is linear in rho_t, so its size can be read off the output."""
+    model = get_flat_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(8, 8).double()),
+        FlatLoraConfig(target_modules=["0"], rho=0.1, schedule="linear", total_steps=10, seed=0),
+    )
+    x = torch.randn(3, 8, dtype=torch.float64)
+    state = perturbation(model)
+    clean = model.eval()(x)
+    with perturbed(model, sample=0):
+        state.progress = 1.0
+        full = model(x) - clean
+        for progress in (0.0, 0.25, 0.5):
+            state.progress = progress
+            torch.testing.assert_close(model(x) - clean, progress * full, rtol=0, atol=1e-12)
+
+
+def test_steps_are_counted_under_accumulation_with_a_last_incomplete_window():
+    model = tiny.flat_model(rho=0.1, schedule="linear", total_steps=3)
+    state, seen = perturbation(model), []
+    optimizer = torch.optim.AdamW(tiny.trainable(model))
+    batches = 5
+    for batch in range(batches):
+        tiny.loss(model, seed=batch).backward()
+        seen.append((state.sample, round(state.progress * 3)))
+        if batch % 2 == 1 or batch == batches - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert seen == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)]
+    assert state.progress == 1.0
+
+
+def test_resample_step_keeps_one_sample_for_an_optimizer_step():
+    model = tiny.flat_model(resample="step")
+    state, seen = perturbation(model), []
+    optimizer = torch.optim.AdamW(tiny.trainable(model))
+    for batch in range(6):
+        tiny.loss(model).backward()
+        seen.append(state.sample)
+        if batch % 2 == 1:
+            optimizer.step()
+    assert seen == [0, 0, 1, 1, 2, 2]
+
+
+def test_resample_forward_draws_after_a_backward_and_not_before():
+    model = tiny.flat_model()
+    state = perturbation(model)
+    first, again = tiny.loss(model), tiny.loss(model)
+    assert torch.equal(first, again) and state.sample == 0
+    first.backward()
+    with torch.no_grad():
+        tiny.loss(model)
+    tiny.loss(model.eval())
+    assert state.sample == 0  # neither was a training forward
+    assert not torch.equal(tiny.loss(model.train()), first) and state.sample == 1
+
+
+def test_only_the_optimizer_of_the_adapters_counts():
+    model, other = tiny.flat_model(total_steps=10), torch.nn.Linear(2, 2)
+    state = perturbation(model)
+    stranger = torch.optim.SGD(other.parameters(), lr=0.1)
+    stranger.step()
+    assert state.steps == 0
+    parameters = tiny.trainable(model)
+    halves = [torch.optim.SGD(part, lr=0.0) for part in (parameters[::2], parameters[1::2])]
+    for step in range(3):
+        for optimizer in halves:  # two optimizers of one model: a step of the pair is one step
+            optimizer.step()
+        assert state.steps == step + 1
+
+
+def test_an_unknown_length_runs_at_full_strength_and_says_so_once():
+    model = tiny.flat_model(schedule="cosine", rho=0.1)
+    with pytest.warns(UserWarning, match="total_steps"):
+        tiny.loss(model)
+    assert perturbation(model).rho_t == 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.loss(model)
+
+
+def test_progress_and_rho_can_be_set():
+    model = tiny.flat_model(schedule="linear", rho=0.1)
+    state = perturbation(model)
+    state.progress = 0.25
+    assert state.progress == 0.25 and state.rho_t == pytest.approx(0.025)
+    state.rho = 0.2
+    assert state.rho_t == pytest.approx(0.05)
+    state.total_steps = 10
+    torch.optim.SGD(tiny.trainable(model), lr=0.0).step()
+    assert state.progress == pytest.approx(0.35)
+
+
+def test_one_state_is_shared_by_the_layers():
+    model = tiny.flat_model()
+    assert len({id(layer.perturbation) for layer in model.modules() if hasattr(layer, "perturbation")}) == 1
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_a_bad_rho_is_refused(value):
+    for use in (
+        lambda: FlatLoraConfig(rho=value),
+        lambda: attach(tiny.plain_model(), rho=value),
+        lambda: setattr(perturbation(tiny.flat_model()), "rho", value),
+    ):
+        with pytest.raises(ValueError, match=r"rho must be finite and >= 0, got "):
+            use()
+
+
+@pytest.mark.parametrize("value", ["0.05", None, True])
+def test_a_rho_that_is_no_number_is_refused(value):
+    with pytest.raises(TypeError, match="rho must be a number, got"):
+        FlatLoraConfig(rho=value)
+
+
+BAD = [
+    ({"schedule": "cosin"}, ValueError, "schedule must be one of .*'cosine'.*got 'cosin'"),
+    ({"resample": "epoch"}, ValueError, "resample must be one of .*got 'epoch'"),
+    ({"backend": "cudnn"}, ValueError, "backend must be one of .*got 'cudnn'"),
+    ({"total_steps": 0}, ValueError, r"total_steps must be None or in \[1, .*got 0"),
+    ({"total_steps": -3}, ValueError, r"total_steps must be None or in \[1, .*got -3"),
+    ({"total_steps": 2.5}, TypeError, "total_steps must be an integer or None, got 2.5"),
+    ({"seed": "x"}, TypeError, "seed must be an integer or None, got 'x'"),
+    ({"seed": 2**64}, ValueError, "seed must be None or in "),
+    ({"on_unsupported": "ignore"}, ValueError, "on_unsupported must be 'error' or 'warn', got 'ignore'"),
+]
+
+
+@pytest.mark.parametrize(
+    "options, error, message", BAD, ids=lambda value: str(value) if isinstance(value, dict) else ""
+)
+def test_bad_settings_are_refused_at_construction_and_by_attach(options, error, message):
+    with pytest.raises(error, match=message):
+        FlatLoraConfig(**options)
+    model = tiny.plain_model()
+    with pytest.raises(error, match=message):
+        attach(model, **options)
+    with pytest.raises(ValueError, match="no flat LoRA layer"):
+        perturbation(model)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, "half", math.nan])
+def test_a_bad_progress_is_refused(value):
+    with pytest.raises(ValueError, match=r"progress must be a number in \[0, 1\], got"):
+        perturbation(tiny.flat_model()).progress = value
+
+
+@pytest.mark.parametrize("value", [-1, 2**32, 1.0])
+def test_a_bad_sample_is_refused(value):
+    with pytest.raises(ValueError, match="sample must be None or an integer"):
+        perturbed(tiny.flat_model(), sample=value)

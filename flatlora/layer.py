@@ -177,7 +177,7 @@ def _grouped_row_norms(weight: Tensor, squared: Tensor, B: list[Tensor], A: list
         part = torch.cat([a.to(squared.dtype).chunk(groups)[g] for a in A])  # (ranks / groups, all columns)
         inside = part[:, g * columns : (g + 1) * columns]
         b = torch.cat([b[here] for b in B], dim=1)
-        norms.append(merged_row_norms(weight[here], squared[here], b, inside, gram=part @ part.T))
+        norms.append(merged_row_norms(weight[here], squared[here], b, inside, whole=part))
     return torch.cat(norms)
 
 

@@ -36,7 +36,7 @@ def squared_row_norms(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def merged_row_norms(weight: Tensor, squared: Tensor, B: Tensor, A: Tensor, gram: Tensor | None = None) -> Tensor:
+def merged_row_norms(weight: Tensor, squared: Tensor, B: Tensor, A: Tensor, whole: Tensor | None = None) -> Tensor:
     """``||W_i + (B A)_i||`` of each row, by the formula at the head of this module.
 
     Args:
@@ -44,14 +44,15 @@ def merged_row_norms(weight: Tensor, squared: Tensor, B: Tensor, A: Tensor, gram
         squared: (m,) from `squared_row_norms(weight)`.
         B: (m, r), the scaling folded in.
         A: (r, n).
-        gram: (r, r), ``A A^T``; given when A stands for a part of a wider factor (grouped convolutions).
+        whole: (r, N), the factor of which A is a part, if it is one (grouped convolutions); ``A A^T`` is then its own.
 
     Returns:
         (m,) of the dtype of `squared`.
     """
     dtype = squared.dtype
     B = B.to(dtype)
-    gram = A.to(dtype) @ A.to(dtype).T if gram is None else gram
-    cross = (weight @ A.to(weight.dtype).T).to(dtype)
-    low_rank = ((2 * cross + B @ gram) * B).sum(dim=1)
+    with torch.autocast(weight.device.type, enabled=False):  # it would round all three products
+        whole = (A if whole is None else whole).to(dtype)
+        cross = (weight @ A.to(weight.dtype).T).to(dtype)
+        low_rank = ((2 * cross + B @ (whole @ whole.T)) * B).sum(dim=1)
     return (squared + low_rank).clamp_min_(0).sqrt_()  # rounding can leave a vanishing row just below zero

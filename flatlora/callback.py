@@ -29,12 +29,12 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
     ) -> None:
         self._perturbation = perturbation(model)
         callbacks: Any = state.stateful_callbacks  # a dict by now, whatever its annotation says
-        saved = callbacks.get(type(self).__name__) if state.global_step else None
-        if isinstance(saved, dict) and saved.get("attributes"):
+        # a checkpoint from before this callback has no entry, and the trainer's own saving expects one
+        saved = callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step and isinstance(saved, dict) and saved.get("attributes"):
             self._perturbation.load_state_dict(saved["attributes"]["perturbation"])
-        if self._perturbation.settings.total_steps is None:
-            self._perturbation.total_steps = state.max_steps
-        self._perturbation.set_step(state.global_step)
+        total_steps = self._perturbation.settings.total_steps
+        self._perturbation.set_step(state.global_step, state.max_steps if total_steps is None else total_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

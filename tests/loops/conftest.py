@@ -32,7 +32,9 @@ class Pass:
 
     grad: bool  # gradients were enabled
     training: bool  # the model was in training mode
-    strengths: list[float] = field(default_factory=list)  # of the noise in each product, from its std and peft's own merged weight
+    strengths: list[float] = field(
+        default_factory=list
+    )  # of the noise in each product, from its std and peft's own merged weight
     samples: set[int] = field(default_factory=set)
 
     @property

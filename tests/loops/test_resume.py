@@ -65,7 +65,9 @@ def test_accelerate(process, accumulation, tmp_path):
     data = batches(STEPS * accumulation)
 
     def train(n, first=0):
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, step_scheduler_with_optimizer=False)
+        accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=accumulation, step_scheduler_with_optimizer=False
+        )
         model = process(n)
         accelerator.register_for_checkpointing(perturbation(model))
         model, optimizer, scheduler = accelerator.prepare(model, *parts(model))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -117,3 +118,20 @@ class Directions:
             z = perturb_weight(zeros, ones, key, weight.index, start)
             norms.append(torch.linalg.vector_norm(z, dim=1, dtype=torch.float64))
         return torch.cat(norms)
+
+
+class Space(Protocol):
+    """Something that vectors belong to."""
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def probe(space: Space, seed: int, sample: int) -> Tensor:
+    """A standard normal vector (size,) of the space, from a stream of its own."""
+    n = 4096
+    m = math.ceil(space.size / n)
+    zeros, ones = torch.zeros(m, n, device=space.device), torch.ones(m, device=space.device)
+    key = torch.tensor([mix_rank(seed, STREAM + 1), sample], dtype=torch.int64, device=space.device)
+    return perturb_weight(zeros, ones, key, 0).flatten()[: space.size].to(space.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .directions import Norms
-from .evaluate import LossFn, bar
+from .directions import Norms, probe
+from .evaluate import LossFn, MeanLoss, bar
+from .gradients import Variables
 from .landscape import positive
 from .measurement import Measurement
 from .stats import Curve
+from .weights import find_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +75,7 @@ def expected_sharpness(
     Raises:
         ValueError: an argument out of bounds.
     """
-    strengths = torch.as_tensor(rho, dtype=torch.float64).flatten()
-    if not len(strengths) or not strengths.isfinite().all() or (strengths < 0).any():
-        raise ValueError(f"rho must be one or more finite numbers >= 0, got {rho}")
+    strengths = _strengths(rho)
     positive("samples", samples)
     loss = Measurement(
         "expected sharpness", model, loss_fn, batches,
@@ -87,3 +88,103 @@ def expected_sharpness(
                 rises[k, p] = (loss.at((r, k)) + loss.at((-r, k))) / 2 - loss.center
                 tick.update()
     return ExpectedSharpness(strengths, rises, loss.center, noise, space, seed)
+
+
+def _strengths(rho: float | Sequence[float]) -> Tensor:
+    strengths = torch.as_tensor(rho, dtype=torch.float64).flatten()
+    if not len(strengths) or not strengths.isfinite().all() or (strengths < 0).any():
+        raise ValueError(f"rho must be one or more finite numbers >= 0, got {rho}")
+    return strengths
+
+
+@dataclass(frozen=True, eq=False)
+class SamSharpness(Curve):
+    """max of L(W' + e) - L(W') over ||e||_F <= rho, e over all chosen weights together.
+
+    Attributes:
+        rho: radii.
+        rises: the largest rise found, of each batch by itself (or of all together); a lower bound of the maximum.
+        first_order: rho ||grad L||, what the maximum is to first order.
+        center: L(W').
+        space: "merged" or "adapter".
+        steps: of the ascent.
+    """
+
+    GRID, SAMPLES = "rho", "rises"
+    rho: Tensor  # (radii,), float64
+    rises: Tensor  # (batches or 1, radii), float64
+    first_order: Tensor  # (batches or 1, radii), float64
+    center: float
+    space: str
+    steps: int
+
+
+def sam_sharpness(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    rho: float | Sequence[float] = 0.05,
+    steps: int = 1,
+    space: str = "merged",
+    per_batch: bool = True,
+    seed: int = 0,
+    layers: str | Callable[[str], bool] | None = None,
+    sizes: Sequence[float] | None = None,
+    progress: bool | None = None,
+) -> SamSharpness:
+    r"""The worst rise of the loss within a ball, the sharpness of SAM (Foret et al. 2021, arXiv 2010.01412).
+
+    .. math::
+        \max_{\|e\|_F \le \rho} L(W' + e) - L(W'), \qquad e_1 = \rho\, g / \|g\|, \quad
+        e_{k+1} = P_\rho(e_k + \rho\, g(W' + e_k) / \|g(W' + e_k)\|)
+
+    One step is SAM's own; more find more. Where the gradient vanishes the ascent starts in a random direction. The
+    space of the merged weights and that of the adapters' factors differ (Flat-LoRA, arXiv 2409.14396, figure 1):
+    measure both. The model is only read. Three vectors of the size of the chosen weights are held.
+
+    Args:
+        model, loss_fn, batches, layers, sizes, progress: as in `loss_line`.
+        rho: radii, Frobenius norm over all chosen weights; default 0.05 (SAM's).
+        steps: of gradient ascent.
+        space: "merged" or "adapter".
+        per_batch: the maximum of each batch by itself (m-sharpness), whose spread is the uncertainty; False takes the
+            mean loss over all batches, one number without one.
+        seed: of the random start.
+
+    Raises:
+        ValueError: an argument out of bounds.
+    """
+    radii = _strengths(rho)
+    positive("steps", steps)
+    loss = MeanLoss(model, loss_fn, batches, find_weights(model, layers, space), sizes)
+    variables = Variables(loss)
+    pairs = list(zip(loss.shares, loss.batches, strict=True))
+    groups = [[(1.0, batch)] for _, batch in pairs] if per_batch else [pairs]
+    rises, first = torch.empty(2, len(groups), len(radii), dtype=torch.float64)
+    centers = []
+    with bar(rises.numel(), "SAM sharpness", progress) as tick:
+        for k, group in enumerate(groups):
+            center, gradient = variables.gradient(group)
+            centers.append(center)
+            first[k] = radii * gradient.double().norm().item()
+            start = gradient if gradient.any() else probe(variables, seed, 0)
+            for p, radius in enumerate(radii.tolist()):
+                rises[k, p] = _ascend(variables, group, start, radius, steps) - center
+                tick.update()
+    shares = loss.shares if per_batch else [1.0]
+    center = sum(share * c for share, c in zip(shares, centers, strict=True))
+    return SamSharpness(radii, rises, first, center, space, steps)
+
+
+def _ascend(variables: Variables, group: list[tuple[float, Any]], start: Tensor, radius: float, steps: int) -> float:
+    """The largest loss along the projected ascent of the ball."""
+    e = start * (radius / start.norm())
+    best = -math.inf
+    for _ in range(steps - 1 if radius else 0):
+        value, gradient = variables.gradient(group, e)
+        best = max(best, value)
+        if gradient.any():
+            e = e + gradient * (radius / gradient.norm())
+            e = e * min(1.0, radius / float(e.norm()))
+    return max(best, variables.value(group, e))

@@ -7,6 +7,15 @@ from analysis.cases import Net
 from flatlora.analysis import directions
 
 
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread():
+    """Threads only get in each other's way on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def net():
     torch.manual_seed(0)

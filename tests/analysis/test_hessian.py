@@ -8,6 +8,7 @@ import torch
 from analysis.cases import Quadratic, Snapshot, token_loss, value
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flatlora.analysis import Hessian, hessian_vector_product, spectral_density, top_eigenvalues, trace
@@ -49,33 +50,35 @@ def dense_hessian(model, loss_fn, batches, **settings):
         swap = {f"model.{names[id(w.parameter())]}": w.stored(row) for w, row in zip(unique, rows, strict=True)}
         return sum(torch.func.functional_call(Call(), swap, (batch,)) for batch in batches) / len(batches)
 
-    blocks = torch.autograd.functional.hessian(loss, values)
+    with sdpa_kernel(SDPBackend.MATH):
+        blocks = torch.autograd.functional.hessian(loss, values, vectorize=True)
     sizes = [v.numel() for v in values]
     return torch.cat(
         [torch.cat([blocks[i][j].reshape(n, k) for j, k in enumerate(sizes)], 1) for i, n in enumerate(sizes)]
     )
 
 
-def assert_hessian(hessian, dense):
+def assert_hessian(hessian, dense, rounding=1e-10):
     assert hessian.size == len(dense)
     for k in range(3):
         v = torch.randn(hessian.size, dtype=hessian.dtype, generator=torch.Generator().manual_seed(k))
-        torch.testing.assert_close(hessian @ v, dense @ v, rtol=1e-8, atol=1e-10)
+        expected = dense @ v
+        assert (hessian @ v - expected).norm() < rounding * expected.norm()
 
 
 def test_tied_weights_convolution_embedding(net, ids):
     net.double().eval()
     net.train()
     before = Snapshot(net)
-    hessian = Hessian(net, token_loss, ids)
+    hessian = Hessian(net, token_loss, ids[:1])
     product = hessian @ torch.ones(hessian.size, dtype=torch.float64)
     before.assert_same()
     net.eval()
-    assert_hessian(hessian, dense_hessian(net, token_loss, ids))
+    assert_hessian(hessian, dense_hessian(net, token_loss, ids[:1]))
     vectors = {n: torch.ones_like(v) for n, v in hessian.split(product).items()}
     assert set(vectors) == {"embedding", "convolution", "linear"}  # the head is the embedding
     torch.testing.assert_close(
-        torch.cat([v.flatten() for v in hessian_vector_product(net, token_loss, ids, vectors).values()]), product
+        torch.cat([v.flatten() for v in hessian_vector_product(net, token_loss, ids[:1], vectors).values()]), product
     )
     with pytest.raises(ValueError, match="vectors must have the keys"):
         hessian_vector_product(net, token_loss, ids, {})
@@ -104,10 +107,10 @@ def test_the_merged_weight_of_a_frozen_base_under_an_adapter():
     assert (top.residuals < 1e-3 * top.values.abs().max()).all()
     merged = copy.deepcopy(model).merge_and_unload()
     dense = dense_hessian(merged, language_loss, ids, layers=lambda n: n.endswith(("v_proj", "o_proj")))
-    assert_hessian(hessian, dense)
+    assert_hessian(hessian, dense, 1e-4)  # Llama itself rounds its norms and logits to float32
     torch.testing.assert_close(top.values, torch.linalg.eigvalsh(dense).flip(0)[:2], rtol=1e-3, atol=0)
     adapter = Hessian(model, language_loss, ids, space="adapter")
-    assert_hessian(adapter, dense_hessian(model, language_loss, ids, space="adapter"))
+    assert_hessian(adapter, dense_hessian(model, language_loss, ids, space="adapter"), 1e-4)
 
 
 @pytest.mark.parametrize("smallest", [False, True])
@@ -143,20 +146,21 @@ def test_trace_intervals_hold_the_truth_as_often_as_they_say():
     hits = sum(low <= truth <= high for low, high in (e.interval(level) for e in found))
     assert abs(hits / trials - level) < 4 * math.sqrt(level * (1 - level) / trials)
     assert trace(Dense(torch.diag(torch.arange(5.0)))).estimate == 10  # signs are exact for a diagonal
-    assert abs(trace(Hessian(q := Quadratic(), value, q.batches), samples=200).estimate - q.H.trace()) < 0.5
+    model = Quadratic()
+    found = trace(Hessian(model, value, model.batches), samples=100)
+    assert abs(found.estimate - model.H.trace()) < 5 * found.stderr
 
 
 def test_spectral_density_is_that_of_the_matrix():
-    matrix, width = symmetric(300), 0.1
-    found = spectral_density(Dense(matrix), samples=10, steps=60, width=width)
+    matrix, width = symmetric(150), 0.15
+    found = spectral_density(Dense(matrix), samples=20, steps=40, width=width)
     truth = torch.linalg.eigvalsh(matrix)
     step = (found.eigenvalues[1] - found.eigenvalues[0]).item()
     assert found.mean.sum() * step == pytest.approx(1, abs=1e-3)
-    exact = torch.exp(-0.5 * ((found.eigenvalues - truth[:, None]) / width) ** 2).mean(0) / (
-        width * (2 * math.pi) ** 0.5
-    )
-    assert ((found.mean - exact).abs() < 6 * found.stderr + 1e-3).all()
-    assert (found.mean - exact).abs().max() < 0.1 * exact.max()
+    bumps = torch.exp(-0.5 * ((found.eigenvalues - truth[:, None]) / width) ** 2) / (width * math.sqrt(2 * math.pi))
+    exact = bumps.mean(dim=0)
+    assert ((found.mean - exact).abs() < 5 * found.stderr + 1e-3).all()
+    assert (found.mean - exact).abs().max() < 0.15 * exact.max()
 
 
 def test_curvlinops_takes_the_operator():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .ops import BACKENDS, resolve_backend
 from .ops.philox import mix_rank
@@ -109,7 +109,7 @@ class Perturbation:
         self._forced: tuple[int | None] | None = None  # sample of `perturbed(...)`, which also forces the noise on
         self._warned = False
         self._weights: list[tuple[weakref.ref, int]] = []  # a tied weight keeps one noise stream
-        self._optimizers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._began: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> steps when its own began
         self._handles: list = []
         for module in _entrances(model):
             self.watch(module)
@@ -216,8 +216,8 @@ class Perturbation:
             self._warned = True
             warnings.warn(
                 f"schedule={self.settings.schedule!r} needs the length of the run: total_steps is None, so rho stays "
-                f"at {self.rho} throughout. Pass total_steps (optimizer steps), or use FlatLoraCallback in a Trainer, or "
-                "schedule='constant'.",
+                f"at {self.rho} throughout. Pass total_steps (optimizer steps), or use FlatLoraCallback in a Trainer, "
+                "or schedule='constant'.",
                 stacklevel=2,
             )
 
@@ -262,13 +262,15 @@ class Perturbation:
 
     # ---- the optimizer's steps ----
 
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._began[optimizer] = self.steps
+
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        ours = self._optimizers.get(optimizer)
         anchor = self._anchor()
-        if ours is None or ours[0] is not anchor:
-            held = any(p is anchor for group in optimizer.param_groups for p in group["params"])
-            ours = self._optimizers[optimizer] = (anchor, held)
-        if ours[1]:
+        held = any(p is anchor for group in optimizer.param_groups for p in group["params"])
+        inside = self._began.get(optimizer, self.steps) != self.steps  # an optimizer that this one wraps has counted it
+        overflow = getattr(optimizer, "found_inf", None)  # GradScaler calls a fused optimizer to skip the step itself
+        if held and not inside and not (overflow is not None and overflow.item()):
             self.steps += 1
             self._after_step()
 
@@ -329,28 +331,32 @@ class Perturbation:
     def _count_steps(self) -> None:
         me = weakref.ref(self)
 
-        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            state = me()
+            if state is not None:
+                state._before_optimizer_step(optimizer)
+
+        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             state = me()
             if state is not None:
                 state._after_optimizer_step(optimizer)
 
-        handle = register_optimizer_step_post_hook(after_step)
-        self._unregister = weakref.finalize(self, handle.remove)
+        handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        self._unregister = weakref.finalize(self, _remove, handles)
 
     def close(self) -> None:
         """Take every hook away."""
-        for handle in self._handles:
-            handle.remove()
+        _remove(self._handles)
         self._handles = []
         self._unregister()
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = {"_unregister": None, "_optimizers": None, "_weights": []}  # hold weak references: made anew
+        dropped: dict[str, Any] = {"_unregister": None, "_began": None, "_weights": []}  # hold weak references: made anew
         return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._optimizers = weakref.WeakKeyDictionary()
+        self._began = weakref.WeakKeyDictionary()
         self._count_steps()
 
 
@@ -379,6 +385,11 @@ def forced(perturbation: Perturbation, sample: int | None) -> Iterator[None]:
         yield
     finally:
         perturbation._forced = before
+
+
+def _remove(handles: list) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:

@@ -2,7 +2,6 @@
 
 import pytest
 import tiny
-import torch
 from loops.runs import RHO, adapter, assert_same_adapter, cosine, flat_model, plain_model, rows, trainer
 from peft import PeftModel
 from transformers import (
@@ -11,7 +10,6 @@ from transformers import (
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
-    Trainer,
     TrainerCallback,
 )
 

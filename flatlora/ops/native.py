@@ -13,7 +13,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the enum of noise.c
 KERNELS = ("baseline", "avx2", "avx512")  # the order of KERNELS in noise.c
-SERIAL = 1 << 16  # weights below which waking other threads costs more than it saves
+SERIAL = 1 << 17  # weights (about 0.1 ms) below which waking other threads costs more than it saves
 
 
 def _load() -> ctypes.CDLL | None:
@@ -27,7 +27,7 @@ def _load() -> ctypes.CDLL | None:
     library.flatlora_perturb.argtypes = [
         *operand, *operand, pointer, pointer, long, pointer, long, long, long, integer, integer
     ]  # fmt: skip
-    library.flatlora_words.argtypes = [pointer, pointer, long, long, pointer, long, integer]
+    library.flatlora_words.argtypes = [pointer, pointer, long, long, long, pointer, long, integer]
     library.flatlora_normals.argtypes = [pointer, pointer, long, integer]
     for function in (library.flatlora_perturb, library.flatlora_words, library.flatlora_normals):
         function.restype = None
@@ -79,14 +79,17 @@ def perturb(
     )  # fmt: skip
 
 
-def words(rows: Tensor, columns: int, key: Tensor, layer: int, *, kernel: int | None = None) -> Tensor:
+def words(
+    rows: Tensor, columns: int, key: Tensor, layer: int, *, first_block: int = 0, kernel: int | None = None
+) -> Tensor:
     """The words that the kernel makes its normals of, as `philox.words` gives them: (m, blocks, 4) int64."""
     rows, key = rows.to(torch.int64).contiguous(), key.contiguous()
     blocks = 16 * -(-columns // 64)
     out = torch.empty(len(rows), blocks, 4, dtype=torch.int32)
     LIBRARY.flatlora_words(
-        out.data_ptr(), rows.data_ptr(), len(rows), blocks, key.data_ptr(), layer, BEST if kernel is None else kernel
-    )
+        out.data_ptr(), rows.data_ptr(), len(rows), first_block, blocks, key.data_ptr(), layer,
+        BEST if kernel is None else kernel,
+    )  # fmt: skip
     return out.to(torch.int64) & 0xFFFFFFFF
 
 

@@ -83,5 +83,6 @@ def normals(seed: int, sample: int, layer: int, rows: Tensor, columns: int) -> T
     radius = torch.sqrt(-2 * torch.log((bits[..., 0::2] + 0.5) * 2.0**-24))  # (m, blocks, 2)
     angle = (2 * math.pi * 2.0**-24) * bits[..., 1::2]
     z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)  # (m, blocks, pair, cos/sin)
-    tiles = z.reshape(len(rows), math.ceil(columns / TILE), LANES, 4).transpose(2, 3)  # (m, tile, q, lane): the order of the columns
+    z = z.reshape(len(rows), math.ceil(columns / TILE), LANES, 4)
+    tiles = z.transpose(2, 3)  # (m, tile, q, lane): the order of the columns
     return tiles.flatten(1)[:, :columns].float().contiguous()

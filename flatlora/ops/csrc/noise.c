@@ -116,7 +116,7 @@ static void copy(char *to, int64_t to0, int64_t to1, const char *from, int64_t f
 
 static const struct {
     void (*rows)(const job *, int64_t, int64_t);
-    void (*words)(uint32_t *, uint32_t, int64_t, const stream *);
+    void (*words)(uint32_t *, uint32_t, int64_t, int64_t, const stream *);
     void (*normals)(float *, const uint32_t *, int64_t);
 } KERNELS[] = {
     {rows_baseline, words_baseline, normals_baseline},
@@ -205,10 +205,10 @@ EXPORT void flatlora_perturb(void *out, int out_type, int64_t o0, int64_t o1, co
 }
 
 /* out: (m, blocks, 4) */
-EXPORT void flatlora_words(uint32_t *out, const int64_t *rows, int64_t m, int64_t blocks, const int64_t *key,
-                           int64_t layer, int kernel) {
+EXPORT void flatlora_words(uint32_t *out, const int64_t *rows, int64_t m, int64_t first, int64_t blocks,
+                           const int64_t *key, int64_t layer, int kernel) {
     stream s = {{(uint32_t)key[0], (uint32_t)((uint64_t)key[0] >> 32)}, (uint32_t)layer, (uint32_t)key[1]};
-    for (int64_t i = 0; i < m; i++) KERNELS[kernel].words(out + 4 * blocks * i, (uint32_t)rows[i], blocks, &s);
+    for (int64_t i = 0; i < m; i++) KERNELS[kernel].words(out + 4 * blocks * i, (uint32_t)rows[i], first, blocks, &s);
 }
 
 /* out, words: (blocks, 4) */

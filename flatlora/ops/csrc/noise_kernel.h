@@ -219,13 +219,14 @@ static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
     }
 }
 
-/* For tests: the words behind a row, four of a column block together, and the normals of given words. */
-static TARGET void NAME(words)(uint32_t *out, uint32_t row, int64_t blocks, const stream *s) {
-    for (int64_t first = 0; first < blocks; first += SPAN) {
+/* For tests: words of column blocks first, first + 1, ... of a row, the four of a block together; and the normals of
+ * given words. */
+static TARGET void NAME(words)(uint32_t *out, uint32_t row, int64_t first, int64_t blocks, const stream *s) {
+    for (int64_t start = 0; start < blocks; start += SPAN) {
         ALIGNED uint32_t words[4][SPAN];
-        NAME(philox)(words, (uint32_t)first, row, s);
-        for (int64_t b = first; b < first + SPAN && b < blocks; b++)
-            for (int k = 0; k < 4; k++) out[4 * b + k] = words[k][b - first];
+        NAME(philox)(words, (uint32_t)(first + start), row, s);
+        for (int64_t b = start; b < start + SPAN && b < blocks; b++)
+            for (int k = 0; k < 4; k++) out[4 * b + k] = words[k][b - start];
     }
 }
 

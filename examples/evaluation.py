@@ -15,7 +15,8 @@ Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
 def answer_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of the word after each prompt, (examples, vocabulary), float32."""
-    return model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+    last = torch.tensor([-1])  # as a tensor: torch multiplies a slice by a copy of the output layer per example
+    return model(**inputs, use_cache=False, logits_to_keep=last).logits[:, 0].float()
 
 
 def answer_loss(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:

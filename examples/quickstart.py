@@ -198,6 +198,13 @@ def run_method(
     return correct, history, line, reloaded
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of that name; for "auto", an accelerator if there is one."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 def prepare(args: Arguments) -> tuple[Encoder, Task]:
     """The data, and the encoder that goes with the model; a packaged model's name becomes its folder."""
     task = load_task(args.dataset, args.other_domains, args.text_column, args.label_column)
@@ -210,7 +217,7 @@ def main(arguments: list[str] | None = None) -> dict:
     """Run the comparison; returns what is written to results.json."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
     command = shlex.join(["python", *(sys.argv if arguments is None else ["examples/quickstart.py", *arguments])])
-    device = torch.device(args.device if args.device != "auto" else torch.accelerator.current_accelerator() or "cpu")
+    device = pick_device(args.device)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -9,26 +9,6 @@ import quickstart
 import torch
 
 
-@pytest.fixture
-def reviews(tmp_path):
-    """Forty reviews whose label follows from one word, and ten from another domain."""
-    words = [("good", 1), ("fine", 1), ("great", 1), ("bad", 0), ("poor", 0), ("dull", 0)]
-    nouns, adverbs = ("film", "plot"), ("", "very ", "not ")
-    rows = [(f"the {n} is {a}{w}", y) for n, a, (w, y) in itertools.product(nouns, adverbs, words)]
-    for name, some in (("movies", rows), ("books", rows[:10])):
-        lines = [f"{text},{('negative', 'positive')[label]}" for text, label in some]
-        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
-    return tmp_path
-
-
-@pytest.fixture
-def arguments(tiny_model, reviews):
-    files = ["--dataset", str(reviews / "movies.csv"), "--other_domains", str(reviews / "books.csv")]
-    sizes = ["--steps", "6", "--batch_size", "4", "--eval_samples", "8", "--picture_samples", "4", "--r", "2"]
-    kind = ["--dtype", "float32", "--device", "cpu", "--lr", "0.01"]
-    return ["--model", str(tiny_model), *files, *sizes, *kind, "--output_dir", str(reviews / "out")]
-
-
 def read_csv(path: Path) -> list[dict]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

@@ -4,6 +4,15 @@ Every function takes a model (any `nn.Module`, with or without adapters), ``loss
 batches, and measures in the space of the merged weights W' = W + s B A or of the adapters' factors.
 """
 
+from .disturbance import (
+    Degradation,
+    add_noise,
+    replace_tokens,
+    under_corruption,
+    under_rounding,
+    under_weight_noise,
+)
+from .files import load, save
 from .hessian import (
     Eigenvalues,
     Hessian,
@@ -13,24 +22,34 @@ from .hessian import (
     top_eigenvalues,
     trace,
 )
-from .landscape import LossLine, loss_line, merged_row_norms
+from .landscape import LossLine, LossSurface, loss_line, loss_surface, merged_row_norms
 from .sharpness import ExpectedSharpness, SamSharpness, expected_sharpness, sam_sharpness
 from .stats import Estimate
 
 __all__ = [
+    "Degradation",
     "Eigenvalues",
     "Estimate",
     "ExpectedSharpness",
     "Hessian",
     "LossLine",
+    "LossSurface",
     "SamSharpness",
     "SpectralDensity",
+    "add_noise",
     "expected_sharpness",
     "hessian_vector_product",
+    "load",
     "loss_line",
+    "loss_surface",
     "merged_row_norms",
+    "replace_tokens",
     "sam_sharpness",
+    "save",
     "spectral_density",
     "top_eigenvalues",
     "trace",
+    "under_corruption",
+    "under_rounding",
+    "under_weight_noise",
 ]

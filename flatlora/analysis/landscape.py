@@ -129,3 +129,70 @@ def positive(name: str, value: int) -> None:
     """Raise unless the argument is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class LossSurface:
+    """The loss over the plane of two random directions.
+
+    Attributes:
+        x, y: distances along the first and the second direction.
+        losses: L(W' + x D_0 + y D_1).
+        center: L(W').
+        noise, space, seed: what the directions are; surfaces with the same three can be compared point by point.
+    """
+
+    x: Tensor  # (columns,), float64
+    y: Tensor  # (rows,), float64
+    losses: Tensor  # (rows, columns), float64
+    center: float
+    noise: str
+    space: str
+    seed: int
+
+    def rise(self) -> LossSurface:
+        """The same surface measured from its centre."""
+        return replace(self, losses=self.losses - self.center, center=0.0)
+
+
+def loss_surface(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    x: Sequence[float] | Tensor | None = None,
+    y: Sequence[float] | Tensor | None = None,
+    seed: int = 0,
+    noise: str = "filter_normalised",
+    space: str = "merged",
+    layers: str | Callable[[str], bool] | None = None,
+    norms: Norms | None = None,
+    sizes: Sequence[float] | None = None,
+    progress: bool | None = None,
+    file: str | os.PathLike | None = None,
+) -> LossSurface:
+    """The loss L(W' + x D_0 + y D_1) over a grid; D_0 and D_1 are the first two directions of `loss_line`.
+
+    One plane is one sample of all planes and carries no interval: look at another seed too, or use `loss_line` to
+    claim a difference.
+
+    Args:
+        x, y: distances, in units of the row norms; default 15 points each from -1 to 1.
+        The rest: as in `loss_line`.
+
+    Raises:
+        ValueError: an argument out of bounds.
+    """
+    grid = torch.linspace(-1, 1, 15, dtype=torch.float64)
+    columns, rows = (grid if v is None else _grid(n, v) for n, v in (("x", x), ("y", y)))
+    loss = Measurement(
+        "surface", model, loss_fn, batches,
+        seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,
+    )  # fmt: skip
+    losses = torch.empty(len(rows), len(columns), dtype=torch.float64)
+    with bar(losses.numel(), "loss surface", progress) as tick:
+        for i, b in enumerate(rows.tolist()):
+            for j, a in enumerate(columns.tolist()):
+                losses[i, j] = loss.at((a, 0), (b, 1))
+                tick.update()
+    return LossSurface(columns, rows, losses, loss.center, noise, space, seed)

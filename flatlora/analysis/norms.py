@@ -29,16 +29,20 @@ def row_norms(weight: Weight) -> Tensor:
     if weight.path is None:
         return _norms_by_answers(weight, owner, dtype)
     if weight.path.startswith("base_layer."):
-        values = _merged(weight, values, active(owner), dtype)
+        values = merged_rows(weight, values, dtype)
     blocks = values.split(max(1, CHUNK // values.shape[1]))
     return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=dtype) for block in blocks])
 
 
-def _merged(weight: Weight, values: Tensor, adapters: list[str], dtype: torch.dtype) -> Tensor:
-    """W' in row form, (m, n); of an adapted grouped convolution (m, groups n), whose adapter mixes the groups."""
+def merged_rows(weight: Weight, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """W' in row form, (m, n), made for this call; (m, groups n) for an adapted grouped convolution, whose adapter
+    mixes the groups."""
     owner: Any = weight.owner
+    adapters = active(owner)
+    if weight.path is None or not adapters:
+        return values
     groups = getattr(owner.get_base_layer(), "groups", 1)
-    if groups > 1 and adapters:
+    if groups > 1:
         values = _ungrouped(values.unflatten(1, weight.full_shape[1:]), groups).flatten(1)
     for adapter in adapters:
         delta = _grouped_delta(owner, adapter, groups) if groups > 1 else owner.get_delta_weight(adapter)

@@ -75,7 +75,7 @@ def expected_sharpness(
     Raises:
         ValueError: an argument out of bounds.
     """
-    strengths = _strengths(rho)
+    strengths = nonnegative("rho", rho)
     positive("samples", samples)
     loss = Measurement(
         "expected sharpness", model, loss_fn, batches,
@@ -90,10 +90,11 @@ def expected_sharpness(
     return ExpectedSharpness(strengths, rises, loss.center, noise, space, seed)
 
 
-def _strengths(rho: float | Sequence[float]) -> Tensor:
-    strengths = torch.as_tensor(rho, dtype=torch.float64).flatten()
+def nonnegative(name: str, values: float | Sequence[float]) -> Tensor:
+    """One or more strengths as float64, (count,); raise unless they are finite and not negative."""
+    strengths = torch.as_tensor(values, dtype=torch.float64).flatten()
     if not len(strengths) or not strengths.isfinite().all() or (strengths < 0).any():
-        raise ValueError(f"rho must be one or more finite numbers >= 0, got {rho}")
+        raise ValueError(f"{name} must be one or more finite numbers >= 0, got {values}")
     return strengths
 
 
@@ -155,7 +156,7 @@ def sam_sharpness(
     Raises:
         ValueError: an argument out of bounds.
     """
-    radii = _strengths(rho)
+    radii = nonnegative("rho", rho)
     positive("steps", steps)
     loss = MeanLoss(model, loss_fn, batches, find_weights(model, layers, space), sizes)
     variables = Variables(loss)

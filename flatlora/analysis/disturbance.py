@@ -1,0 +1,234 @@
+"""Generalisation under disturbance: a flat solution should lose its score more slowly.
+
+``score_fn(model, batch)`` is any scalar that is a mean over the batch, accuracy or loss. The model is only read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatlora.ops.philox import mix_rank, philox4x32
+
+from .directions import Norms
+from .evaluate import LossFn, MeanLoss, bar, kept_rng
+from .landscape import positive
+from .measurement import Measurement
+from .norms import merged_rows
+from .sharpness import nonnegative
+from .stats import Curve
+from .weights import Weight, active, find_weights
+
+Corrupt = Callable[[Any, float, torch.Generator], Any]  # (batch, level, random numbers) -> corrupted batch
+
+
+@dataclass(frozen=True, eq=False)
+class Degradation(Curve):
+    """A score against the strength of a disturbance.
+
+    Attributes:
+        levels: strengths.
+        scores: independent samples: draws of the noise or of the corruption, batches for rounding.
+        center: the undisturbed score.
+        disturbance: "weight noise", "rounding" or "corruption".
+        unit: of the levels.
+        seed: of the draws.
+    """
+
+    GRID, SAMPLES = "levels", "scores"
+    levels: Tensor  # (levels,), float64
+    scores: Tensor  # (samples, levels), float64
+    center: float
+    disturbance: str
+    unit: str
+    seed: int
+
+
+def under_weight_noise(
+    model: nn.Module,
+    score_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    rho: Sequence[float] = (0.0, 0.05, 0.1, 0.15, 0.2),
+    samples: int = 8,
+    seed: int = 0,
+    noise: str = "filter",
+    space: str = "merged",
+    layers: str | Callable[[str], bool] | None = None,
+    norms: Norms | None = None,
+    sizes: Sequence[float] | None = None,
+    progress: bool | None = None,
+    file: str | os.PathLike | None = None,
+) -> Degradation:
+    """The score under random weight noise of strength rho; a sample is the mean of an antithetic pair.
+
+    Args and raises: as in `expected_sharpness`.
+    """
+    levels = nonnegative("rho", rho)
+    positive("samples", samples)
+    score = Measurement(
+        "weight noise", model, score_fn, batches,
+        seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,
+    )  # fmt: skip
+    scores = torch.empty(samples, len(levels), dtype=torch.float64)
+    with bar(scores.numel(), "weight noise", progress) as tick:
+        for k in range(samples):
+            for p, r in enumerate(levels.tolist()):
+                scores[k, p] = (score.at((r, k)) + score.at((-r, k))) / 2
+                tick.update()
+    return Degradation(levels, scores, score.center, "weight noise", f"rho, {noise} noise", seed)
+
+
+def under_rounding(
+    model: nn.Module,
+    score_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    bits: Sequence[int] = (8, 6, 5, 4, 3),
+    layers: str | Callable[[str], bool] | None = None,
+    progress: bool | None = None,
+) -> Degradation:
+    """The score with every merged weight W' rounded to a few bits, symmetric round-to-nearest with one scale a row.
+
+    Rounding is not random: the samples are the batches, so let them be of one size, and the same for every model.
+
+    Args:
+        model, score_fn, batches, layers, progress: as in `loss_line`.
+        bits: at least 2 each, the sign included.
+
+    Raises:
+        ValueError: bits out of bounds, or a layer whose merged weight cannot be had (DoRA, quantised).
+    """
+    if not bits or any(isinstance(b, bool) or not isinstance(b, int) or b < 2 for b in bits):
+        raise ValueError(f"bits must be one or more integers >= 2, got {bits}")
+    weights = find_weights(model, layers)
+    for weight in weights:
+        owner: Any = weight.owner
+        if weight.path is None or (active(owner) and getattr(owner.get_base_layer(), "groups", 1) > 1):
+            raise ValueError(
+                f"layer {weight.name!r}: its merged weight cannot be rounded in place; "
+                "merge the adapter first, or leave the layer out through layers="
+            )
+    with kept_rng():
+        each = [MeanLoss(model, score_fn, [batch], weights) for batch in batches]
+    if not each:
+        raise ValueError("batches must hold at least one batch, got none")
+    scores = torch.empty(len(each), len(bits), dtype=torch.float64)
+    with bar(scores.numel(), "rounding", progress) as tick:
+        for p, b in enumerate(bits):
+            for k, score in enumerate(each):
+                scores[k, p] = score(partial(_rounded, bits=b))
+                tick.update()
+    center = sum(score() for score in each) / len(each)
+    levels = torch.tensor(list(bits), dtype=torch.float64)
+    return Degradation(levels, scores, center, "rounding", "bits per weight", 0)
+
+
+def _rounded(weight: Weight, values: Tensor, bits: int) -> Tensor:
+    """W + Q(W') - W': what the base weight must be for the merged weight to be Q(W')."""
+    merged = merged_rows(weight, values, torch.promote_types(values.dtype, torch.float32))
+    return (values + (round_rows(merged, bits) - merged)).to(values.dtype)
+
+
+def round_rows(weight: Tensor, bits: int) -> Tensor:
+    """Each row to the nearest of 2^bits - 1 equally spaced values, symmetric around 0 up to its largest entry."""
+    scale = weight.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return torch.where(scale > 0, (weight / scale).round() * scale, weight)
+
+
+def under_corruption(
+    model: nn.Module,
+    score_fn: LossFn,
+    batches: Iterable[Any],
+    corrupt: Corrupt,
+    *,
+    levels: Sequence[float],
+    samples: int = 4,
+    seed: int = 0,
+    unit: str = "corruption",
+    sizes: Sequence[float] | None = None,
+    progress: bool | None = None,
+) -> Degradation:
+    """The score on corrupted inputs.
+
+    Args:
+        model, score_fn, batches, sizes, progress: as in `loss_line`.
+        corrupt: ``corrupt(batch, level, generator)``, a corrupted copy of the batch; `replace_tokens` and `add_noise`
+            make such functions. The generator (CPU) starts from the same state at every level and for every model.
+        levels: strengths, as `corrupt` understands them.
+        samples: draws.
+        seed: of the draws.
+        unit: of the levels, for the axis of a plot.
+
+    Raises:
+        ValueError: an argument out of bounds.
+    """
+    grid = nonnegative("levels", levels)
+    positive("samples", samples)
+    with kept_rng():
+        clean = list(batches)
+    center = MeanLoss(model, score_fn, clean, [], sizes)()
+    scores = torch.empty(samples, len(grid), dtype=torch.float64)
+    with bar(scores.numel(), "corruption", progress) as tick:
+        for k in range(samples):
+            for p, level in enumerate(grid.tolist()):
+                with kept_rng():
+                    bad = [corrupt(batch, level, _generator(seed, k, i)) for i, batch in enumerate(clean)]
+                scores[k, p] = MeanLoss(model, score_fn, bad, [], sizes)()
+                tick.update()
+    return Degradation(grid, scores, center, "corruption", unit, seed)
+
+
+def replace_tokens(vocabulary: int, field: str | int | None = "input_ids", keep: Sequence[int] = ()) -> Corrupt:
+    """A corruption of text: each token becomes a random one with probability `level`.
+
+    Args:
+        vocabulary: size of it.
+        field: of the batch that holds the token ids: a key, a position, or None for a batch that is the tensor.
+        keep: ids that are left alone, padding and the like.
+    """
+
+    def corrupt(batch: Any, level: float, generator: torch.Generator) -> Any:
+        ids = batch if field is None else batch[field]
+        hit = torch.rand(ids.shape, generator=generator).to(ids.device) < level
+        other = torch.randint(vocabulary, ids.shape, generator=generator).to(ids.device, ids.dtype)
+        hit &= ~torch.isin(ids, torch.tensor(list(keep), dtype=ids.dtype, device=ids.device))
+        return _with(batch, field, torch.where(hit, other, ids))
+
+    return corrupt
+
+
+def add_noise(field: str | int | None = None) -> Corrupt:
+    """A corruption of continuous inputs: Gaussian noise, `level` times the standard deviation of the batch's values.
+
+    Args:
+        field: of the batch that is disturbed: a key, a position, or None for a batch that is the tensor.
+    """
+
+    def corrupt(batch: Any, level: float, generator: torch.Generator) -> Any:
+        x = batch if field is None else batch[field]
+        z = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+        return _with(batch, field, x + level * x.std() * z)
+
+    return corrupt
+
+
+def _with(batch: Any, field: str | int | None, value: Tensor) -> Any:
+    """A copy of the batch in which one field has another value."""
+    if field is None:
+        return value
+    if isinstance(field, str):
+        return {**batch, field: value}
+    return type(batch)([value if k == field else part for k, part in enumerate(batch)])
+
+
+def _generator(seed: int, sample: int, batch: int) -> torch.Generator:
+    mixed = mix_rank(seed, 0x0BADDA7A)
+    low, high, _, _ = philox4x32((batch, sample, 0, 0), (mixed & 0xFFFFFFFF, (mixed >> 32) & 0xFFFFFFFF))
+    return torch.Generator().manual_seed((high << 32 | low) >> 1)

@@ -351,7 +351,8 @@ class Perturbation:
         self._unregister()
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped: dict[str, Any] = {"_unregister": None, "_began": None, "_weights": []}  # hold weak references: made anew
+        # these hold weak references, and are made anew
+        dropped: dict[str, Any] = {"_unregister": None, "_began": None, "_weights": []}
         return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

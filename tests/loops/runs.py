@@ -41,10 +41,9 @@ def trainer(
     """A trainer that makes two rows a batch and writes nothing unless told to. `more`: for the trainer itself."""
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "use_cpu": True}
     defaults = {"output_dir": str(folder), "per_device_train_batch_size": 2, "learning_rate": 1e-2, **quiet}
+    args = arguments(**{**defaults, **settings})
     data = rows(8) if data is None else data
-    return kind(
-        model, arguments(**{**defaults, **settings}), train_dataset=data, callbacks=[*callbacks], **(more or {})
-    )
+    return kind(model, args=args, train_dataset=data, callbacks=[*callbacks], **(more or {}))
 
 
 def adapter(model):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,14 @@ KERNELS = ("baseline", "avx2", "avx512")  # the order of KERNELS in noise.c
 SERIAL = 1 << 17  # weights (about 0.1 ms) below which waking other threads costs more than it saves
 
 
-def _load() -> ctypes.CDLL | None:
+def _load() -> Any:
     path = Path(__file__).with_name("_noise.so")
     try:
         library = ctypes.CDLL(str(path))
     except OSError:  # not built, or for another machine
         return None
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    operand = [pointer, integer, long, long]
+    operand: list[Any] = [pointer, integer, long, long]
     library.flatlora_perturb.argtypes = [
         *operand, *operand, pointer, pointer, long, pointer, long, long, long, integer, integer
     ]  # fmt: skip

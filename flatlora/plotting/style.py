@@ -1,0 +1,94 @@
+"""What all figures share: themes, the look of a series, the figure itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+THEMES = {
+    "light": {"ink": "#1a1a1a", "faint": "#8a8a8a", "grid": "#e2e2e2", "paper": "#ffffff"},
+    "dark": {"ink": "#ededed", "faint": "#9a9a9a", "grid": "#3a3d42", "paper": "#17191c"},
+}
+COLOURS = {  # Okabe and Ito 2008, in an order of alternating lightness; the dark theme's are lifted for contrast
+    "light": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+    "dark": ("#56b4e9", "#ff8a3d", "#2fc79a", "#e89cc5", "#f0c33c", "#8fd0f5"),
+}
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def first_of(name: str, results: Mapping[str, Any]) -> Any:
+    if not isinstance(results, Mapping) or not results:
+        raise ValueError(f"{name} must be a mapping of at least one label to a result, got {results!r}")
+    return next(iter(results.values()))
+
+
+def look(k: int, theme: str) -> dict[str, Any]:
+    colours = COLOURS[theme]
+    return {
+        "color": colours[k % len(colours)],
+        "linestyle": LINES[k % len(LINES)],
+        "marker": MARKERS[k % len(MARKERS)],
+        "markersize": 4.5,
+        "markeredgecolor": THEMES[theme]["paper"],
+        "markeredgewidth": 0.6,
+        "linewidth": 1.8,
+    }
+
+
+def every(points: int) -> int:
+    """Markers at most about every tenth of the line, and on the middle point of an odd grid."""
+    return max(1, points // 10)
+
+
+@contextlib.contextmanager
+def themed(theme: str) -> Iterator[dict[str, str]]:
+    """matplotlib's settings for one figure; the user's own are back afterwards.
+
+    Raises:
+        ValueError: an unknown theme.
+    """
+    if theme not in THEMES:
+        raise ValueError(f"theme must be one of {tuple(THEMES)}, got {theme!r}")
+    import matplotlib
+
+    colours = THEMES[theme]
+    ink, paper = colours["ink"], colours["paper"]
+    settings: dict[Any, Any] = {
+        "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9.5,
+        "text.color": ink, "axes.labelcolor": ink, "axes.titlecolor": ink, "axes.edgecolor": colours["faint"],
+        "xtick.color": colours["faint"], "ytick.color": colours["faint"],
+        "xtick.labelcolor": ink, "ytick.labelcolor": ink,
+        "figure.facecolor": paper, "axes.facecolor": paper, "savefig.facecolor": "auto",
+        "axes.grid": True, "grid.color": colours["grid"], "grid.linewidth": 0.7, "axes.axisbelow": True,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.dpi": 160,
+        "savefig.dpi": "figure", "axes.titlelocation": "left",
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        yield colours
+
+
+@contextlib.contextmanager
+def new_figure(theme: str, size: tuple[float, float], title: str | None, **kw: Any) -> Iterator[tuple[Figure, Any]]:
+    with themed(theme):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(**kw)
+        if title:
+            figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+        yield figure, axes
+
+
+def zero(axes: Axes, theme: str) -> None:
+    axes.axhline(0, color=THEMES[theme]["faint"], linewidth=0.8, zorder=0.5)
+
+
+def finish(axes: Axes) -> None:
+    axes.margins(x=0.02)
+    axes.legend(handlelength=3.2)

@@ -16,6 +16,7 @@ from .layer import create_layer
 from .state import Settings, check_rho
 
 CONFIG_NAME = "flatlora_config.json"
+HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
 
 
 @dataclass
@@ -127,8 +128,7 @@ def plain_copy(config: FlatLoraConfig) -> LoraConfig:
 def _load_own(path: str, subfolder: str | None, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     local = os.path.join(path, subfolder or "", CONFIG_NAME)
     if not os.path.isdir(path):
-        known = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-        options = {name: kwargs[name] for name in known if name in kwargs}
+        options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
         try:
             local = hf_hub_download(path, CONFIG_NAME, subfolder=subfolder, **options)
         except (EntryNotFoundError, LocalEntryNotFoundError):

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from . import state
-from .config import FlatLoraConfig, plain_copy
+from .config import HUB_OPTIONS, FlatLoraConfig, plain_copy
 from .layer import adopt, flat_layers, release
 from .state import Perturbation, Settings, check_rho
 
@@ -155,7 +155,8 @@ def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainabl
     Raises:
         ValueError: it was saved without noise settings.
     """
-    config = FlatLoraConfig.from_pretrained(path, subfolder=kwargs.get("subfolder"))
+    where = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS | {"subfolder"}}
+    config = FlatLoraConfig.from_pretrained(path, **where)
     return PeftModel.from_pretrained(
         model, path, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **kwargs
     )

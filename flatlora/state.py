@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import unserializable_hook
 
 from .ops import BACKENDS, resolve_backend
 from .ops.philox import mix_rank
@@ -201,6 +202,7 @@ class Perturbation:
             sample = self.sample
         return torch.tensor([mix_rank(self.seed, _rank()), sample & 0xFFFFFFFF]), sample
 
+    @unserializable_hook  # an output may be saved, and its hooks need not be
     def backward_began(self, _grad: Tensor | None = None) -> None:
         """Told by every perturbed layer's gradient: the sample has been used."""
         if self.settings.resample == "forward":
@@ -253,6 +255,7 @@ class Perturbation:
         if not self._entered and self._gradients and not _in_backward() and not torch.compiler.is_compiling():
             sample = self.sample
 
+            @unserializable_hook
             def remember(_grad: Tensor) -> None:
                 self._backward_sample = sample
 

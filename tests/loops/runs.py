@@ -13,11 +13,11 @@ from flatlora import FlatLoraConfig
 RHO = 0.2
 
 
-def plain_model(torch_seed=0, kind=peft.LoraConfig, **settings):
+def plain_model(torch_seed=0, kind=peft.LoraConfig, adapter_name="default", **settings):
     """Made after `torch.manual_seed(torch_seed)`; the base model is the same for all seeds."""
     base = tiny.base_model()
     torch.manual_seed(torch_seed)
-    return peft.get_peft_model(base, kind(**{**tiny.LORA, **settings}))
+    return peft.get_peft_model(base, kind(**{**tiny.LORA, **settings}), adapter_name)
 
 
 def flat_model(torch_seed=0, **settings):

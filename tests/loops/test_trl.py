@@ -1,4 +1,4 @@
-"""TRL's trainers, told of us by `peft_config=` alone: perturbed where they train, clean where they compare or generate."""
+"""TRL's trainers, told of us by `peft_config=` alone: noise where they train, none where they compare or generate."""
 
 import peft
 import pytest

@@ -13,9 +13,11 @@ with it go on as before. A forward that is not to be perturbed is peft's own for
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -68,6 +70,7 @@ def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsuppor
             stream = state.stream_of(layer.get_base_layer().weight)
             layer.__dict__.update(perturbation=state, stream=stream, flat_adapters=set(), _norms={})
             layer.__class__ = flat_class(type(layer))
+            layer._enrol()
         layer.flat_adapters.add(adapter)
         state.rhos[adapter] = rho
         return True
@@ -83,7 +86,7 @@ def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsuppor
 def release(layer: Any) -> None:
     """Undo `adopt`: the layer is again what peft made, and nothing of ours stays on it."""
     plain = layer.plain_class
-    for name in ("perturbation", "stream", "flat_adapters", "_norms"):
+    for name in ("perturbation", "stream", "number", "flat_adapters", "_norms"):
         layer.__dict__.pop(name)
     layer.__class__ = plain
 
@@ -200,34 +203,56 @@ class FlatLayer(_Layer):
     plain_class: type
     perturbation: Perturbation
     stream: int  # index of the layer in the noise contract
+    number: int  # names the layer in compiled code
     flat_adapters: set[str]  # the adapters whose training is perturbed here
     _norms: dict[str, tuple]  # cached norms, each with what it was computed from
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = super().forward
-        rho = self._rho(kwargs)
-        if rho == 0:
+        if self._rho(kwargs) == 0:
             return plain(x, *args, **kwargs)
-        out = self._perturbed(plain, rho * self.perturbation.ramp, x, *args, **kwargs)
-        if out.requires_grad and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and self._is_plain_linear():
+            return self._compiled(x)
+        return self._perturbed(plain, x, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _perturbed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        if isinstance(base, nn.Embedding):
+            out = self._add_row_noise(plain(x, *args, **kwargs), x)
+        elif any(name in self.lora_variant for name in self._active()):
+            none = base.weight.new_zeros(1).expand_as(base.weight)  # W = 0 without its memory: eps alone
+            out = plain(x, *args, **kwargs) + self._product(x, none, None, *self.noise())
+        else:
+            row_std, key = self.noise()
+            with _replaced_forward(base, lambda x: self._product(x, base.weight, base.bias, row_std, key)):
+                out = plain(x, *args, **kwargs)
+        if out.requires_grad:
             out.register_hook(self.perturbation.backward_began)
         return out
 
-    def _perturbed(self, plain: Callable, rho_t: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        key, sample = self.perturbation.draw()
+    def _is_plain_linear(self) -> bool:
         base = self.get_base_layer()
-        if isinstance(base, nn.Embedding):
-            return self._add_row_noise(plain(x, *args, **kwargs), x, rho_t, key)
-        row_std = self._row_norms(sample) * (rho_t / math.sqrt(base.weight.numel() // self.out_features))
-        if any(name in self.lora_variant for name in self._active()):
-            none = base.weight.new_zeros(1).expand_as(base.weight)  # W = 0 without its memory: eps alone
-            return plain(x, *args, **kwargs) + self._product(x, none, None, row_std, key)
+        hooked = base._forward_pre_hooks or base._forward_hooks or "forward" in base.__dict__
+        return isinstance(base, nn.Linear) and not hooked and not any(n in self.lora_variant for n in self._active())
 
-        def forward(x: Tensor) -> Tensor:
-            return self._product(x, base.weight, base.bias, row_std, key)
+    def _compiled(self, x: Tensor) -> Tensor:
+        """peft's forward of a plain linear layer, with operators that `torch.compile` can keep in one graph."""
+        base = self.get_base_layer()
+        row_std, key = torch.ops.flatlora.layer_noise(base.weight.detach(), self.number)
+        out = self._product(x, base.weight, base.bias, row_std, key)
+        dtype = out.dtype
+        for name in self._active():
+            x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+            out = out + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+        return out.to(dtype)
 
-        with _replaced_forward(base, forward):
-            return plain(x, *args, **kwargs)
+    def noise(self) -> tuple[Tensor, Tensor]:
+        """Standard deviation of each row of eps, (m,), and the key of the noise, for the forward that asks."""
+        weight = self.get_base_layer().weight
+        key, sample = self.perturbation.draw(weight.device)
+        n = weight.numel() // self.out_features
+        return self._row_norms(sample) * (self._strength() * self.perturbation.ramp / math.sqrt(n)), key
 
     # ---- when ----
 
@@ -236,8 +261,12 @@ class FlatLayer(_Layer):
         state = self.perturbation
         if not state.enabled or self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return 0.0
-        rho = max((state.rhos[name] for name in self._active() if name in self.flat_adapters), default=0.0)
+        rho = self._strength()
         return rho if rho > 0 and (state.is_forced or self._in_training()) else 0.0
+
+    def _strength(self) -> float:
+        rhos = self.perturbation.rhos
+        return max((rhos[name] for name in self._active() if name in self.flat_adapters), default=0.0)
 
     def _in_training(self) -> bool:
         # an adapter that is injected after model.eval() is in training mode, its base layer is not
@@ -251,9 +280,11 @@ class FlatLayer(_Layer):
     def _row_norms(self, sample: int) -> Tensor:
         """``||W'_i||`` of the merged weight, (m,); with DoRA the absolute value of the magnitude vector."""
         state, active = self.perturbation, self._active()
+        # where no optimizer step has been seen, parameters may change unseen (through .data, in a flattened copy)
+        when = (state.steps,) if state.sees_steps else (state.steps, sample)
         versions = tuple((p.data_ptr(), p._version) for p in self._factors(active))
         scales = tuple(self.scaling[name] for name in active)
-        return self._cached("merged", (sample, state.steps, *active, *scales, *versions), self._merged_row_norms)
+        return self._cached("merged", (*when, *active, *scales, *versions), self._merged_row_norms)
 
     def _cached(self, name: str, source: tuple, compute: Callable[[], Tensor]) -> Tensor:
         found = self._norms.get(name)
@@ -263,7 +294,8 @@ class FlatLayer(_Layer):
 
     def _factors(self, active: list[str]) -> list[Tensor]:
         weight = self.get_base_layer().weight
-        return [weight, *(f[name].weight for name in active for f in (self.lora_A, self.lora_B))]
+        factors = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
+        return [weight, *(factor[name].weight for name in active for factor in factors if name in factor)]
 
     @torch.no_grad()
     def _merged_row_norms(self) -> Tensor:
@@ -287,7 +319,8 @@ class FlatLayer(_Layer):
         base, backend = self.get_base_layer(), self.perturbation.settings.backend
         if not isinstance(base, CONVOLUTIONS):
             weight = weight.T if isinstance(base, Conv1D) else weight
-            return perturbed_linear(x, weight, bias, row_std, key, self.stream, backend=backend)
+            owner = self.perturbation.number
+            return perturbed_linear(x, weight, bias, row_std, key, self.stream, backend=backend, owner=owner)
         padding: Any = base.padding
         if isinstance(padding, str) or base.padding_mode != "zeros":
             mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
@@ -296,9 +329,11 @@ class FlatLayer(_Layer):
         geometry: Any = {"stride": base.stride, "padding": padding, "dilation": base.dilation, "groups": base.groups}
         return perturbed_conv(x, weight, bias, row_std, key, self.stream, backend=backend, **geometry)
 
-    def _add_row_noise(self, out: Tensor, tokens: Tensor, rho_t: float, key: Tensor) -> Tensor:
+    def _add_row_noise(self, out: Tensor, tokens: Tensor) -> Tensor:
         # the output of an embedding is the merged row itself, so its norm is the row norm, DoRA and scales included
         n, backend = out.shape[-1], self.perturbation.settings.backend
+        key, _ = self.perturbation.draw(out.device)
+        rho_t = self._strength() * self.perturbation.ramp
         merged = out.detach().flatten(0, -2)
         row_std = torch.linalg.vector_norm(merged, dim=-1, dtype=norm_dtype(out.dtype)) * (rho_t / math.sqrt(n))
         noise = row_noise(tokens.flatten(), row_std, key, self.stream, n, dtype=out.dtype, backend=backend)
@@ -339,5 +374,31 @@ class FlatLayer(_Layer):
             state.close()
         return base
 
+    def _enrol(self) -> None:
+        self.__dict__["number"] = next(_numbers)
+        LAYERS[self.number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._enrol()
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuild, (self.plain_class,), self.__dict__  # the class is made at run time, so by its recipe
+
+
+LAYERS: weakref.WeakValueDictionary[int, FlatLayer] = weakref.WeakValueDictionary()  # by number
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("flatlora::layer_noise", mutates_args=())
+def _layer_noise(weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """`FlatLayer.noise` at the run time of compiled code: what changes from step to step stays out of its graph."""
+    row_std, key = LAYERS[number].noise()
+    return row_std.clone(), key.clone()
+
+
+@_layer_noise.register_fake
+def _(weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape[0], dtype=norm_dtype(weight.dtype)), LAYERS[number].perturbation.empty_key(
+        weight.device
+    )

@@ -7,6 +7,7 @@ see. Asking inside a layer would be wrong: reentrant gradient checkpointing runs
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 import weakref
@@ -21,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import unserializable_hook
 
 from .ops import BACKENDS, resolve_backend
+from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 
 RAMPS = {
@@ -29,6 +31,7 @@ RAMPS = {
     "constant": lambda t: 1.0,
 }
 RESAMPLE = ("forward", "step")
+_numbers = itertools.count(1)
 
 
 def check_rho(rho: Any) -> float:
@@ -101,6 +104,7 @@ class Perturbation:
         self.seed = torch.initial_seed() if settings.seed is None else settings.seed
         self.enabled = True
         self.layers = 0  # noise streams handed out
+        self.sees_steps = False  # an optimizer step has been seen: there will be no other way to change parameters
         self._origin = (0.0, 0)  # progress, and the step it was set at
         self._stale = False  # a backward has used the sample: the next training forward takes a new one
         self._fresh_pass = False  # the outermost model was entered, and no layer has drawn its noise yet
@@ -114,7 +118,7 @@ class Perturbation:
         self._handles: list = []
         for module in _entrances(model):
             self.watch(module)
-        self._count_steps()
+        self._enrol()
 
     @classmethod
     def shared(cls, model: nn.Module, settings: Settings) -> Perturbation:
@@ -184,7 +188,7 @@ class Perturbation:
 
     # ---- which noise ----
 
-    def draw(self) -> tuple[Tensor, int]:
+    def draw(self, device: torch.device) -> tuple[Tensor, int]:
         """Key and sample of the noise for the forward that asks, a training forward or one inside `perturbed`.
 
         The key is the int64 tensor (seed with the rank mixed in, sample). A new sample is taken at the first training
@@ -200,7 +204,13 @@ class Perturbation:
             self._fresh_pass = False
             self._warn_once()
             sample = self.sample
-        return torch.tensor([mix_rank(self.seed, _rank()), sample & 0xFFFFFFFF]), sample
+        key = self.empty_key(device)
+        key[0], key[1] = mix_rank(self.seed, _rank()), sample & 0xFFFFFFFF  # two fills: no copy from the host
+        return key, sample
+
+    def empty_key(self, device: torch.device) -> Tensor:
+        """Room for a key: where the kernel reads it, on the CPU for the backends that read it there."""
+        return torch.empty(2, dtype=torch.int64, device=device if self.backend(device) == "triton" else "cpu")
 
     @unserializable_hook  # an output may be saved, and its hooks need not be
     def backward_began(self, _grad: Tensor | None = None) -> None:
@@ -235,6 +245,8 @@ class Perturbation:
         return self._gradients if self._entered else torch.is_grad_enabled()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():  # compiled code asks torch itself
+            return
         if id(module) in self._entered:  # left over from a pass that an interrupt broke off
             del self._entered[self._entered.index(id(module)) :]
         if not self._entered:
@@ -250,9 +262,11 @@ class Perturbation:
         self._entered.append(id(module))
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if id(module) in self._entered:
             del self._entered[self._entered.index(id(module)) :]
-        if not self._entered and self._gradients and not _in_backward() and not torch.compiler.is_compiling():
+        if not self._entered and self._gradients and not _in_backward():
             sample = self.sample
 
             @unserializable_hook
@@ -274,7 +288,7 @@ class Perturbation:
         inside = self._began.get(optimizer, self.steps) != self.steps  # an optimizer that this one wraps has counted it
         overflow = getattr(optimizer, "found_inf", None)  # GradScaler calls a fused optimizer to skip the step itself
         if held and not inside and not (overflow is not None and overflow.item()):
-            self.steps += 1
+            self.steps, self.sees_steps = self.steps + 1, True
             self._after_step()
 
     def _after_step(self) -> None:
@@ -331,7 +345,9 @@ class Perturbation:
             self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
             self._handles.append(module.register_forward_hook(self._exit, always_call=True))
 
-    def _count_steps(self) -> None:
+    def _enrol(self) -> None:
+        self.number = next(_numbers)  # names this object in compiled code
+        OBSERVERS[self.number] = self
         me = weakref.ref(self)
 
         def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -361,7 +377,7 @@ class Perturbation:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._began = weakref.WeakKeyDictionary()
-        self._count_steps()
+        self._enrol()
 
 
 def of_model(model: nn.Module) -> Perturbation | None:

@@ -26,8 +26,8 @@ def draws(monkeypatch):
     seen = []
     draw = flatlora.layer.Perturbation.draw
 
-    def spy(self):
-        key, sample = draw(self)
+    def spy(self, device):
+        key, sample = draw(self, device)
         seen.append(sample)
         return key, sample
 

@@ -1,5 +1,6 @@
 """The mathematics on tensors; imports torch only."""
 
+from . import library  # noqa: F401  (registers the operators)
 from .norms import merged_row_norms, squared_row_norms
 from .perturb import BACKENDS, perturb_weight, resolve_backend, row_noise
 from .products import perturbed_conv, perturbed_linear

@@ -1,8 +1,12 @@
-"""How a weight is cut into row blocks: W + eps never exists beyond one of them."""
+"""How a weight is cut into row blocks, and the one block that W + eps is made in again and again."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+
+import torch
+from torch import Tensor
 
 BLOCK_BYTES = 16 * 2**20
 ROW_MULTIPLE = 64  # the torch backend makes its noise 64 rows at a time
@@ -16,3 +20,22 @@ def row_blocks(rows: int, columns: int, itemsize: int) -> Iterator[slice]:
     step = max(ROW_MULTIPLE, BLOCK_BYTES // max(1, columns * itemsize) // ROW_MULTIPLE * ROW_MULTIPLE)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A block to write into on the CPU, the same memory at each call of a thread; None where there is none to share.
+
+    Fresh memory of this size comes from the system page by page, which costs as much as the noise. CUDA's allocator
+    keeps its own. While gradients are recorded (a backward that is itself differentiated) autograd keeps what it is
+    given, so nothing is shared then.
+    """
+    size = shape.numel() * dtype.itemsize
+    if device.type != "cpu" or torch.is_grad_enabled() or size > BLOCK_BYTES:
+        return None
+    buffer: Tensor | None = getattr(_local, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        buffer = _local.buffer = torch.empty(size, dtype=torch.uint8)
+    return buffer[:size].view(dtype).view(shape)
+
+
+_local = threading.local()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .blocks import row_blocks
+from .blocks import row_blocks, scratch
 from .perturb import perturb_weight
 
 
@@ -31,6 +31,7 @@ def perturbed_linear(
     layer: int,
     *,
     backend: str = "auto",
+    owner: int = 0,
 ) -> Tensor:
     """``x (W + eps)^T + b`` with ``eps_ij = row_std_i * z(key, layer, i, j)``.
 
@@ -45,6 +46,7 @@ def perturbed_linear(
         key: (2,) int64, the seed with the data-parallel rank mixed in, and the sample.
         layer: index of the layer in the noise stream.
         backend: see `perturb_weight`.
+        owner: who is told of the backward when the call is compiled, see `library.OBSERVERS`.
 
     Returns:
         (..., m).
@@ -52,6 +54,8 @@ def perturbed_linear(
     dtype = _autocast_dtype(x.device.type, weight.dtype)
     if dtype != weight.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling():  # the registered operator; eager calls are spared its overhead
+        return torch.ops.flatlora.perturbed_linear(x, weight, bias, row_std, key, layer, dtype, backend, owner)
     return _PerturbedLinear.apply(x, weight, bias, row_std, key, layer, dtype, backend)
 
 
@@ -93,12 +97,44 @@ def _autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, row_std: Tensor, key: Tensor, *settings: Any
+) -> Tensor:
+    """``x (W + eps)^T + b``, a block of rows at a time. `settings`: layer, dtype, backend."""
+    out = None
+    for rows, block in _blocks(weight, row_std, key, *settings):
+        part = F.linear(x, block, None if bias is None else bias[rows])
+        if len(block) == len(weight):
+            return part
+        out = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
+        out[..., rows] = part
+    assert out is not None
+    return out
+
+
+def linear_grad_x(grad: Tensor, weight: Tensor, row_std: Tensor, key: Tensor, *settings: Any) -> Tensor:
+    """``dL/dy (W + eps)``, a block of rows at a time."""
+    return _sum(grad[..., rows] @ block for rows, block in _blocks(weight, row_std, key, *settings))
+
+
+def linear_grad_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``dL/dy^T x``, of the weight's dtype."""
+    return (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+
+
+def linear_grad_bias(grad: Tensor) -> Tensor:
+    """``dL/dy`` summed over all but the last dimension."""
+    return grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+
+
 def _blocks(
     weight: Tensor, row_std: Tensor, key: Tensor, layer: int, dtype: torch.dtype, backend: str
 ) -> Iterator[tuple[slice, Tensor]]:
     """Row blocks of W + eps, (rows, n) each, one alive at a time."""
-    for rows in row_blocks(*weight.shape, dtype.itemsize):
-        yield rows, perturb_weight(weight[rows], row_std[rows], key, layer, rows.start, dtype=dtype, backend=backend)
+    for rows in row_blocks(weight.shape[0], weight.shape[1], dtype.itemsize):
+        part = weight[rows]
+        out = scratch(part.shape, dtype, part.device)
+        yield rows, perturb_weight(part, row_std[rows], key, layer, rows.start, dtype=dtype, backend=backend, out=out)
 
 
 class _PerturbedLinear(Function):
@@ -107,26 +143,15 @@ class _PerturbedLinear(Function):
         # x is needed for the gradient of W alone, and W is frozen unless the user says otherwise
         ctx.save_for_backward(weight, row_std, key, x if ctx.needs_input_grad[1] else None)
         ctx.settings = layer, dtype, backend
-        out = None
-        for rows, block in _blocks(weight, row_std, key, *ctx.settings):
-            part = F.linear(x, block, None if bias is None else bias[rows])
-            if len(block) == len(weight):
-                return part
-            out = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
-            out[..., rows] = part
-        return out
+        return linear_forward(x, weight, bias, row_std, key, *ctx.settings)
 
     @staticmethod
     def backward(ctx: Any, grad):
         weight, row_std, key, x = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_x = grad_weight = grad_bias = None
-        if need_x:
-            grad_x = _sum(grad[..., rows] @ block for rows, block in _blocks(weight, row_std, key, *ctx.settings))
-        if need_weight:
-            grad_weight = (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
-        if need_bias:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+        grad_x = linear_grad_x(grad, weight, row_std, key, *ctx.settings) if need_x else None
+        grad_weight = linear_grad_weight(grad, x, weight) if need_weight else None
+        grad_bias = linear_grad_bias(grad) if need_bias else None
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
@@ -170,7 +195,8 @@ def _channel_blocks(
     m, per_group, kernel = weight.shape[0], weight.shape[1], weight.shape[2:]
     size, flat = m // groups, weight.flatten(1)
     for rows in _whole_groups(m, flat.shape[1], dtype.itemsize, 1 if groups == 1 else size):
-        block = perturb_weight(flat[rows], row_std[rows], key, layer, rows.start, dtype=dtype, backend=backend)
+        out = scratch(flat[rows].shape, dtype, flat.device)
+        block = perturb_weight(flat[rows], row_std[rows], key, layer, rows.start, dtype=dtype, backend=backend, out=out)
         first, last = rows.start // size, -(-rows.stop // size)
         channels = slice(first * per_group, last * per_group)
         yield rows, channels, last - first, block.view(len(block), per_group, *kernel)

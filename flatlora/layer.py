@@ -266,7 +266,7 @@ class FlatLayer(_Layer):
 
     def _strength(self) -> float:
         rhos = self.perturbation.rhos
-        return max((rhos[name] for name in self._active() if name in self.flat_adapters), default=0.0)
+        return max([0.0, *[rhos[name] for name in self._active() if name in self.flat_adapters]])
 
     def _in_training(self) -> bool:
         # an adapter that is injected after model.eval() is in training mode, its base layer is not

@@ -112,6 +112,7 @@ class Perturbation:
         self._gradients = False  # were enabled where the outermost one was entered
         self._backward_sample: int | None = None  # of the forward whose backward is running
         self._forced: tuple[int | None] | None = None  # sample of `perturbed(...)`, which also forces the noise on
+        self._key: tuple[tuple, Tensor] | None = None  # the last one; a key is never written again
         self._warned = False
         self._weights: list[tuple[weakref.ref, int]] = []  # a tied weight keeps one noise stream
         self._began: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> steps when its own began
@@ -204,9 +205,12 @@ class Perturbation:
             self._fresh_pass = False
             self._warn_once()
             sample = self.sample
-        key = self.empty_key(device)
-        key[0], key[1] = mix_rank(self.seed, _rank()), sample & 0xFFFFFFFF  # two fills: no copy from the host
-        return key, sample
+        source = (mix_rank(self.seed, _rank()), sample & 0xFFFFFFFF, device)
+        if self._key is None or self._key[0] != source:
+            key = self.empty_key(device)
+            key[0], key[1] = source[:2]  # two fills: no copy from the host
+            self._key = source, key
+        return self._key[1], sample
 
     def empty_key(self, device: torch.device) -> Tensor:
         """Room for a key: where the kernel reads it, on the CPU for the backends that read it there."""

@@ -1,0 +1,129 @@
+"""`torch.compile` of plain linear layers: one graph, no recompilation from step to step, the noise of the eager run."""
+
+import pytest
+import tiny
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation, perturbed
+
+
+class Net(torch.nn.Module):
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(3)])
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x)
+            x = torch.nn.functional.gelu(x)
+        return x
+
+
+def model(checkpointed=False, **kwargs):
+    torch.manual_seed(0)
+    options = {"rho": 0.2, "schedule": "linear", "total_steps": 8, "seed": 3, "r": 2, "target_modules": ["0", "1", "2"]}
+    flat = get_flat_peft_model(Net(checkpointed), FlatLoraConfig(**options | kwargs)).train()
+    with torch.no_grad():
+        for name, parameter in flat.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return flat
+
+
+def train(run, flat, steps=5, dtype=None):
+    optimizer = torch.optim.SGD(tiny.trainable(flat), lr=0.1)
+    losses, samples = [], []
+    for step in range(steps):
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None):
+            loss = run(x).square().mean()
+        samples.append(perturbation(flat).sample)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses), samples
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_one_graph_no_recompilation_and_the_noise_of_the_eager_run(backend, checkpointed):
+    eager, compiled = model(checkpointed), model(checkpointed)
+    expected = train(eager, eager)
+    counter = CompileCounterWithBackend(backend)
+    run = torch.compile(compiled, backend=counter, fullgraph=True)
+    got = train(run, compiled)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert got[1] == expected[1] == [0, 1, 2, 3, 4]
+    assert counter.frame_count == 1 and not counters["graph_break"]
+    for ours, theirs in zip(tiny.trainable(compiled), tiny.trainable(eager), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_training_and_evaluation_are_two_graphs():
+    flat = model()
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(flat, backend=counter, fullgraph=True)
+    x = torch.randn(4, 16)
+    for _ in range(3):
+        run(x).sum().backward()
+        flat.eval()
+        assert torch.equal(run(x), flat(x))
+        flat.train()
+    assert counter.frame_count == 2
+
+
+def test_autocast_under_compile():
+    eager, compiled = model(), model()
+    run = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    got, expected = train(run, compiled, dtype=torch.bfloat16), train(eager, eager, dtype=torch.bfloat16)
+    torch.testing.assert_close(got[0], expected[0], rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own, after a graph break
+def test_other_layers_break_the_graph_and_stay_right():
+    eager, compiled = model(use_dora=True), model(use_dora=True)
+    got = train(torch.compile(compiled, backend="aot_eager"), compiled)
+    torch.testing.assert_close(got[0], train(eager, eager)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("requires", [(True, False, False), (True, True, True), (False, True, False)], ids=str)
+def test_the_operators_pass_opcheck(requires):
+    x, weight, bias = (
+        torch.randn(size, dtype=torch.float64, requires_grad=needed)
+        for size, needed in zip(((3, 5), (4, 5), (4,)), requires, strict=True)
+    )
+    row_std, key = torch.rand(4, dtype=torch.float64), torch.tensor([5, 6])
+    settings = (row_std, key, 2, torch.float64, "reference", 0)
+    torch.library.opcheck(torch.ops.flatlora.perturbed_linear.default, (x, weight, bias, *settings))
+    grad = torch.randn(3, 4, dtype=torch.float64, requires_grad=requires[0])
+    torch.library.opcheck(torch.ops.flatlora.perturbed_linear_grad_x.default, (grad, weight, *settings))
+
+
+def test_the_noise_operator_passes_opcheck():
+    flat = model()
+    layer = flat.base_model.model.layers[0]
+    with perturbed(flat, sample=3):
+        torch.library.opcheck(torch.ops.flatlora.layer_noise.default, (layer.base_layer.weight.detach(), layer.number))
+
+
+def test_the_operator_is_differentiable_twice():
+    row_std, key = torch.rand(4, dtype=torch.float64), torch.tensor([5, 6])
+    weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+
+    def product(x, weight):
+        return torch.ops.flatlora.perturbed_linear(x, weight, None, row_std, key, 0, x.dtype, "reference", 0)
+
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(product, (x, weight))
+    assert torch.autograd.gradgradcheck(product, (x, weight))

@@ -11,6 +11,7 @@ results/dieharder.txt, with a last line that counts the verdicts. A true generat
 """
 
 import argparse
+import contextlib
 import itertools
 import shutil
 import subprocess
@@ -59,6 +60,8 @@ def run(name: str, test: str) -> list[str]:
         except BrokenPipeError:  # it has read enough
             pass
         output = process.stdout.read().decode()
+        with contextlib.suppress(BrokenPipeError):  # what is left in the buffer
+            process.stdin.close()
     return [line for line in output.splitlines() if line.count("|") >= 4]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the enum of noise.c
 KERNELS = ("baseline", "avx2", "avx512")  # the order of KERNELS in noise.c
-SERIAL = 1 << 17  # weights (about 0.1 ms) below which waking other threads costs more than it saves
+SERIAL = 1 << 16  # weights (about 0.06 ms) below which waking other threads costs more than it saves
 
 
 def _load() -> Any:

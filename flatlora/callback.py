@@ -19,6 +19,12 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
     At the start of training it sets the length of the ramp, unless the config has `total_steps`. At each step it sets
     the progress, which is needed where the library cannot see the optimizer's steps (FSDP1, DeepSpeed) and harmless
     elsewhere. The noise's state is kept in `trainer_state.json`, so that a resumed run goes on with the same noise.
+
+    `flat_rho` is in `log_history`, in the progress bar, and in the logs of every callback that comes after this one.
+    Those of `report_to` come before it, whatever is passed. To have the curve there, pass that callback instead:
+
+        TrainingArguments(..., report_to="none")
+        Trainer(model, args, ..., callbacks=[FlatLoraCallback(), TensorBoardCallback()])
     """
 
     def __init__(self) -> None:

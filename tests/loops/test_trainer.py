@@ -99,13 +99,13 @@ class Report(TrainerCallback):
 
 def test_logs(tmp_path):
     model, callbacks = with_callback()
-    report = Report()
-    run = trainer(model, tmp_path, callbacks=[*callbacks, report], max_steps=4, logging_steps=2)
+    before, after = Report(), Report()  # before: as those of `report_to` are
+    run = trainer(model, tmp_path, callbacks=[before, *callbacks, after], max_steps=4, logging_steps=2)
     run.train()
-    expected = [cosine(2, 4), cosine(4, 4)]
-    for logs in (report.seen, run.state.log_history):
-        assert [entry["flat_rho"] for entry in logs if "loss" in entry] == pytest.approx(expected)
+    for logs in (after.seen, run.state.log_history):
+        assert [entry["flat_rho"] for entry in logs if "loss" in entry] == pytest.approx([cosine(2, 4), cosine(4, 4)])
         assert all("flat_rho" not in entry for entry in logs if "loss" not in entry)
+    assert not any("flat_rho" in entry for entry in before.seen)
 
 
 @pytest.mark.parametrize("bar", [True, False], ids=["bar", "no-bar"])

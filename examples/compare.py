@@ -35,7 +35,7 @@ class CompareArguments(quickstart.Arguments):
 def run(method: str, seed: int, args: CompareArguments, encode, task, device: torch.device) -> list[dict]:
     """Train once; one row per domain."""
     args = dataclasses.replace(args, seed=seed)
-    model = quickstart.adapt(load_model(args.model, getattr(torch, args.dtype)).to(device), method, args)
+    model = quickstart.adapt(load_model(args.model, getattr(torch, args.dtype), device), method, args)
     quickstart.train(model, method, encode, task.train, args)
     correct = quickstart.test(model, encode, task, args)
     counts = {domain: (len(right), int(right.sum())) for domain, right in correct.items()}

@@ -28,9 +28,11 @@ def resolve_model(name: str) -> str:
     return str(smollm2_folder()) if name == "smollm2" else name
 
 
-def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The base model in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    attention = "eager" if device.type == "cpu" else None  # the fused one's backward is slow on CPUs for short texts
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+    return model.eval().to(device)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

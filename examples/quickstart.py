@@ -186,7 +186,7 @@ def run_method(
 ) -> tuple[dict, list[dict], LossLine | None, dict]:
     """Everything with one method: (right answers by domain, history of training, line of the picture, reload check)."""
     print(f"\n{NAMES[method]}", flush=True)
-    model = adapt(load_model(args.model, getattr(torch, args.dtype)).to(device), method, args)
+    model = adapt(load_model(args.model, getattr(torch, args.dtype), device), method, args)
     history = train(model, method, encode, task.train, args)
     correct = test(model, encode, task, args)
     line = None
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> dict:
     started = time.perf_counter()
 
     print(f"Testing {settings['model']} before training on {', '.join(task.tests)}", flush=True)
-    base = load_model(args.model, getattr(torch, args.dtype)).to(device)
+    base = load_model(args.model, getattr(torch, args.dtype), device)
     correct = {"before": test(base, encode, task, args)}
     del base
 

@@ -28,8 +28,8 @@ def main(job_file: str) -> None:
     encode = Encoder(load_tokenizer(job["base"]), job["prompt"], job["labels"], job["max_tokens"])
     examples = [Example(text, label) for text, label in job["examples"]]
 
-    adapted = PeftModel.from_pretrained(load_model(job["base"], dtype), job["adapter"]).to(device)
-    merged = load_model(job["merged"], dtype).to(device)
+    adapted = PeftModel.from_pretrained(load_model(job["base"], dtype, device), job["adapter"])
+    merged = load_model(job["merged"], dtype, device)
     answers = {
         name: label_logits(model, encode, examples, device, job["batch_size"]).tolist()
         for name, model in (("adapter", adapted), ("merged", merged))

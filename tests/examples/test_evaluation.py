@@ -22,7 +22,7 @@ def test_the_paired_difference_is_that_of_the_differences():
 
 def test_answers_do_not_depend_on_the_batches(tiny_model, tokenizer):
     encode = Encoder(tokenizer, "Review: {text}\nSentiment:", ("negative", "positive"))
-    model = load_model(str(tiny_model), torch.float32)
+    model = load_model(str(tiny_model), torch.float32, torch.device("cpu"))
     examples = [Example("good " * k, k % 2) for k in (5, 1, 3, 2, 8)]
     alone = torch.cat([evaluation.label_logits(model, encode, [one], torch.device("cpu")) for one in examples])
     together = evaluation.label_logits(model, encode, examples, torch.device("cpu"), batch_size=3)

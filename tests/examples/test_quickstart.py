@@ -42,7 +42,7 @@ def test_without_noise_both_methods_are_the_same_run(arguments):
     encode, task = quickstart.prepare(args)
     histories = []
     for method in ("lora", "flat"):
-        model = quickstart.adapt(quickstart.load_model(args.model, torch.float32), method, args)
+        model = quickstart.adapt(quickstart.load_model(args.model, torch.float32, torch.device("cpu")), method, args)
         histories.append([step["loss"] for step in quickstart.train(model, method, encode, task.train, args)])
     assert histories[0] == histories[1]
 

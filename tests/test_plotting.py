@@ -38,7 +38,7 @@ FIGURES = {
     ),
     "sam": lambda **kw: plotting.plot_sharpness({"LoRA": SamSharpness(SOME, RISES, RISES, 1.0, "merged", 1)}, **kw),
     "noise": lambda **kw: plotting.plot_degradation(
-        {"LoRA": Degradation(SOME, RISES, 1.0, "weight noise", "rho", 0)}, score="accuracy", **kw
+        {"LoRA": Degradation(SOME, RISES, 1.0, "weight noise", "rho", 0, "accuracy")}, **kw
     ),
     "rounding": lambda **kw: plotting.plot_degradation(
         {"LoRA": Degradation(torch.tensor([8.0, 4.0]), RISES[:, :2], 1.0, "rounding", "bits per weight", 0)}, **kw
@@ -109,7 +109,7 @@ def test_series_are_told_apart_without_colour_and_text_is_readable(theme):
             lambda: plotting.plot_degradation(
                 {k: Degradation(SOME, RISES, 1.0, k, "u", 0) for k in ("rounding", "corruption")}
             ),
-            "results must be under one disturbance",
+            "results must be of one score under one disturbance",
         ),
     ],
 )

@@ -39,6 +39,7 @@ class Degradation(Curve):
         disturbance: "weight noise", "rounding" or "corruption".
         unit: of the levels.
         seed: of the draws.
+        score: what the score is, for figures.
     """
 
     GRID, SAMPLES = "levels", "scores"
@@ -48,6 +49,7 @@ class Degradation(Curve):
     disturbance: str
     unit: str
     seed: int
+    score: str = "loss"
 
 
 def under_weight_noise(
@@ -63,16 +65,22 @@ def under_weight_noise(
     layers: str | Callable[[str], bool] | None = None,
     norms: Norms | None = None,
     sizes: Sequence[float] | None = None,
+    score: str = "loss",
     progress: bool | None = None,
     file: str | os.PathLike | None = None,
 ) -> Degradation:
     """The score under random weight noise of strength rho; a sample is the mean of an antithetic pair.
 
-    Args and raises: as in `expected_sharpness`.
+    Args:
+        score: what the score is, for figures.
+        The rest: as in `expected_sharpness`, `score_fn` for `loss_fn`.
+
+    Raises:
+        ValueError: an argument out of bounds.
     """
     levels = nonnegative("rho", rho)
     positive("samples", samples)
-    score = Measurement(
+    measured = Measurement(
         "weight noise", model, score_fn, batches,
         seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,
     )  # fmt: skip
@@ -80,9 +88,9 @@ def under_weight_noise(
     with bar(scores.numel(), "weight noise", progress) as tick:
         for k in range(samples):
             for p, r in enumerate(levels.tolist()):
-                scores[k, p] = (score.at((r, k)) + score.at((-r, k))) / 2
+                scores[k, p] = (measured.at((r, k)) + measured.at((-r, k))) / 2
                 tick.update()
-    return Degradation(levels, scores, score.center, "weight noise", f"rho, {noise} noise", seed)
+    return Degradation(levels, scores, measured.center, "weight noise", f"rho, {noise} noise", seed, score)
 
 
 def under_rounding(
@@ -92,6 +100,7 @@ def under_rounding(
     *,
     bits: Sequence[int] = (8, 6, 5, 4, 3),
     layers: str | Callable[[str], bool] | None = None,
+    score: str = "loss",
     progress: bool | None = None,
 ) -> Degradation:
     """The score with every merged weight W' rounded to a few bits, symmetric round-to-nearest with one scale a row.
@@ -101,6 +110,7 @@ def under_rounding(
     Args:
         model, score_fn, batches, layers, progress: as in `loss_line`.
         bits: at least 2 each, the sign included.
+        score: what the score is, for figures.
 
     Raises:
         ValueError: bits out of bounds, or a layer whose merged weight cannot be had (DoRA, quantised).
@@ -122,12 +132,12 @@ def under_rounding(
     scores = torch.empty(len(each), len(bits), dtype=torch.float64)
     with bar(scores.numel(), "rounding", progress) as tick:
         for p, b in enumerate(bits):
-            for k, score in enumerate(each):
-                scores[k, p] = score(partial(_rounded, bits=b))
+            for k, one in enumerate(each):
+                scores[k, p] = one(partial(_rounded, bits=b))
                 tick.update()
-    center = sum(score() for score in each) / len(each)
+    center = sum(one() for one in each) / len(each)
     levels = torch.tensor(list(bits), dtype=torch.float64)
-    return Degradation(levels, scores, center, "rounding", "bits per weight", 0)
+    return Degradation(levels, scores, center, "rounding", "bits per weight", 0, score)
 
 
 def _rounded(weight: Weight, values: Tensor, bits: int) -> Tensor:
@@ -153,6 +163,7 @@ def under_corruption(
     seed: int = 0,
     unit: str = "corruption",
     sizes: Sequence[float] | None = None,
+    score: str = "loss",
     progress: bool | None = None,
 ) -> Degradation:
     """The score on corrupted inputs.
@@ -164,7 +175,8 @@ def under_corruption(
         levels: strengths, as `corrupt` understands them.
         samples: draws.
         seed: of the draws.
-        unit: of the levels, for the axis of a plot.
+        unit: of the levels, for figures.
+        score: what the score is, for figures.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -182,7 +194,7 @@ def under_corruption(
                     bad = [corrupt(batch, level, _generator(seed, k, i)) for i, batch in enumerate(clean)]
                 scores[k, p] = MeanLoss(model, score_fn, bad, [], sizes)()
                 tick.update()
-    return Degradation(grid, scores, center, "corruption", unit, seed)
+    return Degradation(grid, scores, center, "corruption", unit, seed, score)
 
 
 def replace_tokens(vocabulary: int, field: str | int | None = "input_ids", keep: Sequence[int] = ()) -> Corrupt:

@@ -96,7 +96,7 @@ def loss_line(
         >>> line = loss_line(model, lambda model, batch: model(**batch).loss, batches)
         >>> plot_loss_line({"Flat-LoRA": line}).savefig("line.png")
     """
-    grid = torch.linspace(-1, 1, 21, dtype=torch.float64) if distances is None else _grid("distances", distances)
+    grid = _grid("distances", torch.arange(-10, 11) / 10 if distances is None else distances)
     positive("directions", directions)
     loss = Measurement(
         "line", model, loss_fn, batches,
@@ -122,7 +122,7 @@ def _grid(name: str, values: Sequence[float] | Tensor) -> Tensor:
     grid = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
     if not len(grid) or not grid.isfinite().all():
         raise ValueError(f"{name} must be at least one finite number, got {grid.tolist()}")
-    return grid
+    return torch.where(grid.abs() < 1e-12 * grid.abs().max(), 0.0, grid)  # the middle of a linspace is the centre
 
 
 def positive(name: str, value: int) -> None:
@@ -183,8 +183,8 @@ def loss_surface(
     Raises:
         ValueError: an argument out of bounds.
     """
-    grid = torch.linspace(-1, 1, 15, dtype=torch.float64)
-    columns, rows = (grid if v is None else _grid(n, v) for n, v in (("x", x), ("y", y)))
+    default = torch.arange(-7, 8) / 7
+    columns, rows = (_grid(name, default if values is None else values) for name, values in (("x", x), ("y", y)))
     loss = Measurement(
         "surface", model, loss_fn, batches,
         seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,

@@ -96,7 +96,6 @@ def plot_sharpness(
 def plot_degradation(
     results: Mapping[str, Degradation],
     *,
-    score: str = "loss",
     level: float = 0.95,
     title: str | None = None,
     theme: str = "light",
@@ -106,13 +105,12 @@ def plot_degradation(
 
     Args:
         results: label -> result, all under one disturbance.
-        score: what the score is, for the axis.
         level, title, theme, size: as in `plot_loss_line`.
     """
     first = first_of("results", results)
-    kinds = {(result.disturbance, result.unit) for result in results.values()}
+    kinds = {(result.disturbance, result.unit, result.score) for result in results.values()}
     if len(kinds) > 1:
-        raise ValueError(f"results must be under one disturbance, got {sorted(kinds)}")
+        raise ValueError(f"results must be of one score under one disturbance, got {sorted(kinds)}")
     rounding = first.disturbance == "rounding"
     with new_figure(theme, size, title) as (figure, axes):
         for k, (label, result) in enumerate(results.items()):
@@ -123,7 +121,7 @@ def plot_degradation(
             axes.invert_xaxis()
             axes.set_xticks(first.levels.tolist(), [f"{bits:.0f}" for bits in first.levels.tolist()])
         axes.set_xlabel("bits per weight" if rounding else first.unit)
-        axes.set_ylabel(score)
+        axes.set_ylabel(first.score)
         finish(axes)
         axes.annotate(
             "thin lines: undisturbed", (1, 1.01), xycoords="axes fraction", ha="right", va="bottom",

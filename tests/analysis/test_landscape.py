@@ -23,7 +23,7 @@ def test_line_of_a_quadratic_is_a_parabola(dense_noise):
         d = (z / z.norm(dim=1, keepdim=True) * model.w0.norm(dim=1, keepdim=True)).flatten()
         expected = line.distances**2 / 2 * (d @ model.H @ d) + line.distances * (model.slope @ d)
         torch.testing.assert_close(line.losses[k], expected, rtol=1e-6, atol=1e-8)
-    assert line.center == 0
+    assert line.center == 0 and line.distances[10] == 0 and (line.losses[:, 10] == 0).all()
 
 
 @pytest.mark.parametrize("noise", ["filter", "filter_normalised", "layer", "plain"])
@@ -204,3 +204,10 @@ def test_a_loss_that_is_no_scalar_and_no_batch():
         loss_line(model, lambda m, b: m.layer.weight, model.batches)
     with pytest.raises(ValueError, match="at least one batch"):
         loss_line(model, value, [])
+
+
+def test_the_middle_of_a_grid_is_the_centre():
+    model = Quadratic()
+    for grid in (torch.linspace(-1, 1, 21), torch.linspace(-1, 1, 21, dtype=torch.float64), None):
+        distances = loss_line(model, value, model.batches, distances=grid, directions=1).distances
+        assert distances[10] == 0 and distances.tolist() == pytest.approx([k / 10 for k in range(-10, 11)])

@@ -85,7 +85,7 @@ static void copy(char *to, int64_t to0, int64_t to1, const char *from, int64_t f
     else COPY(uint64_t)
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(_WIN32) /* gcc does not align wide vectors on Windows stacks */
 #define DISPATCH 1
 #include <immintrin.h>
 

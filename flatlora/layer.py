@@ -211,11 +211,14 @@ class FlatLayer(_Layer):
         plain = super().forward
         if self._rho(kwargs) == 0:
             return plain(x, *args, **kwargs)
-        if torch.compiler.is_compiling() and self._is_plain_linear():
-            return self._compiled(x)
-        return self._perturbed(plain, x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return self._perturbed(plain, x, *args, **kwargs)
+        return self._compiled(x) if self._is_plain_linear() else self._graph_break(plain, x, *args, **kwargs)
 
     @torch.compiler.disable
+    def _graph_break(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._perturbed(plain, x, *args, **kwargs)
+
     def _perturbed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
         if isinstance(base, nn.Embedding):
@@ -311,7 +314,8 @@ class FlatLayer(_Layer):
         B = [self.lora_B[name].weight.detach().flatten(1).to(dtype) * self.scaling[name] for name in active]
         if getattr(base, "groups", 1) > 1:
             return _grouped_row_norms(weight, squared, B, A, base.groups)
-        return merged_row_norms(weight, squared, torch.cat(B, dim=1), torch.cat(A))
+        one = len(active) == 1
+        return merged_row_norms(weight, squared, B[0] if one else torch.cat(B, dim=1), A[0] if one else torch.cat(A))
 
     # ---- the product ----
 

@@ -9,6 +9,8 @@ sample; ||W_i||^2 belongs to the frozen weight and is computed once.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -50,9 +52,14 @@ def merged_row_norms(weight: Tensor, squared: Tensor, B: Tensor, A: Tensor, whol
         (m,) of the dtype of `squared`.
     """
     dtype = squared.dtype
-    B = B.to(dtype)
-    with torch.autocast(weight.device.type, enabled=False):  # it would round all three products
+    with _no_autocast(weight.device.type):
+        Bt = B.to(dtype).T.contiguous()  # (r, m): r long rows are quicker to work on than m short ones
         whole = (A if whole is None else whole).to(dtype)
-        cross = (weight @ A.to(weight.dtype).T).to(dtype)
-        low_rank = ((2 * cross + B @ (whole @ whole.T)) * B).sum(dim=1)
-    return (squared + low_rank).clamp_min_(0).sqrt_()  # rounding can leave a vanishing row just below zero
+        cross = (A.to(weight.dtype) @ weight.T).to(dtype)  # (r, m)
+        low_rank = torch.addmm(cross, whole @ whole.T, Bt, beta=2).mul_(Bt).sum(dim=0)
+    return low_rank.add_(squared).clamp_min_(0).sqrt_()  # rounding can leave a vanishing row just below zero
+
+
+def _no_autocast(device: str) -> AbstractContextManager:
+    # it would round the products; where it is off already, the context would cost more than they do
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

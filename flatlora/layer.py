@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import FrameType
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def _calling_tuner() -> BaseTuner:
     peft hands a custom-module factory the target and no more, but the layers of a model share their state, and where
     a pass begins is seen on the model. So the caller is asked: the one frame up the stack whose `self` is a tuner.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         tuner = frame.f_locals.get("self")
         if isinstance(tuner, BaseTuner):
@@ -185,7 +186,7 @@ def _grouped_row_norms(weight: Tensor, squared: Tensor, B: list[Tensor], A: list
 
 
 @cache
-def flat_class(plain: type) -> type:
+def flat_class(plain: Any) -> type:
     """The class of a flat layer over the class that peft gave it."""
     return type(f"Flat{plain.__name__}", (FlatLayer, plain), {"plain_class": plain, "__module__": __name__})
 

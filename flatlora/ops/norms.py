@@ -33,7 +33,7 @@ def squared_row_norms(weight: Tensor) -> Tensor:
         (m,) float32, or float64 for a float64 weight.
     """
     dtype = norm_dtype(weight.dtype)
-    blocks = row_blocks(*weight.shape, dtype.itemsize)
+    blocks = row_blocks(weight.shape[0], weight.shape[1], dtype.itemsize)
     return torch.cat([weight[rows].to(dtype).square().sum(dim=1) for rows in blocks])
 
 

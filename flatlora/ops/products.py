@@ -160,10 +160,11 @@ class _PerturbedConv(Function):
     def forward(ctx: Any, x, weight, bias, row_std, key, layer, dtype, backend, geometry, groups):
         ctx.save_for_backward(weight, row_std, key, x if ctx.needs_input_grad[1] else None)
         ctx.settings, ctx.geometry, ctx.groups, ctx.shape = (layer, dtype, backend), geometry, groups, x.shape
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
         parts = []
-        for rows, channels, count, block in _channel_blocks(weight, row_std, key, *ctx.settings, groups):
+        for rows, channels, count, block in _channel_blocks(weight, row_std, key, groups, *ctx.settings):
             here = None if bias is None else bias[rows]
-            parts.append(torch.convolution(x[:, channels], block, here, *geometry, False, _zeros(geometry), count))
+            parts.append(convolution(x[:, channels], block, here, *geometry, count))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @staticmethod
@@ -173,7 +174,7 @@ class _PerturbedConv(Function):
         grad_x = grad_weight = grad_bias = None
         if need_x:
             parts: dict[int, list[Tensor]] = {}  # by first input channel: without groups all blocks share one
-            for rows, channels, count, block in _channel_blocks(weight, row_std, key, *ctx.settings, ctx.groups):
+            for rows, channels, count, block in _channel_blocks(weight, row_std, key, ctx.groups, *ctx.settings):
                 shape = (ctx.shape[0], channels.stop - channels.start, *ctx.shape[2:])
                 part = _conv_gradients(grad[:, rows], grad.new_empty(1).expand(shape), block, ctx.geometry, count, 0)
                 parts.setdefault(channels.start, []).append(part)
@@ -186,7 +187,7 @@ class _PerturbedConv(Function):
 
 
 def _channel_blocks(
-    weight: Tensor, row_std: Tensor, key: Tensor, layer: int, dtype: torch.dtype, backend: str, groups: int
+    weight: Tensor, row_std: Tensor, key: Tensor, groups: int, layer: int, dtype: torch.dtype, backend: str
 ) -> Iterator[tuple[slice, slice, int, Tensor]]:
     """(output channels, input channels, groups, block of W + eps) of blocks that each hold whole groups.
 
@@ -210,13 +211,9 @@ def _whole_groups(rows: int, columns: int, itemsize: int, size: int) -> Iterator
 def _conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, groups: int, which: int) -> Tensor:
     """Gradient of a convolution with respect to x (which = 0) or to the weight (which = 1)."""
     mask = [which == 0, which == 1, False]
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, False, _zeros(geometry), groups, mask)[
-        which
-    ]
-
-
-def _zeros(geometry: tuple) -> list[int]:
-    return [0] * len(geometry[0])  # no output padding: this is not a transposed convolution
+    not_transposed = (False, [0] * len(geometry[0]))
+    backward = torch.ops.aten.convolution_backward
+    return backward(grad, x, weight, None, *geometry, *not_transposed, groups, mask)[which]
 
 
 def _sum(parts: Iterator[Tensor]) -> Tensor:

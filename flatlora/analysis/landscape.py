@@ -96,7 +96,7 @@ def loss_line(
         >>> line = loss_line(model, lambda model, batch: model(**batch).loss, batches)
         >>> plot_loss_line({"Flat-LoRA": line}).savefig("line.png")
     """
-    grid = _grid("distances", torch.arange(-10, 11) / 10 if distances is None else distances)
+    grid = _grid("distances", torch.arange(-10, 11).double() / 10 if distances is None else distances)
     positive("directions", directions)
     loss = Measurement(
         "line", model, loss_fn, batches,
@@ -122,7 +122,7 @@ def _grid(name: str, values: Sequence[float] | Tensor) -> Tensor:
     grid = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
     if not len(grid) or not grid.isfinite().all():
         raise ValueError(f"{name} must be at least one finite number, got {grid.tolist()}")
-    return torch.where(grid.abs() < 1e-12 * grid.abs().max(), 0.0, grid)  # the middle of a linspace is the centre
+    return torch.where(grid.abs() < 1e-6 * grid.abs().max(), 0.0, grid)  # the middle of a linspace is the centre
 
 
 def positive(name: str, value: int) -> None:
@@ -183,7 +183,7 @@ def loss_surface(
     Raises:
         ValueError: an argument out of bounds.
     """
-    default = torch.arange(-7, 8) / 7
+    default = torch.arange(-7, 8).double() / 7
     columns, rows = (_grid(name, default if values is None else values) for name, values in (("x", x), ("y", y)))
     loss = Measurement(
         "surface", model, loss_fn, batches,

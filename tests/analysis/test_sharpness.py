@@ -8,6 +8,7 @@ from analysis.cases import Quadratic, Snapshot, token_loss, value
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation
 from flatlora.analysis import Estimate, expected_sharpness, sam_sharpness
 from flatlora.analysis.stats import t_quantile
 
@@ -178,3 +179,20 @@ def test_the_merged_space_and_the_adapter_space_differ():
     A, s = model.base_model.model[0].lora_A["default"].weight, model.base_model.model[0].scaling["default"]
     torch.testing.assert_close(merged.first_order.item(), 0.1 * g.norm().item())
     torch.testing.assert_close(adapter.first_order.item(), 0.1 * (s * g @ A.T).norm().item())
+
+
+def test_a_flat_model_in_the_middle_of_training_is_measured_clean_and_left_alone():
+    config = FlatLoraConfig(r=2, target_modules=["0"], rho=0.5, schedule="constant", init_lora_weights=False)
+    model = get_flat_peft_model(nn.Sequential(nn.Linear(6, 5)), config).train()
+    x = [torch.randn(8, 6)]
+    loss = lambda m, b: m(b).square().mean()  # noqa: E731
+    loss(model, x[0]).backward()
+    before, sample = Snapshot(model), perturbation(model).sample
+    found = expected_sharpness(model, loss, x, rho=0.3, samples=4)
+    worst = sam_sharpness(model, loss, x, rho=0.3)
+    before.assert_same()
+    assert perturbation(model).sample == sample
+    merged = model.merge_and_unload()
+    again = expected_sharpness(merged, loss, x, rho=0.3, samples=4), sam_sharpness(merged, loss, x, rho=0.3)
+    for one, other in zip((found, worst), again, strict=True):
+        torch.testing.assert_close(one.rises, other.rises, rtol=1e-4, atol=1e-6)

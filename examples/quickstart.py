@@ -27,6 +27,7 @@ from typing import Literal
 
 import report
 import torch
+import transformers
 from data import Encoder, Example, Task, load_task
 from evaluation import answer_loss, is_correct, label_logits
 from models import load_model, load_tokenizer, resolve_model
@@ -209,6 +210,11 @@ def prepare(args: Arguments) -> tuple[Encoder, Task]:
     """The data, and the encoder that goes with the model; a packaged model's name becomes its folder."""
     task = load_task(args.dataset, args.other_domains, args.text_column, args.label_column)
     task.tests.update({domain: examples[: args.eval_samples] for domain, examples in task.tests.items()})
+    if not 0 < args.batch_size <= len(task.train):
+        raise ValueError(f"batch_size must be 1 to {len(task.train)}, the training examples, got {args.batch_size}")
+    for name in ("steps", "eval_samples"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     args.model = resolve_model(args.model)
     return Encoder(load_tokenizer(args.model), args.prompt, task.labels, args.max_tokens), task
 
@@ -223,6 +229,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     settings = asdict(args)
     encode, task = prepare(args)
+    transformers.utils.logging.disable_progress_bar()  # one per loaded model
     started = time.perf_counter()
 
     print(f"Testing {settings['model']} before training on {', '.join(task.tests)}", flush=True)

@@ -14,6 +14,7 @@ import sys
 sys.modules["flatlora"] = None  # type: ignore[assignment]  # importing it is an error from here on
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from data import Encoder, Example  # noqa: E402
 from evaluation import label_logits  # noqa: E402
 from models import load_model, load_tokenizer  # noqa: E402
@@ -22,6 +23,7 @@ from peft import PeftModel  # noqa: E402
 
 def main(job_file: str) -> None:
     """Read the job, write the logits of the adapter and of the merged model, each (examples, labels)."""
+    transformers.utils.logging.disable_progress_bar()
     with open(job_file) as file:
         job = json.load(file)
     dtype, device = getattr(torch, job["dtype"]), torch.device(job["device"])

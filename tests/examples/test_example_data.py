@@ -1,6 +1,8 @@
 import io
 import json
+import sys
 import tarfile
+import types
 
 import data
 import pytest
@@ -71,6 +73,24 @@ def test_bad_files_are_answered_with_what_was_found(files):
     (files / "d.csv").write_text("text,label\n")
     with pytest.raises(ValueError, match="at least one row"):
         data.load_task(str(files / "d.csv"))
+
+
+@pytest.mark.parametrize("parts", [("train", "validation", "test"), ("train", "test"), ("train",)], ids=len)
+def test_hub_datasets_with_named_labels(monkeypatch, parts):
+    class Part(dict):
+        features = {"sentence": None, "y": types.SimpleNamespace(names=["negative", "positive"])}
+
+    asked = []
+    splits = {part: Part(sentence=[f"{part} {i}" for i in range(10)], y=[0, 1] * 4 + [-1, None]) for part in parts}
+    hub = types.ModuleType("datasets")
+    hub.load_dataset = lambda *args: asked.append(args) or splits
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    task = data.load_task("glue:sst2", text_column="sentence", label_column="y")
+    assert asked == [("glue", "sst2")] and task.labels == LABELS
+    held_out = task.tests["held-out"]
+    assert len(task.train) + len(held_out) == 8 * min(2, len(parts))  # those without a label are left out
+    source = "train" if len(parts) == 1 else parts[1]
+    assert all(e.text.startswith(source) and e.label == int(e.text.split()[1]) % 2 for e in held_out)
 
 
 def test_prompts_are_padded_on_the_left_and_labels_are_the_next_word(tokenizer):

@@ -62,6 +62,12 @@ def test_an_adapter_that_answers_differently_is_an_error(arguments, monkeypatch)
         quickstart.main([*arguments, "--method", "flat", "--picture_samples", "0"])
 
 
+@pytest.mark.parametrize("option", ["steps", "eval_samples", "batch_size"])
+def test_impossible_sizes_are_answered_at_once(arguments, option):
+    with pytest.raises(ValueError, match=f"{option} must be .*1.*got 0"):
+        quickstart.main([*arguments, f"--{option}", "0"])
+
+
 def test_the_fresh_process_cannot_import_flatlora():
     examples = Path(quickstart.__file__).parent
     code = "import reload_adapter, flatlora"

@@ -51,7 +51,7 @@ def create_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: An
     with _as_plain(config):
         layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
     state = Perturbation.shared(tuner.model, config.settings())
-    state.watch(tuner)
+    state.passes.watch(tuner)
     adopt(layer, adapter_name, state, config.rho, config.on_unsupported, kwargs.get("target_name", adapter_name))
     return layer
 
@@ -70,7 +70,7 @@ def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsuppor
         if not isinstance(layer, FlatLayer):
             stream = state.stream_of(layer.get_base_layer().weight)
             layer.__dict__.update(perturbation=state, stream=stream, flat_adapters=set(), _norms={})
-            layer.__class__ = flat_class(type(layer))
+            layer.__class__ = flat_class(type(layer))  # type: ignore[arg-type]
             layer._enrol()
         layer.flat_adapters.add(adapter)
         state.rhos[adapter] = rho
@@ -186,7 +186,7 @@ def _grouped_row_norms(weight: Tensor, squared: Tensor, B: list[Tensor], A: list
 
 
 @cache
-def flat_class(plain: Any) -> type:
+def flat_class(plain: type) -> type:
     """The class of a flat layer over the class that peft gave it."""
     return type(f"Flat{plain.__name__}", (FlatLayer, plain), {"plain_class": plain, "__module__": __name__})
 
@@ -263,18 +263,15 @@ class FlatLayer(_Layer):
     def _rho(self, kwargs: dict[str, Any]) -> float:
         """rho of the flat adapters that are active here (the largest); 0 where this forward is to be clean."""
         state = self.perturbation
-        if not state.enabled or self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return 0.0
         rho = self._strength()
-        return rho if rho > 0 and (state.is_forced or self._in_training()) else 0.0
+        # an adapter that is injected after model.eval() is in training mode, its base layer is not
+        return rho if rho > 0 and state.wants_noise(self.training and self.get_base_layer().training) else 0.0
 
     def _strength(self) -> float:
         rhos = self.perturbation.rhos
         return max([0.0, *[rhos[name] for name in self._active() if name in self.flat_adapters]])
-
-    def _in_training(self) -> bool:
-        # an adapter that is injected after model.eval() is in training mode, its base layer is not
-        return self.training and self.get_base_layer().training and self.perturbation.in_training_pass()
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.scaling]

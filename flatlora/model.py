@@ -14,6 +14,7 @@ from torch import nn
 from . import state
 from .config import HUB_OPTIONS, FlatLoraConfig, plain_copy
 from .layer import adopt, flat_layers, release
+from .passes import of_model
 from .state import Perturbation, Settings, check_rho
 
 
@@ -85,7 +86,7 @@ def attach(
             "the model is flat already: set flatlora.perturbation(model).rho, or call flatlora.detach(model) first"
         )
     perturbation = Perturbation(_root(model), settings)
-    perturbation.watch(model)
+    perturbation.passes.watch(model)
     try:
         for name, layer in layers.items():
             for adapter in layer.scaling:
@@ -175,7 +176,7 @@ def _take_back(model: nn.Module, before: set[nn.Module]) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer) and module not in before:
             model.set_submodule(name, module.get_base_layer())
-    left = state.of_model(model)
+    left = of_model(model)
     if left is not None and not any(flat_layers(model)):
         left.close()
 

@@ -1,9 +1,4 @@
-"""The state that all layers of a model share: seed, noise sample, strength, schedule, and what pass is running.
-
-Two questions are answered here for every layer. Which noise? `Perturbation.draw`. Is this a training pass?
-`Perturbation.in_training_pass`: gradients were enabled where the outermost model was entered, which hooks on the model
-see. Asking inside a layer would be wrong: reentrant gradient checkpointing runs its first pass under `no_grad`.
-"""
+"""The state that all layers of a model share: seed, noise sample, strength and schedule."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +19,7 @@ from torch.utils.hooks import unserializable_hook
 from .ops import BACKENDS, resolve_backend
 from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
+from .passes import Passes, entrances, in_backward, of_model
 
 RAMPS = {
     "cosine": lambda t: 0.5 * (1 - math.cos(math.pi * t)),
@@ -75,6 +71,14 @@ def _check_integer(name: str, value: Any, low: int, high: int) -> None:
         raise ValueError(f"{name} must be None or in [{low}, {high}], got {value}")
 
 
+class PassNote(NamedTuple):
+    """What a recompute must know of its forward."""
+
+    sample: int
+    forced: bool  # by `perturbed(...)`
+    enabled: bool
+
+
 class Perturbation:
     """The noise of one model: its strength, its schedule and its current sample.
 
@@ -107,18 +111,14 @@ class Perturbation:
         self.sees_steps = False  # an optimizer step has been seen: there will be no other way to change parameters
         self._origin = (0.0, 0)  # progress, and the step it was set at
         self._stale = False  # a backward has used the sample: the next training forward takes a new one
-        self._fresh_pass = False  # the outermost model was entered, and no layer has drawn its noise yet
-        self._entered: list[int] = []  # ids of the models that are running, outermost first
-        self._gradients = False  # were enabled where the outermost one was entered
-        self._backward_sample: int | None = None  # of the forward whose backward is running
         self._forced: tuple[int | None] | None = None  # sample of `perturbed(...)`, which also forces the noise on
         self._key: tuple[tuple, Tensor] | None = None  # the last one; a key is never written again
         self._warned = False
         self._weights: list[tuple[weakref.ref, int]] = []  # a tied weight keeps one noise stream
         self._began: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> steps when its own began
-        self._handles: list = []
-        for module in _entrances(model):
-            self.watch(module)
+        self.passes = Passes(self, self._note)
+        for module in entrances(model):
+            self.passes.watch(module)
         self._enrol()
 
     @classmethod
@@ -195,16 +195,13 @@ class Perturbation:
         The key is the int64 tensor (seed with the rank mixed in, sample). A new sample is taken at the first training
         forward after a backward; a recompute takes the sample of its own forward.
         """
-        if self._forced is not None:
-            sample = self.sample if self._forced[0] is None else self._forced[0]
-        elif _in_backward():
-            sample = self.sample if self._backward_sample is None else self._backward_sample
+        recalled = self.passes.recalled()
+        if recalled is not None:
+            sample = recalled.sample
         else:
-            if self._stale and (self._fresh_pass or not self._entered):
-                self.sample, self._stale = self.sample + 1, False
-            self._fresh_pass = False
-            self._warn_once()
-            sample = self.sample
+            if self._forced is None and not in_backward():
+                self._take_new_sample()
+            sample = self._note().sample
         source = (mix_rank(self.seed, _rank()), sample & 0xFFFFFFFF, device)
         if self._key is None or self._key[0] != source:
             key = self.empty_key(device)
@@ -237,49 +234,23 @@ class Perturbation:
                 stacklevel=2,
             )
 
-    # ---- is this a training pass ----
+    def wants_noise(self, training: bool) -> bool:
+        """Is a forward of a layer (in training mode or not) to be perturbed? A recompute is what its forward was."""
+        recalled = self.passes.recalled()
+        # the sample is not looked at here: compiled code would have to be compiled again for each
+        enabled = self.enabled if recalled is None else recalled.enabled
+        forced = self._forced is not None if recalled is None else recalled.forced
+        return enabled and (forced or (training and self.passes.with_gradients()))
 
-    @property
-    def is_forced(self) -> bool:
-        """Inside of `perturbed(...)`."""
-        return self._forced is not None
+    def _note(self) -> PassNote:
+        forced = self._forced is not None
+        sample = self._forced[0] if self._forced is not None and self._forced[0] is not None else self.sample
+        return PassNote(sample, forced, self.enabled)
 
-    def in_training_pass(self) -> bool:
-        """Were gradients enabled where the outermost model was entered (or here, outside of any model)?"""
-        return self._gradients if self._entered else torch.is_grad_enabled()
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():  # compiled code asks torch itself
-            return
-        if id(module) in self._entered:  # left over from a pass that an interrupt broke off
-            del self._entered[self._entered.index(id(module)) :]
-        if not self._entered:
-            self._gradients = torch.is_grad_enabled()
-            if not _in_backward():
-                self._fresh_pass, self._backward_sample = True, None
-            elif self._gradients and self._backward_sample is None:
-                raise RuntimeError(
-                    "the model as a whole runs under torch.utils.checkpoint with use_reentrant=True: its first pass "
-                    "cannot be told from an evaluation, so it was not perturbed. Use use_reentrant=False, or "
-                    "checkpoint the layers (model.gradient_checkpointing_enable())."
-                )
-        self._entered.append(id(module))
-
-    def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if id(module) in self._entered:
-            del self._entered[self._entered.index(id(module)) :]
-        if not self._entered and self._gradients and not _in_backward():
-            sample = self.sample
-
-            @unserializable_hook
-            def remember(_grad: Tensor) -> None:
-                self._backward_sample = sample
-
-            for tensor in _tensors(output):
-                if tensor.requires_grad and tensor.grad_fn is not None:
-                    tensor.register_hook(remember)
+    def _take_new_sample(self) -> None:
+        if self.passes.first_use() and self._stale:
+            self.sample, self._stale = self.sample + 1, False
+        self._warn_once()
 
     # ---- the optimizer's steps ----
 
@@ -343,12 +314,6 @@ class Perturbation:
         self.layers += 1
         return self.layers - 1
 
-    def watch(self, module: nn.Module) -> None:
-        """Take `module` for one of the places where a pass of the model may begin."""
-        if of_model(module) is not self:
-            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
-            self._handles.append(module.register_forward_hook(self._exit, always_call=True))
-
     def _enrol(self) -> None:
         self.number = next(_numbers)  # names this object in compiled code
         OBSERVERS[self.number] = self
@@ -369,8 +334,7 @@ class Perturbation:
 
     def close(self) -> None:
         """Take every hook away."""
-        _remove(self._handles)
-        self._handles = []
+        self.passes.close()
         self._unregister()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -382,15 +346,6 @@ class Perturbation:
         self.__dict__.update(state)
         self._began = weakref.WeakKeyDictionary()
         self._enrol()
-
-
-def of_model(model: nn.Module) -> Perturbation | None:
-    """The perturbation whose hooks watch this very module, if any."""
-    for hook in model._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Perturbation):
-            return owner
-    return None
 
 
 @contextmanager
@@ -416,33 +371,6 @@ def _remove(handles: list) -> None:
         handle.remove()
 
 
-def _entrances(model: nn.Module) -> list[nn.Module]:
-    """The modules that user code enters: the model, and each transformers model inside it (the backbone, which fused
-    losses and TRL call directly)."""
-    from transformers import PreTrainedModel
-
-    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return [model, *(module for module in inner if module is not model)]
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 def _rank() -> int:
     distributed = torch.distributed
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from _tensors(getattr(value, name))

@@ -322,3 +322,20 @@ def test_a_thread_of_its_own_runs_the_backward_right():
             value.backward()
         results.append(tiny.gradients(model))
     assert tiny.same(*results)
+
+
+@pytest.mark.parametrize("options", CHECKPOINTING.values(), ids=CHECKPOINTING.keys())
+@pytest.mark.parametrize(
+    "context", [unperturbed, perturbed, lambda model: perturbed(model, sample=9)], ids=["off", "on", "on-9"]
+)
+def test_a_backward_outside_of_the_context_recomputes_what_the_forward_was(context, options):
+    models = [tiny.flat_model() for _ in range(2)]
+    models[1].enable_input_require_grads()
+    models[1].gradient_checkpointing_enable(options)
+    results = []
+    for model in models:
+        with context(model):
+            value = tiny.loss(model)
+        value.backward()
+        results.append(tiny.gradients(model))
+    assert tiny.same(*results)

@@ -160,7 +160,7 @@ class _PerturbedConv(Function):
     def forward(ctx: Any, x, weight, bias, row_std, key, layer, dtype, backend, geometry, groups):
         ctx.save_for_backward(weight, row_std, key, x if ctx.needs_input_grad[1] else None)
         ctx.settings, ctx.geometry, ctx.groups, ctx.shape = (layer, dtype, backend), geometry, groups, x.shape
-        convolution = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
+        convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
         parts = []
         for rows, channels, count, block in _channel_blocks(weight, row_std, key, groups, *ctx.settings):
             here = None if bias is None else bias[rows]

@@ -5,7 +5,7 @@
 
 Only the seed and the row norms are kept in between. Written to be as fast as the scheme can be with torch's operations:
 the norms are this library's, without the merged weight; z is drawn in float32 (torch draws float64 or bfloat16 more
-slowly on CPUs) into one buffer that all layers share; the sum is one fused pass over W.
+slowly on CPUs) into one buffer for all layers; the sum is one fused pass over W.
 
 What the scheme itself brings with it: W is written, so a low-precision W does not come back exactly, and anything that
 reads W between the two, or an exception there, sees the noise.
@@ -41,9 +41,7 @@ class AddAndRemove:
         self.squared = [squared_row_norms(weight) for weight in weights]  # (m,) of each layer; W is frozen
         self.row_std: list[Tensor] = []  # (m,) of each layer, for as long as the noise is in
         self.generator = torch.Generator(device=weights[0].device)
-        size = max(weight.numel() for weight in weights)
-        self.z = torch.empty(size, dtype=norm_dtype(weights[0].dtype), device=weights[0].device)
-        self.rounded = torch.empty_like(self.z, dtype=weights[0].dtype)
+        self.largest = max(weights, key=torch.numel).detach().flatten()
 
     @torch.no_grad()
     def add(self) -> None:
@@ -75,9 +73,11 @@ class AddAndRemove:
 
     def _write(self, sign: int) -> None:
         self.generator.manual_seed(self.seed)
+        noise = torch.empty_like(self.largest, dtype=norm_dtype(self.largest.dtype))
+        rounded = torch.empty_like(self.largest)
         for layer, row_std in zip(self.layers, self.row_std, strict=True):
             weight = layer.base_layer.weight
-            z = self.z[: weight.numel()].normal_(generator=self.generator)
+            z = noise[: weight.numel()].normal_(generator=self.generator)
             if weight.dtype != z.dtype:  # a mixed addcmul_ is many times slower than a cast and a plain one
-                z = self.rounded[: weight.numel()].copy_(z)
+                z = rounded[: weight.numel()].copy_(z)
             weight.addcmul_(z.view_as(weight), row_std[:, None], value=sign)

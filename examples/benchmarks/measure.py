@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import random
 import statistics
 import sys
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report each start and stop
 
 import torch
 from torch.profiler import ProfilerActivity, profile

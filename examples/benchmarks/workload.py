@@ -73,16 +73,14 @@ def base_model(name: str, dtype: str, device: torch.device, seed: int = 0) -> nn
 class Trained:
     """A copy of the model, adapted, with its data and its optimizer; a call makes one training step."""
 
-    writes_weights = False
-
     def __init__(self, base: nn.Module, work: Workload, seed: int = 0) -> None:
         self.device = next(base.parameters()).device
         torch.manual_seed(seed)
         base = copy.deepcopy(base)
-        self.model = self.adapt(base, lora_options(base, work), autocast_adapter_dtype=work.adapters == "fp32")
-        if work.checkpointing:
-            with warnings.catch_warnings():  # transformers 5.23 renames it
-                warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings():  # transformers 5.23 renames checkpointing, peft 0.21 does not
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model = self.adapt(base, lora_options(work), autocast_adapter_dtype=work.adapters == "fp32")
+            if work.checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -116,7 +114,7 @@ class Trained:
         return {name: p.detach() for name, p in self.model.named_parameters() if name.endswith("base_layer.weight")}
 
 
-def lora_options(base: nn.Module, work: Workload) -> dict:
+def lora_options(work: Workload) -> dict:
     return {"r": work.r, "lora_alpha": 2 * work.r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 

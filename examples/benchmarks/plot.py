@@ -1,0 +1,259 @@
+"""The benchmarks' figures, and the table of the README, from the files in results/.
+
+    python examples/benchmarks/plot.py                  # a PNG beside each CSV that is there
+    python examples/benchmarks/plot.py table            # the README's table, in Markdown
+    python examples/benchmarks/plot.py table --model smollm2
+
+Colours are Okabe and Ito's, and each line has its own dashes and marker, so that grey prints can be read. Where a file
+holds rows of several machines, those of the last one are shown.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from measure import RESULTS, read
+
+NAMES = {
+    "lora": "LoRA", "lora again": "LoRA, once more", "flat": "Flat-LoRA (ours)", "add and remove": "add and remove",
+    "two passes": "two passes (SAM)", "c": "C kernel (ours)", "triton": "Triton kernel (ours)",
+    "torch": "torch's generator, ours", "reference": "reference", "normal+add": "normal_ and add",
+    "copy": "copy of W", "matmul": "product, 512 tokens",
+}  # fmt: skip
+ORDER = list(NAMES)  # a method has one colour in all figures
+Rows = list[dict[str, str]]
+
+
+def newest(rows: Rows) -> Rows:
+    """The rows that were made where the last one was."""
+    return [row for row in rows if all(row.get(k) == rows[-1].get(k) for k in ("machine", "versions", "seed"))]
+
+
+def where(rows: Rows, **wanted: object) -> Rows:
+    return [row for row in rows if all(row[name] == str(value) for name, value in wanted.items())]
+
+
+def values(rows: Rows, column: str) -> list:
+    """Different values of a column, numbers in their order, words as they come."""
+    found = list(dict.fromkeys(row[column] for row in rows))
+    return sorted(found, key=float) if all(value.replace(".", "", 1).isdigit() for value in found) else found
+
+
+def style(name: str) -> dict:
+    from flatlora.plotting.style import look
+
+    shown = [method for method in ORDER if method not in ("lora", "lora again")]
+    k = shown.index(name) % 6 if name in shown else 3
+    return look(k, "light") | ({"color": "#777777", "linestyle": ":"} if name.startswith("lora") else {})
+
+
+def line(axes, rows: Rows, x: str, y: str, name: str, band: str | None = None) -> None:
+    """One method's column over another column, with its interval."""
+    rows = sorted(rows, key=lambda row: float(row[x]))
+    if not rows:
+        return
+    at, look = [float(row[x]) for row in rows], style(name)
+    if band:
+        low, high = ([float(row[f"{band} {side}"]) for row in rows] for side in ("low", "high"))
+        axes.fill_between(at, low, high, color=look["color"], alpha=0.18, linewidth=0)
+    axes.plot(at, [float(row[y]) for row in rows], label=NAMES.get(name, name), **look)
+
+
+def panels(count: int, width: float = 4.2, height: float = 3.6, rows: int = 1):
+    from flatlora.plotting.style import new_figure
+
+    return new_figure("light", (width * count, height * rows), None, nrows=rows, ncols=count, squeeze=False)
+
+
+def label(axes, title: str, x: str, y: str, ticks: Iterable[str] = ()) -> None:
+    axes.set(title=title, xlabel=x, ylabel=y)
+    if ticks := list(ticks):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([float(tick) for tick in ticks], ticks)
+        axes.minorticks_off()
+
+
+def finish(figure, axes) -> None:
+    """One legend for all panels."""
+    handles = {}
+    for panel in axes.flat:
+        handles |= {text: handle for handle, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    columns = min(4, len(handles))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, handlelength=3)
+
+
+def step_grid(rows: Rows, column: str, band: str | None, title: str):
+    """A panel per dtype and checkpointing, over the tokens per step, at the rank measured most."""
+    rows = where(rows, model=rows[0]["model"])
+    rank = max(values(rows, "r"), key=lambda r: len(where(rows, r=r)))
+    rows = where(rows, r=rank)
+    kinds, modes = values(rows, "dtype"), values(rows, "checkpointing")
+    with panels(len(kinds), rows=len(modes)) as (figure, axes):
+        for i, mode in enumerate(modes):
+            for j, kind in enumerate(kinds):
+                here = where(rows, dtype=kind, checkpointing=mode)
+                for name in values(rows, "method"):
+                    if name != "lora" or column != "ratio":
+                        line(axes[i, j], where(here, method=name), "tokens", column, name, band)
+                how = "with" if mode == "True" else "no"
+                label(axes[i, j], f"{kind}, {how} checkpointing, r = {rank}", "tokens per step", title,
+                      values(rows, "tokens"))  # fmt: skip
+                if column == "ratio":
+                    axes[i, j].axhline(1, color="#999999", linewidth=0.8, zorder=0.5)
+        finish(figure, axes)
+    return figure
+
+
+def step_time(rows: Rows):
+    return step_grid(rows, "ratio", "ratio", "time of a step / plain LoRA")
+
+
+def step_memory(rows: Rows):
+    rows = [row | {"peak MiB": str(int(row["peak bytes"]) / 2**20)} for row in rows]
+    return step_grid(rows, "peak MiB", None, "peak memory of a step, MiB")
+
+
+def step_rank(rows: Rows):
+    rows = where(rows, model=rows[0]["model"], checkpointing="False")
+    tokens = max(values(rows, "tokens"), key=lambda t: len({row["r"] for row in where(rows, tokens=t)}))
+    rows = where(rows, tokens=tokens)
+    kinds = values(rows, "dtype")
+    with panels(len(kinds)) as (figure, axes):
+        for j, kind in enumerate(kinds):
+            for name in values(rows, "method"):
+                if name != "lora":
+                    line(axes[0, j], where(rows, dtype=kind, method=name), "r", "ratio", name, "ratio")
+            label(axes[0, j], f"{kind}, {tokens} tokens", "rank", "time of a step / plain LoRA", values(rows, "r"))
+            axes[0, j].axhline(1, color="#999999", linewidth=0.8, zorder=0.5)
+        finish(figure, axes)
+    return figure
+
+
+def growth(rows: Rows):
+    axis = {"size": "width", "layers": "layers", "threads": "threads"}
+    kinds, sweeps = values(rows, "dtype"), [name for name in axis if where(rows, sweep=name)]
+    with panels(len(sweeps), rows=len(kinds)) as (figure, axes):
+        for i, kind in enumerate(kinds):
+            for j, sweep in enumerate(sweeps):
+                here = where(rows, sweep=sweep, dtype=kind)
+                for name in values(here, "method"):
+                    if name != "lora":
+                        line(axes[i, j], where(here, method=name), axis[sweep], "extra ns", name, "extra")
+                label(axes[i, j], f"{kind}, {sweep}", axis[sweep], "ns per weight over LoRA", values(here, axis[sweep]))
+                axes[i, j].set_ylim(bottom=0)
+        finish(figure, axes)
+    return figure
+
+
+def drift(rows: Rows):
+    kinds = values(rows, "dtype")
+    with panels(len(kinds), rows=2, height=3) as (figure, axes):
+        for j, kind in enumerate(kinds):
+            for name in values(rows, "method"):
+                here = where(rows, dtype=kind, method=name)
+                line(axes[0, j], here, "steps", "changed share", name)
+                line(axes[1, j], here, "steps", "relative norm", name)
+            label(axes[0, j], kind, "steps", "share of weights changed")
+            label(axes[1, j], "", "steps", r"$\|W - W_0\|\,/\,\|W_0\|$")
+            for panel in axes[:, j]:
+                panel.set_xscale("log")
+        finish(figure, axes)
+    return figure
+
+
+def noise(rows: Rows):
+    """ns per weight over the number of weights, a panel per dtype that every size has."""
+    threads = values(rows, "threads")
+    kinds = [kind for kind in ("bf16", "fp32") if where(rows, dtype=kind)]
+    rows = [row | {"weights": str(int(row["m"]) * int(row["n"]))} for row in rows if row["contestant"] != "reference"]
+    with panels(len(kinds), rows=len(threads)) as (figure, axes):
+        for i, count in enumerate(threads):
+            for j, kind in enumerate(kinds):
+                here = where(rows, dtype=kind, threads=count)
+                for name in values(here, "contestant"):
+                    line(axes[i, j], where(here, contestant=name), "weights", "median ns", name)
+                label(axes[i, j], f"{kind}, {count} thread{'s' * (count != '1')}", "weights", "ns per weight")
+                axes[i, j].set(xscale="log", yscale="log")
+        finish(figure, axes)
+    return figure
+
+
+def roofline(rows: Rows):
+    gpus = values(rows, "gpu")
+    with panels(len(gpus)) as (figure, axes):
+        for j, gpu in enumerate(gpus):
+            here = where(rows, gpu=gpu, dtype="bf16")
+            line(axes[0, j], here, "tokens", "overhead, products at half", "flat")
+            line(axes[0, j], here, "tokens", "add and remove, products at half", "add and remove")
+            label(axes[0, j], f"{gpu}, bf16 (computed)", "tokens of a forward", "cost over the frozen products",
+                  values(here, "tokens"))  # fmt: skip
+            axes[0, j].set_yscale("log")
+            axes[0, j].tick_params(axis="x", labelrotation=45)
+        finish(figure, axes)
+    return figure
+
+
+FIGURES: dict[str, tuple[str, Callable]] = {  # picture -> its file, how
+    "noise": ("noise", noise), "step_time": ("step", step_time), "step_memory": ("step", step_memory),
+    "step_rank": ("step", step_rank), "growth": ("growth", growth), "drift": ("drift", drift),
+    "roofline": ("roofline", roofline),
+}  # fmt: skip
+
+
+def draw(folder: Path) -> list[Path]:
+    """A PNG for each figure whose file is there."""
+    made = []
+    for name, (source, figure) in FIGURES.items():
+        if rows := newest(read(folder / f"{source}.csv")):
+            made.append(folder / f"{name}.png")
+            figure(rows).savefig(made[-1])
+    return made
+
+
+def table(folder: Path, model: str, tokens: list[str], r: str) -> str:
+    """The README's table: time of a step over plain LoRA's, and memory beyond it, without checkpointing."""
+    rows = where(newest(read(folder / "step.csv")), model=model, r=r, checkpointing="False")
+    lines = []
+    for kind in values(rows, "dtype"):
+        for count in [t for t in tokens if where(rows, dtype=kind, tokens=t)]:
+            here = {row["method"]: row for row in where(rows, dtype=kind, tokens=count)}
+            methods = [name for name in values(rows, "method") if name not in ("lora", "lora again")]
+            if not lines:
+                heads = [f"{NAMES[name]} | memory" for name in methods]
+                lines = ["| " + " | ".join(["dtype, tokens per step", "LoRA", *heads]) + " |"]
+                lines += ["|---|" + "---:|" * (2 * len(methods) + 1)]
+            lora, cells = here["lora"], []
+            for name in methods:
+                row = here.get(name)
+                if row is None:
+                    cells += ["", ""]
+                    continue
+                extra = (int(row["peak bytes"]) - int(lora["peak bytes"])) / 2**20
+                cells += [f"{float(row['ratio']):.2f} [{float(row['ratio low']):.2f}, {float(row['ratio high']):.2f}]"]
+                cells += [f"{extra:+.1f} MiB"]
+            time = f"{float(lora['median s']):.2f} s, {int(lora['peak bytes']) / 2**20:.0f} MiB"
+            lines.append("| " + " | ".join([f"{kind}, {count}", time, *cells]) + " |")
+    if not lines:
+        raise ValueError(f"{folder / 'step.csv'} has no rows of model {model!r} at r = {r}: run step.py first")
+    made = f"{rows[0]['machine']}, {rows[0]['threads']} threads; {rows[0]['versions']}."
+    how = "Median ratio to plain LoRA in the same round with its 95 % interval; peak of a step beyond plain LoRA's."
+    return "\n".join([*lines, "", f"{made} {how}"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=["plot", "table"], default="plot")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--model", default="llama6")
+    parser.add_argument("--tokens", nargs="+", default=["128", "512", "2048", "4096"], help="of the table")
+    parser.add_argument("--r", default="8", help="of the table")
+    options = parser.parse_args(arguments)
+    if options.what == "table":
+        print(table(options.results, options.model, options.tokens, options.r))
+    else:
+        for path in draw(options.results):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -106,6 +106,8 @@ def peak_bytes(run: Callable[[], None], device: torch.device | str = "cpu") -> i
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     sizes: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU]):  # it wants to be set up in the main thread
+        pass
 
     def profiled() -> None:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -14,13 +14,12 @@ from pathlib import Path
 
 from measure import RESULTS, read
 
-NAMES = {
-    "lora": "LoRA", "lora again": "LoRA, once more", "flat": "Flat-LoRA (ours)", "add and remove": "add and remove",
-    "two passes": "two passes (SAM)", "c": "C kernel (ours)", "triton": "Triton kernel (ours)",
-    "torch": "torch's generator, ours", "reference": "reference", "normal+add": "normal_ and add",
-    "copy": "copy of W", "matmul": "product, 512 tokens",
+LOOKS = {  # method -> its name in figures, its colour and dashes in all of them (None: grey)
+    "lora": ("LoRA", None), "lora again": ("LoRA, once more", None), "flat": ("Flat-LoRA (ours)", 0),
+    "add and remove": ("add and remove", 1), "two passes": ("two passes (SAM)", 2),
+    "c": ("C kernel (ours)", 0), "triton": ("Triton kernel (ours)", 4), "torch": ("torch's generator (ours)", 5),
+    "normal+add": ("normal_ and add", 1), "copy": ("copy of W", 2), "matmul": ("product, 512 tokens", 3),
 }  # fmt: skip
-ORDER = list(NAMES)  # a method has one colour in all figures
 Rows = list[dict[str, str]]
 
 
@@ -39,24 +38,20 @@ def values(rows: Rows, column: str) -> list:
     return sorted(found, key=float) if all(value.replace(".", "", 1).isdigit() for value in found) else found
 
 
-def style(name: str) -> dict:
+def line(axes, rows: Rows, x: str, y: str, name: str, band: str | None = None, note: str = "") -> None:
+    """One method's column over another column, with its interval."""
     from flatlora.plotting.style import look
 
-    shown = [method for method in ORDER if method not in ("lora", "lora again")]
-    k = shown.index(name) % 6 if name in shown else 3
-    return look(k, "light") | ({"color": "#777777", "linestyle": ":"} if name.startswith("lora") else {})
-
-
-def line(axes, rows: Rows, x: str, y: str, name: str, band: str | None = None) -> None:
-    """One method's column over another column, with its interval."""
     rows = sorted(rows, key=lambda row: float(row[x]))
     if not rows:
         return
-    at, look = [float(row[x]) for row in rows], style(name)
+    text, k = LOOKS.get(name, (name, 3))
+    style = look(k or 0, "light") | ({"color": "#777777", "linestyle": ":"} if k is None else {})
+    at = [float(row[x]) for row in rows]
     if band:
         low, high = ([float(row[f"{band} {side}"]) for row in rows] for side in ("low", "high"))
-        axes.fill_between(at, low, high, color=look["color"], alpha=0.18, linewidth=0)
-    axes.plot(at, [float(row[y]) for row in rows], label=NAMES.get(name, name), **look)
+        axes.fill_between(at, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    axes.plot(at, [float(row[y]) for row in rows], label=text + note, **style)
 
 
 def panels(count: int, width: float = 4.2, height: float = 3.6, rows: int = 1):
@@ -82,8 +77,8 @@ def finish(figure, axes) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, handlelength=3)
 
 
-def step_grid(rows: Rows, column: str, band: str | None, title: str):
-    """A panel per dtype and checkpointing, over the tokens per step, at the rank measured most."""
+def step_grid(rows: Rows, column: str, band: str | None, title: str, level: float):
+    """A panel per dtype and checkpointing, over the tokens per step, at the rank measured most; LoRA is at `level`."""
     rows = where(rows, model=rows[0]["model"])
     rank = max(values(rows, "r"), key=lambda r: len(where(rows, r=r)))
     rows = where(rows, r=rank)
@@ -93,24 +88,27 @@ def step_grid(rows: Rows, column: str, band: str | None, title: str):
             for j, kind in enumerate(kinds):
                 here = where(rows, dtype=kind, checkpointing=mode)
                 for name in values(rows, "method"):
-                    if name != "lora" or column != "ratio":
+                    if name != "lora":
                         line(axes[i, j], where(here, method=name), "tokens", column, name, band)
                 how = "with" if mode == "True" else "no"
                 label(axes[i, j], f"{kind}, {how} checkpointing, r = {rank}", "tokens per step", title,
                       values(rows, "tokens"))  # fmt: skip
-                if column == "ratio":
-                    axes[i, j].axhline(1, color="#999999", linewidth=0.8, zorder=0.5)
+                axes[i, j].axhline(level, color="#999999", linewidth=0.8, zorder=0.5)
         finish(figure, axes)
     return figure
 
 
 def step_time(rows: Rows):
-    return step_grid(rows, "ratio", "ratio", "time of a step / plain LoRA")
+    return step_grid(rows, "ratio", "ratio", "time of a step / plain LoRA", 1)
 
 
 def step_memory(rows: Rows):
-    rows = [row | {"peak MiB": str(int(row["peak bytes"]) / 2**20)} for row in rows]
-    return step_grid(rows, "peak MiB", None, "peak memory of a step, MiB")
+    def configuration(row):
+        return tuple(row[name] for name in ("model", "tokens", "length", "r", "dtype", "adapters", "checkpointing"))
+
+    lora = {configuration(row): int(row["peak bytes"]) for row in rows if row["method"] == "lora"}
+    rows = [row | {"MiB": str((int(row["peak bytes"]) - lora[configuration(row)]) / 2**20)} for row in rows]
+    return step_grid(rows, "MiB", None, "peak memory beyond plain LoRA's, MiB", 0)
 
 
 def step_rank(rows: Rows):
@@ -184,7 +182,8 @@ def roofline(rows: Rows):
         for j, gpu in enumerate(gpus):
             here = where(rows, gpu=gpu, dtype="bf16")
             line(axes[0, j], here, "tokens", "overhead, products at half", "flat")
-            line(axes[0, j], here, "tokens", "add and remove, products at half", "add and remove")
+            line(axes[0, j], here, "tokens", "add and remove, products at half", "add and remove",
+                 note=" (bytes alone)")  # fmt: skip
             label(axes[0, j], f"{gpu}, bf16 (computed)", "tokens of a forward", "cost over the frozen products",
                   values(here, "tokens"))  # fmt: skip
             axes[0, j].set_yscale("log")
@@ -219,7 +218,7 @@ def table(folder: Path, model: str, tokens: list[str], r: str) -> str:
             here = {row["method"]: row for row in where(rows, dtype=kind, tokens=count)}
             methods = [name for name in values(rows, "method") if name not in ("lora", "lora again")]
             if not lines:
-                heads = [f"{NAMES[name]} | memory" for name in methods]
+                heads = [f"{LOOKS.get(name, (name,))[0]} | memory" for name in methods]
                 lines = ["| " + " | ".join(["dtype, tokens per step", "LoRA", *heads]) + " |"]
                 lines += ["|---|" + "---:|" * (2 * len(methods) + 1)]
             lora, cells = here["lora"], []

@@ -233,3 +233,11 @@ def test_instructions_are_classified():
     """
     expected = {"wide product": 1, "product": 1, "integer": 2, "float": 1, "special": 1, "other": 1}
     assert roofline.classify(text) == expected
+
+
+def test_a_step_of_a_saved_model(tiny_model):
+    work = Workload(str(tiny_model), tokens=16, length=8, r=2)
+    trained = METHODS["flat"](base_model(work.model, "bf16", CPU), work, 0)
+    trained()
+    assert {weight.dtype for weight in trained.frozen().values()} == {torch.bfloat16}
+    assert {p.dtype for p in trained.parameters} == {torch.float32}

@@ -14,7 +14,7 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,6 +159,22 @@ def _hub_rows(dataset: str, text_column: str, label_column: str) -> tuple[list, 
 
     tests = [part for part in ("validation", "test") if part in splits]
     return (rows("train"), rows(tests[0])) if tests else split(rows("train"))
+
+
+def endless_batches(examples: Sequence[Example], batch_size: int, seed: int, pool: int = 8) -> Iterator[list[Example]]:
+    """Whole batches, epoch after epoch, shuffled anew; texts of a batch have similar lengths, so little is padding.
+
+    Args:
+        pool: batches that are sorted by length together, then shuffled.
+    """
+    rng = random.Random(seed)
+    while True:
+        order = rng.sample(examples, len(examples))
+        for start in range(0, len(order), pool * batch_size):
+            near = sorted(order[start : start + pool * batch_size], key=lambda example: len(example.text))
+            batches = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+            rng.shuffle(batches)
+            yield from (batch for batch in batches if len(batch) == batch_size)
 
 
 # --- prompts

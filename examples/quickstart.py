@@ -28,11 +28,10 @@ from typing import Literal
 import report
 import torch
 import transformers
-from data import Encoder, Example, Task, load_task
+from data import Encoder, Example, Task, endless_batches, load_task
 from evaluation import answer_loss, is_correct, label_logits
 from models import load_model, load_tokenizer, resolve_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
@@ -41,6 +40,7 @@ from flatlora.analysis import LossLine, loss_line
 from flatlora.plotting import plot_loss_line
 
 NAMES = {"lora": "LoRA", "flat": "Flat-LoRA"}
+RELOADED = 64  # in-domain test examples that are answered again with what was saved
 DISTANCES = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)  # of the picture, as a fraction of each row's norm
 
 
@@ -101,15 +101,13 @@ def adapt(base: torch.nn.Module, method: str, args: Arguments) -> PeftModel:
 def train(model: PeftModel, method: str, encode: Encoder, examples: list[Example], args: Arguments) -> list[dict]:
     """A plain training loop; returns the loss and the strength of the noise at every step."""
     device = next(model.parameters()).device
-    order = torch.Generator().manual_seed(args.seed)
-    loader = DataLoader(examples, args.batch_size, shuffle=True, drop_last=True, generator=order, collate_fn=list)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr, weight_decay=0.0)
     scheduler = get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
+    batches = itertools.islice(endless_batches(examples, args.batch_size, args.seed), args.steps)
     history = []
 
     model.train()
-    progress = tqdm(itertools.islice(batches, args.steps), total=args.steps, desc=NAMES[method], unit="step")
+    progress = tqdm(batches, total=args.steps, desc=NAMES[method], unit="step")
     for batch in progress:
         inputs, targets = encode(batch, device)
         loss = answer_loss(model, inputs, targets)
@@ -141,23 +139,28 @@ def draw_line(model: PeftModel, encode: Encoder, examples: list[Example], args: 
     )
 
 
-def check_reload(model: PeftModel, folder: Path, encode: Encoder, examples: list[Example], args: Arguments) -> dict:
-    """Save the adapter and the merged model, and answer again with both in a fresh process without flatlora.
-
-    Raises:
-        RuntimeError: the reloaded adapter answers differently.
-    """
-    device = next(model.parameters()).device
+def save(model: PeftModel, folder: Path, encode: Encoder) -> None:
+    """The adapter, and the merged model: after that, an ordinary transformers model."""
     model.save_pretrained(folder / "adapter")
-    here = label_logits(model, encode, examples, device, args.eval_batch_size)
-    merged = model.merge_and_unload()  # the model is an ordinary transformers model from here on
-    merged.save_pretrained(folder / "merged")
+    model.merge_and_unload().save_pretrained(folder / "merged")
     encode.tokenizer.save_pretrained(folder / "merged")
 
+
+def check_reload(
+    answers: dict[str, torch.Tensor], encode: Encoder, examples: list[Example], args: Arguments, device: torch.device
+) -> dict:
+    """Answer again in a fresh process without flatlora: with each saved adapter, and with each merged model.
+
+    Args:
+        answers: method -> logits of the trained model, (examples, labels).
+
+    Raises:
+        RuntimeError: a reloaded adapter answers differently.
+    """
+    folder = Path(args.output_dir)
     job = {
         "base": args.model,
-        "adapter": str(folder / "adapter"),
-        "merged": str(folder / "merged"),
+        "folders": {method: str(folder / method) for method in answers},
         "prompt": args.prompt,
         "labels": encode.labels,
         "max_tokens": args.max_tokens,
@@ -169,34 +172,21 @@ def check_reload(model: PeftModel, folder: Path, encode: Encoder, examples: list
     }
     (folder / "job.json").write_text(json.dumps(job))
     subprocess.run([sys.executable, Path(__file__).with_name("reload_adapter.py"), folder / "job.json"], check=True)
-    answers = json.loads((folder / "answers.json").read_text())
-    there, of_merged = torch.tensor(answers["adapter"]), torch.tensor(answers["merged"])
+    answers_there = json.loads((folder / "answers.json").read_text())
+    return {method: _compare(here, answers_there[method]) for method, here in answers.items()}
+
+
+def _compare(here: torch.Tensor, answers: dict[str, list]) -> dict:
+    there, merged = torch.tensor(answers["adapter"]), torch.tensor(answers["merged"])
     same = int((here.argmax(-1) == there.argmax(-1)).sum())
-    if same != len(examples):
-        raise RuntimeError(f"the reloaded adapter must give the same {len(examples)} answers, got {same}")
+    if same != len(here):
+        raise RuntimeError(f"the reloaded adapter must give the same {len(here)} answers, got {same}")
     return {
-        "examples": len(examples),
+        "examples": len(here),
         "same_answers": same,
         "largest_logit_difference": (here - there).abs().max().item(),
-        "same_answers_merged": int((here.argmax(-1) == of_merged.argmax(-1)).sum()),
+        "same_answers_merged": int((here.argmax(-1) == merged.argmax(-1)).sum()),
     }
-
-
-def run_method(
-    method: str, encode: Encoder, task: Task, args: Arguments, folder: Path, device: torch.device
-) -> tuple[dict, list[dict], LossLine | None, dict]:
-    """Everything with one method: (right answers by domain, history of training, line of the picture, reload check)."""
-    print(f"\n{NAMES[method]}", flush=True)
-    model = adapt(load_model(args.model, getattr(torch, args.dtype), device), method, args)
-    history = train(model, method, encode, task.train, args)
-    correct = test(model, encode, task, args)
-    line = None
-    if args.picture_samples:
-        line = draw_line(model, encode, task.train[: args.picture_samples], args)
-    in_domain = next(iter(task.tests.values()))
-    reloaded = check_reload(model, folder / method, encode, in_domain, args)
-    print(report.reload_sentence(reloaded, folder / method), flush=True)
-    return correct, history, line, reloaded
 
 
 def pick_device(name: str) -> torch.device:
@@ -237,12 +227,17 @@ def main(arguments: list[str] | None = None) -> dict:
     correct = {"before": test(base, encode, task, args)}
     del base
 
-    history, lines, reloaded = [], {}, {}
+    in_domain = next(iter(task.tests.values()))[:RELOADED]
+    history, lines, answers = [], {}, {}
     for method in ("lora", "flat") if args.method == "both" else (args.method,):
-        correct[method], steps, line, reloaded[method] = run_method(method, encode, task, args, folder, device)
-        history += steps
-        if line is not None:
-            lines[NAMES[method]] = line
+        model = adapt(load_model(args.model, getattr(torch, args.dtype), device), method, args)
+        history += train(model, method, encode, task.train, args)
+        correct[method] = test(model, encode, task, args)
+        answers[method] = label_logits(model, encode, in_domain, device, args.eval_batch_size)
+        if args.picture_samples:
+            lines[NAMES[method]] = draw_line(model, encode, task.train[: args.picture_samples], args)
+        save(model, folder / method, encode)
+    reloaded = check_reload(answers, encode, in_domain, args, device)
     if lines:
         plot_loss_line(lines).savefig(folder / "loss_line.png")
 
@@ -257,6 +252,7 @@ def main(arguments: list[str] | None = None) -> dict:
     }
     report.write(folder, results, history)
     print("\n" + report.table(results))
+    print(report.reload_table(reloaded))
     print(f"\n{results['seconds']:.0f} s; adapters, models, results.json, accuracy.csv and training.csv in {folder}")
     if lines:
         print(f"The loss around the solution{'s' * (len(lines) > 1)} is drawn in {folder / 'loss_line.png'}")

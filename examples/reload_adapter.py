@@ -1,9 +1,9 @@
-"""Answer questions with a saved adapter and with the merged model, in a process that cannot import flatlora.
+"""Answer questions with saved adapters and merged models, in a process that cannot import flatlora.
 
     python reload_adapter.py JOB.json
 
-The job names the base model, the adapter's folder, the merged model's folder, the questions and the file for the
-answers. `quickstart.py` runs this to show that what was saved is an ordinary LoRA adapter.
+The job names the base model, the folders with the adapters and merged models, the questions and the file for the
+answers. `quickstart.py` runs this to show that what was saved are ordinary LoRA adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peft import PeftModel  # noqa: E402
 
 
 def main(job_file: str) -> None:
-    """Read the job, write the logits of the adapter and of the merged model, each (examples, labels)."""
+    """Read the job; write the logits of each adapter and of each merged model, (examples, labels)."""
     transformers.utils.logging.disable_progress_bar()
     with open(job_file) as file:
         job = json.load(file)
@@ -30,12 +30,14 @@ def main(job_file: str) -> None:
     encode = Encoder(load_tokenizer(job["base"]), job["prompt"], job["labels"], job["max_tokens"])
     examples = [Example(text, label) for text, label in job["examples"]]
 
-    adapted = PeftModel.from_pretrained(load_model(job["base"], dtype, device), job["adapter"])
-    merged = load_model(job["merged"], dtype, device)
-    answers = {
-        name: label_logits(model, encode, examples, device, job["batch_size"]).tolist()
-        for name, model in (("adapter", adapted), ("merged", merged))
-    }
+    answers = {}
+    for method, folder in job["folders"].items():
+        adapted = PeftModel.from_pretrained(load_model(job["base"], dtype, device), f"{folder}/adapter")
+        merged = load_model(f"{folder}/merged", dtype, device)
+        answers[method] = {
+            name: label_logits(model, encode, examples, device, job["batch_size"]).tolist()
+            for name, model in (("adapter", adapted), ("merged", merged))
+        }
     with open(job["answers"], "w") as file:
         json.dump(answers, file)
 

@@ -89,15 +89,16 @@ def table(results: dict) -> str:
     return "\n".join([text[0], rule, *text[1:], rule, note if differences else note.partition(";")[0] + "."])
 
 
-def reload_sentence(check: dict, folder: Path) -> str:
-    """What the fresh process found."""
-    n = check["examples"]
-    return (
-        f"saved {folder / 'adapter'}; stock peft in a fresh process, without flatlora: {check['same_answers']} of {n} "
-        f"answers the same (largest difference of a logit {check['largest_logit_difference']:.2g})\n"
-        f"saved {folder / 'merged'}; plain transformers in that process: {check['same_answers_merged']} of {n} "
-        "answers the same (the sum is rounded to the model's dtype)"
-    )
+def reload_table(reloaded: dict[str, dict]) -> str:
+    """What the fresh process found, as text."""
+    lines = ["In a fresh process without flatlora:"]
+    for method, check in reloaded.items():
+        n, difference = check["examples"], check["largest_logit_difference"]
+        lines.append(
+            f"  {NAMES[method]}: adapter in stock peft, {check['same_answers']} of {n} answers the same (largest change "
+            f"of a logit {difference:.2g}); merged, {check['same_answers_merged']} of {n} (rounded to the model's dtype)"
+        )
+    return "\n".join(lines)
 
 
 def write(folder: Path, results: dict, history: list[dict]) -> None:

@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import sys
 import tarfile
@@ -126,3 +127,15 @@ def test_long_texts_keep_the_end_of_the_prompt(tokenizer):
 def test_prompts_that_cannot_work(tokenizer, prompt, labels, message):
     with pytest.raises(ValueError, match=message):
         Encoder(tokenizer, prompt, labels)
+
+
+def test_batches_are_whole_shuffled_and_of_similar_lengths():
+    examples = [Example("x" * (1 + 7 * i % 97), i % 2) for i in range(97)]
+    first = list(itertools.islice(data.endless_batches(examples, 4, seed=1), 60))
+    assert first == list(itertools.islice(data.endless_batches(examples, 4, seed=1), 60))
+    assert first != list(itertools.islice(data.endless_batches(examples, 4, seed=2), 60))
+    assert all(len(batch) == 4 for batch in first)
+    epoch = [example for batch in first[:24] for example in batch]
+    assert len(set(epoch)) == 96  # nothing twice; one of the 97 does not fill a batch
+    spread = [max(len(e.text) for e in batch) - min(len(e.text) for e in batch) for batch in first[:24]]
+    assert sum(spread) / len(spread) < 97 / 4

@@ -53,7 +53,7 @@ def test_an_adapter_that_answers_differently_is_an_error(arguments, monkeypatch)
     def damage(command, **kwargs):
         from safetensors.torch import load_file, save_file
 
-        path = Path(command[-1]).parent / "adapter" / "adapter_model.safetensors"
+        path = Path(command[-1]).parent / "flat" / "adapter" / "adapter_model.safetensors"
         save_file({key: -50 * torch.randn_like(value) for key, value in load_file(path).items()}, path)
         return run(command, **kwargs)
 

@@ -309,11 +309,14 @@ class FlatLayer(_Layer):
         source = (base.weight.data_ptr(), base.weight._version, base.weight.dtype, base.weight.device)
         squared = self._cached("base", source, lambda: squared_row_norms(weight))
         A = [self.lora_A[name].weight.detach().flatten(1) for name in active]
-        B = [self.lora_B[name].weight.detach().flatten(1).to(dtype) * self.scaling[name] for name in active]
+        B = [self.lora_B[name].weight.detach().flatten(1) for name in active]
+        scales = [self.scaling[name] for name in active]
+        if getattr(base, "groups", 1) == 1 and len(active) == 1:
+            return merged_row_norms(weight, squared, B[0], A[0], scales[0])
+        B = [b.to(dtype) * scale for b, scale in zip(B, scales, strict=True)]
         if getattr(base, "groups", 1) > 1:
             return _grouped_row_norms(weight, squared, B, A, base.groups)
-        one = len(active) == 1
-        return merged_row_norms(weight, squared, B[0] if one else torch.cat(B, dim=1), A[0] if one else torch.cat(A))
+        return merged_row_norms(weight, squared, torch.cat(B, dim=1), torch.cat(A))
 
     # ---- the product ----
 

@@ -30,8 +30,11 @@ def _load() -> Any:
     ]  # fmt: skip
     library.flatlora_words.argtypes = [pointer, pointer, long, long, long, pointer, long, integer]
     library.flatlora_normals.argtypes = [pointer, pointer, long, integer]
-    for function in (library.flatlora_perturb, library.flatlora_words, library.flatlora_normals):
-        function.restype = None
+    library.flatlora_norms.argtypes = [
+        pointer, pointer, integer, long, *[pointer] * 4, ctypes.c_float, *[long] * 3, integer, integer
+    ]  # fmt: skip
+    for name in ("perturb", "words", "normals", "norms"):
+        getattr(library, f"flatlora_{name}").restype = None
     return library
 
 
@@ -78,6 +81,34 @@ def perturb(
         torch.get_num_threads() if m * n >= SERIAL else 1,
         BEST if kernel is None else kernel,
     )  # fmt: skip
+
+
+def has_norms(weight: Tensor) -> bool:
+    """Can `merged_row_norms` serve this weight?"""
+    known = weight.dtype in (torch.float32, torch.bfloat16)
+    return LIBRARY is not None and known and weight.device.type == "cpu" and weight.stride(1) == 1
+
+
+def merged_row_norms(
+    weight: Tensor,  # (m, n)
+    squared: Tensor,  # (m,)
+    B: Tensor,  # (m, r)
+    A: Tensor,  # (r, n)
+    scaling: float,
+    *,
+    kernel: int | None = None,
+) -> Tensor:
+    """`norms.merged_row_norms` in one pass over W, for a weight that `has_norms`; products in float32."""
+    A, B = A.to(torch.float32).contiguous(), B.to(torch.float32).contiguous()
+    gram, out = A @ A.T, torch.empty_like(squared)
+    m, n = weight.shape
+    LIBRARY.flatlora_norms(
+        out.data_ptr(), weight.data_ptr(), DTYPES[weight.dtype], weight.stride(0), squared.data_ptr(),
+        B.data_ptr(), A.data_ptr(), gram.data_ptr(), scaling, m, n, A.shape[0],
+        torch.get_num_threads() if m * n >= SERIAL else 1,
+        BEST if kernel is None else kernel,
+    )  # fmt: skip
+    return out
 
 
 def words(

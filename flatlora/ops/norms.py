@@ -1,7 +1,7 @@
 """Row norms of the merged weight, without the merged weight.
 
-    W' = W + B A            (the scaling s is folded into B; several adapters: their ranks concatenated)
-    ||W'_i||^2 = ||W_i||^2 + 2 (W A^T)_i . B_i + B_i (A A^T) B_i^T
+    W' = W + s B A            (several adapters: their ranks concatenated, each scaling folded into its B)
+    ||W'_i||^2 = ||W_i||^2 + 2 s (W A^T)_i . B_i + s^2 B_i (A A^T) B_i^T
 
 Only r x r, m x r and m-sized tensors are made. Flat-LoRA, arXiv 2409.14396, eq. 7 needs these norms at each new noise
 sample; ||W_i||^2 belongs to the frozen weight and is computed once.
@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from . import native
 from .blocks import row_blocks
 
 
@@ -38,14 +39,22 @@ def squared_row_norms(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def merged_row_norms(weight: Tensor, squared: Tensor, B: Tensor, A: Tensor, whole: Tensor | None = None) -> Tensor:
-    """``||W_i + (B A)_i||`` of each row, by the formula at the head of this module.
+def merged_row_norms(
+    weight: Tensor,  # (m, n)
+    squared: Tensor,  # (m,)
+    B: Tensor,  # (m, r)
+    A: Tensor,  # (r, n)
+    scaling: float = 1.0,
+    whole: Tensor | None = None,  # (r, N)
+) -> Tensor:
+    """``||W_i + s (B A)_i||`` of each row, by the formula at the head of this module.
 
     Args:
         weight: (m, n).
         squared: (m,) from `squared_row_norms(weight)`.
-        B: (m, r), the scaling folded in.
+        B: (m, r).
         A: (r, n).
+        scaling: s.
         whole: (r, N), the factor of which A is a part, if it is one (grouped convolutions); ``A A^T`` is then its own.
 
     Returns:
@@ -53,7 +62,9 @@ def merged_row_norms(weight: Tensor, squared: Tensor, B: Tensor, A: Tensor, whol
     """
     dtype = squared.dtype
     with _no_autocast(weight.device.type):
-        Bt = B.to(dtype).T.contiguous()  # (r, m): r long rows are quicker to work on than m short ones
+        if whole is None and native.has_norms(weight):
+            return native.merged_row_norms(weight, squared, B, A, scaling)
+        Bt = (scaling * B.to(dtype)).T.contiguous()  # (r, m): r long rows are quicker to work on than m short ones
         whole = (A if whole is None else whole).to(dtype)
         cross = (A.to(weight.dtype) @ weight.T).to(dtype)  # (r, m)
         low_rank = torch.addmm(cross, whole @ whole.T, Bt, beta=2).mul_(Bt).sum(dim=0)

@@ -1,4 +1,4 @@
-/* out = W + std * z in one pass over W, with the z of the noise contract (see ../philox.py).
+/* out = W + std * z in one pass over W, with the z of the noise contract (see ../philox.py), and the row norms of W + BA.
  *
  * A plain shared library, called from Python through ctypes (see ../native.py): no Python.h, no torch headers, no
  * libraries beyond libc, libm and the threads. The kernel is compiled once per instruction set and chosen at run time.
@@ -49,6 +49,19 @@ typedef struct {
     int64_t first_row, m, n;
     stream s;
 } job;
+
+typedef struct {
+    float *out;           /* (m,) norms of the rows of W + s B A */
+    const char *weight;   /* (m, n), the elements of a row next to each other */
+    int64_t w0;           /* row stride of W, in bytes */
+    int w_type;           /* FLOAT32 or BFLOAT16 */
+    const float *squared; /* (m,) squared row norms of W */
+    const float *b;       /* (m, r) */
+    const float *a;       /* (r, n) */
+    const float *gram;    /* (r, r), A A^T */
+    float scaling;
+    int64_t m, n, r;
+} norm_job;
 
 static inline float as_float(uint32_t bits) {
     float f;
@@ -118,11 +131,12 @@ static const struct {
     void (*rows)(const job *, int64_t, int64_t);
     void (*words)(uint32_t *, uint32_t, int64_t, int64_t, const stream *);
     void (*normals)(float *, const uint32_t *, int64_t);
+    void (*norms)(const norm_job *, int64_t, int64_t);
 } KERNELS[] = {
-    {rows_baseline, words_baseline, normals_baseline},
+    {rows_baseline, words_baseline, normals_baseline, norms_baseline},
 #ifdef DISPATCH
-    {rows_avx2, words_avx2, normals_avx2},
-    {rows_avx512, words_avx512, normals_avx512},
+    {rows_avx2, words_avx2, normals_avx2, norms_avx2},
+    {rows_avx512, words_avx512, normals_avx512, norms_avx512},
 #endif
 };
 
@@ -142,12 +156,16 @@ EXPORT int flatlora_best(void) {
 
 /* Threads: thread t of T does the rows m t / T ... m (t + 1) / T - 1. A row is the same whoever makes it. */
 typedef struct {
-    const job *j;
+    const job *j;       /* one of the two, the other is NULL */
+    const norm_job *norms;
+    int64_t m;
     int kernel, threads, next;
 } team;
 
 static void share(team *t, int which) {
-    KERNELS[t->kernel].rows(t->j, t->j->m * which / t->threads, t->j->m * (which + 1) / t->threads);
+    int64_t begin = t->m * which / t->threads, end = t->m * (which + 1) / t->threads;
+    if (t->j) KERNELS[t->kernel].rows(t->j, begin, end);
+    else KERNELS[t->kernel].norms(t->norms, begin, end);
 }
 
 #if defined(_WIN32)
@@ -190,6 +208,14 @@ static void run(team *t) {
 }
 #endif
 
+static void start(team *t, int threads) {
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads > t->m) threads = (int)t->m;
+    t->threads = threads > 1 ? threads : 1;
+    if (t->threads > 1) run(t);
+    else share(t, 0);
+}
+
 /* out = W + std z. Strides in elements; key: (2,) seed and sample. */
 EXPORT void flatlora_perturb(void *out, int out_type, int64_t o0, int64_t o1, const void *weight, int weight_type,
                              int64_t w0, int64_t w1, const void *std, const int64_t *key, int64_t layer,
@@ -197,11 +223,17 @@ EXPORT void flatlora_perturb(void *out, int out_type, int64_t o0, int64_t o1, co
     int64_t o = SIZE[out_type], w = SIZE[weight_type];
     job j = {out, weight, o0 * o, o1 * o, w0 * w, w1 * w, out_type, weight_type, std, index, first_row, m, n,
              {{(uint32_t)key[0], (uint32_t)((uint64_t)key[0] >> 32)}, (uint32_t)layer, (uint32_t)key[1]}};
-    if (threads > MAX_THREADS) threads = MAX_THREADS;
-    if (threads > m) threads = (int)m;
-    team t = {&j, kernel, threads, 0};
-    if (threads > 1) run(&t);
-    else KERNELS[kernel].rows(&j, 0, m);
+    team t = {&j, NULL, m, kernel, 0, 0};
+    start(&t, threads);
+}
+
+/* out_i = || W_i + s (B A)_i || by the formula in ../norms.py. W: float32 or bfloat16, its rows contiguous. */
+EXPORT void flatlora_norms(float *out, const void *weight, int weight_type, int64_t w0, const float *squared,
+                           const float *b, const float *a, const float *gram, float scaling, int64_t m, int64_t n,
+                           int64_t r, int threads, int kernel) {
+    norm_job j = {out, weight, w0 * SIZE[weight_type], weight_type, squared, b, a, gram, scaling, m, n, r};
+    team t = {NULL, &j, m, kernel, 0, 0};
+    start(&t, threads);
 }
 
 /* out: (m, blocks, 4) */

@@ -219,6 +219,94 @@ static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
     }
 }
 
+/* cross_i = 2 s sum_k B_ik sum_j W_ij A_kj for `COUNT` rows of A from `k` on and two rows of W: vectors of LANES columns,
+ * one accumulator for each pair of rows, and a single sum over lanes at the end. */
+#if defined(__GNUC__)
+typedef float NAME(floats) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t NAME(ints) __attribute__((vector_size(4 * LANES)));
+typedef uint16_t NAME(halves) __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+static inline __attribute__((always_inline)) TARGET void NAME(cross)(
+    const norm_job *j, const char *w0, const char *w1, int64_t i0, int64_t i1, int64_t k, const int count, float out[2]) {
+    NAME(floats) sum0[8] = {{0}}, sum1[8] = {{0}}, total0 = {0}, total1 = {0};
+    int64_t c = 0;
+    for (; c + LANES <= j->n; c += LANES) {
+        NAME(floats) x0, x1;
+        if (j->w_type == FLOAT32) {
+            x0 = *(const NAME(floats) *)((const float *)w0 + c);
+            x1 = *(const NAME(floats) *)((const float *)w1 + c);
+        } else {
+            NAME(halves) h0 = *(const NAME(halves) *)((const uint16_t *)w0 + c);
+            NAME(halves) h1 = *(const NAME(halves) *)((const uint16_t *)w1 + c);
+            x0 = (NAME(floats))(__builtin_convertvector(h0, NAME(ints)) << 16);
+            x1 = (NAME(floats))(__builtin_convertvector(h1, NAME(ints)) << 16);
+        }
+#pragma GCC unroll 8
+        for (int q = 0; q < count; q++) {
+            NAME(floats) a = *(const NAME(floats) *)(j->a + (k + q) * j->n + c);
+            sum0[q] += x0 * a;
+            sum1[q] += x1 * a;
+        }
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < count; q++) {
+        total0 += sum0[q] * j->b[i0 * j->r + k + q];
+        total1 += sum1[q] * j->b[i1 * j->r + k + q];
+    }
+    for (int lane = 0; lane < LANES; lane++) out[0] += total0[lane], out[1] += total1[lane];
+    for (; c < j->n; c++)
+        for (int q = 0; q < count; q++) {
+            float a = j->a[(k + q) * j->n + c];
+            float x0 = j->w_type == FLOAT32 ? ((const float *)w0)[c] : as_float((uint32_t)((const uint16_t *)w0)[c] << 16);
+            float x1 = j->w_type == FLOAT32 ? ((const float *)w1)[c] : as_float((uint32_t)((const uint16_t *)w1)[c] << 16);
+            out[0] += x0 * a * j->b[i0 * j->r + k + q];
+            out[1] += x1 * a * j->b[i1 * j->r + k + q];
+        }
+}
+
+static TARGET void NAME(norms)(const norm_job *j, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += 2) {
+        int64_t both[2] = {i, i + 1 < end ? i + 1 : i}; /* a last odd row is done twice */
+        const char *w0 = j->weight + both[0] * j->w0, *w1 = j->weight + both[1] * j->w0;
+        float cross[2] = {0};
+        int64_t k = 0;
+        for (; k + 8 <= j->r; k += 8) NAME(cross)(j, w0, w1, both[0], both[1], k, 8, cross);
+        for (; k + 2 <= j->r; k += 2) NAME(cross)(j, w0, w1, both[0], both[1], k, 2, cross);
+        for (; k < j->r; k++) NAME(cross)(j, w0, w1, both[0], both[1], k, 1, cross);
+        for (int which = 0; which < 2; which++) {
+            const float *b = j->b + both[which] * j->r;
+            float quadratic = 0;
+            for (int64_t p = 0; p < j->r; p++) {
+                float row = 0;
+                for (int64_t q = 0; q < j->r; q++) row += j->gram[p * j->r + q] * b[q];
+                quadratic += row * b[p];
+            }
+            float s = j->scaling, square = j->squared[both[which]] + s * (2 * cross[which] + s * quadratic);
+            j->out[both[which]] = square > 0 ? sqrtf(square) : 0; /* rounding can leave a vanishing row below zero */
+        }
+    }
+}
+#else
+static TARGET void NAME(norms)(const norm_job *j, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+        const float *b = j->b + i * j->r;
+        float low_rank = 0;
+        for (int64_t p = 0; p < j->r; p++) {
+            float cross = 0, row = 0;
+            for (int64_t c = 0; c < j->n; c++) {
+                const char *w = j->weight + i * j->w0;
+                float x = j->w_type == FLOAT32 ? ((const float *)w)[c] : as_float((uint32_t)((const uint16_t *)w)[c] << 16);
+                cross += x * j->a[p * j->n + c];
+            }
+            for (int64_t q = 0; q < j->r; q++) row += j->gram[p * j->r + q] * b[q];
+            low_rank += b[p] * (2 * cross + j->scaling * row);
+        }
+        float square = j->squared[i] + j->scaling * low_rank;
+        j->out[i] = square > 0 ? sqrtf(square) : 0;
+    }
+}
+#endif
+
 /* For tests: words of column blocks first, first + 1, ... of a row, the four of a block together; and the normals of
  * given words. */
 static TARGET void NAME(words)(uint32_t *out, uint32_t row, int64_t first, int64_t blocks, const stream *s) {

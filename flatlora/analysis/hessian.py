@@ -83,7 +83,10 @@ class Hessian:
         Raises:
             ImportError: curvlinops is not installed; it comes with the `analysis` extra.
         """
-        from curvlinops._torch_base import PyTorchLinearOperator
+        try:
+            from curvlinops._torch_base import PyTorchLinearOperator
+        except ImportError as error:
+            raise ImportError("to_curvlinops needs curvlinops: pip install 'flatlora[analysis]'") from error
 
         hessian = self
 

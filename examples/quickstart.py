@@ -41,7 +41,7 @@ from flatlora.plotting import plot_loss_line
 
 NAMES = {"lora": "LoRA", "flat": "Flat-LoRA"}
 RELOADED = 64  # in-domain test examples that are answered again with what was saved
-DISTANCES = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)  # of the picture, as a fraction of each row's norm
+DISTANCES = (-0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15)  # of the picture, as a fraction of each row's norm
 
 
 @dataclass
@@ -74,12 +74,12 @@ class Arguments:
     r: int = field(default=8, metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=16, metadata={"help": "the update is scaled by lora_alpha / r"})
     lr: float = field(default=5e-4, metadata={"help": "peak learning rate"})
-    steps: int = field(default=48, metadata={"help": "optimizer steps"})
+    steps: int = field(default=40, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=8, metadata={"help": "examples per step"})
     max_tokens: int = field(default=128, metadata={"help": "longer prompts are cut on the left"})
-    eval_samples: int = field(default=200, metadata={"help": "test examples per domain"})
+    eval_samples: int = field(default=150, metadata={"help": "test examples per domain"})
     eval_batch_size: int = field(default=32, metadata={"help": "examples per batch when testing"})
-    picture_samples: int = field(default=64, metadata={"help": "training examples whose loss is drawn; 0: no picture"})
+    picture_samples: int = field(default=24, metadata={"help": "training examples whose loss is drawn; 0: no picture"})
     seed: int = field(default=0, metadata={"help": "of the initialisation, the order of the data and the noise"})
     dtype: Literal["bfloat16", "float32"] = field(
         default="bfloat16", metadata={"help": "of the frozen base model; adapters are float32"}
@@ -135,7 +135,7 @@ def draw_line(model: PeftModel, encode: Encoder, examples: list[Example], args: 
     device = next(model.parameters()).device
     batches = [encode(examples, device)]
     return loss_line(
-        model, lambda m, batch: answer_loss(m, *batch), batches, distances=DISTANCES, directions=2, seed=args.seed
+        model, lambda m, batch: answer_loss(m, *batch), batches, distances=DISTANCES, directions=3, seed=args.seed
     )
 
 

@@ -95,8 +95,8 @@ def reload_table(reloaded: dict[str, dict]) -> str:
     for method, check in reloaded.items():
         n, difference = check["examples"], check["largest_logit_difference"]
         lines.append(
-            f"  {NAMES[method]}: adapter in stock peft, {check['same_answers']} of {n} answers the same (largest change "
-            f"of a logit {difference:.2g}); merged, {check['same_answers_merged']} of {n} (rounded to the model's dtype)"
+            f"  {NAMES[method]}: adapter in stock peft, {check['same_answers']} of {n} answers the same (logits within "
+            f"{difference:.2g}); merged, {check['same_answers_merged']} of {n} (rounded to the model's dtype)"
         )
     return "\n".join(lines)
 

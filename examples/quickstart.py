@@ -20,7 +20,6 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -79,7 +78,7 @@ class Arguments:
     max_tokens: int = field(default=128, metadata={"help": "longer prompts are cut on the left"})
     eval_samples: int = field(default=150, metadata={"help": "test examples per domain"})
     eval_batch_size: int = field(default=32, metadata={"help": "examples per batch when testing"})
-    picture_samples: int = field(default=24, metadata={"help": "training examples whose loss is drawn; 0: no picture"})
+    picture_samples: int = field(default=16, metadata={"help": "training examples whose loss is drawn; 0: no picture"})
     seed: int = field(default=0, metadata={"help": "of the initialisation, the order of the data and the noise"})
     dtype: Literal["bfloat16", "float32"] = field(
         default="bfloat16", metadata={"help": "of the frozen base model; adapters are float32"}
@@ -217,27 +216,32 @@ def main(arguments: list[str] | None = None) -> dict:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
-    settings = asdict(args)
+    settings, lap = asdict(args), report.Laps()
     encode, task = prepare(args)
+    lap("fetch and convert")
     transformers.utils.logging.disable_progress_bar()  # one per loaded model
-    started = time.perf_counter()
 
     print(f"Testing {settings['model']} before training on {', '.join(task.tests)}", flush=True)
     base = load_model(args.model, getattr(torch, args.dtype), device)
     correct = {"before": test(base, encode, task, args)}
     del base
+    lap("test before training")
 
     in_domain = next(iter(task.tests.values()))[:RELOADED]
     history, lines, answers = [], {}, {}
     for method in ("lora", "flat") if args.method == "both" else (args.method,):
         model = adapt(load_model(args.model, getattr(torch, args.dtype), device), method, args)
         history += train(model, method, encode, task.train, args)
+        lap(f"train {NAMES[method]}")
         correct[method] = test(model, encode, task, args)
+        lap(f"test {NAMES[method]}")
         answers[method] = label_logits(model, encode, in_domain, device, args.eval_batch_size)
         if args.picture_samples:
             lines[NAMES[method]] = draw_line(model, encode, task.train[: args.picture_samples], args)
+            lap(f"loss around {NAMES[method]}")
         save(model, folder / method, encode)
     reloaded = check_reload(answers, encode, in_domain, args, device)
+    lap("save and reload")
     if lines:
         plot_loss_line(lines).savefig(folder / "loss_line.png")
 
@@ -245,7 +249,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "command": command,
         "arguments": settings,
         "machine": report.machine(device),
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": lap.seconds,
         "accuracy": report.accuracy_rows(correct),
         "flat_minus_lora": report.difference_rows(correct),
         "reloaded": reloaded,
@@ -253,7 +257,8 @@ def main(arguments: list[str] | None = None) -> dict:
     report.write(folder, results, history)
     print("\n" + report.table(results))
     print(report.reload_table(reloaded))
-    print(f"\n{results['seconds']:.0f} s; adapters, models, results.json, accuracy.csv and training.csv in {folder}")
+    total = sum(lap.seconds.values())
+    print(f"\n{total:.0f} s; adapters, models, results.json, accuracy.csv and training.csv are in {folder}")
     if lines:
         print(f"The loss around the solution{'s' * (len(lines) > 1)} is drawn in {folder / 'loss_line.png'}")
     return results

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ from torch import Tensor
 
 Correct = dict[str, dict[str, Tensor]]  # method -> domain -> (examples,) bool
 NAMES = {"before": "before training", "lora": "LoRA", "flat": "Flat-LoRA"}
+
+
+class Laps:
+    """Seconds since the last lap, by name."""
+
+    def __init__(self) -> None:
+        self.last, self.seconds = time.perf_counter(), {}
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = round(now - self.last, 1), now
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def test_from_the_model_to_the_table_and_the_picture(arguments, reviews, capfd):
     assert (out / "loss_line.png").read_bytes().startswith(b"\x89PNG")
     assert results["command"].startswith("python examples/quickstart.py --model")
     assert results["arguments"]["seed"] == 0 and results["machine"]["torch"] == torch.__version__
+    assert {"train LoRA", "train Flat-LoRA", "save and reload"} <= set(results["seconds"])
     for method in ("lora", "flat"):
         check = results["reloaded"][method]
         assert check["same_answers"] == check["examples"] == check["same_answers_merged"]

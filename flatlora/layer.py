@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .ops import merged_row_norms, perturbed_conv, perturbed_linear, row_noise, squared_row_norms
-from .ops.norms import norm_dtype
+from .ops.norms import grouped_row_norms, norm_dtype
 from .state import Perturbation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -168,23 +168,6 @@ def _rows(base: Any) -> Tensor:
     return base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
 
 
-def _grouped_row_norms(weight: Tensor, squared: Tensor, B: list[Tensor], A: list[Tensor], groups: int) -> Tensor:
-    """Row norms of a grouped convolution's merged weight.
-
-    W is zero outside of its group's input channels, but lora_A reads all of them: the output channels of group g see
-    the g-th part of lora_A's rows over the whole input. So the cross term takes the group's columns of A, and the
-    quadratic term all of them.
-    """
-    norms, rows, columns = [], len(weight) // groups, weight.shape[1]
-    for g in range(groups):
-        here = slice(g * rows, (g + 1) * rows)
-        part = torch.cat([a.to(squared.dtype).chunk(groups)[g] for a in A])  # (ranks / groups, all columns)
-        inside = part[:, g * columns : (g + 1) * columns]
-        b = torch.cat([b[here] for b in B], dim=1)
-        norms.append(merged_row_norms(weight[here], squared[here], b, inside, whole=part))
-    return torch.cat(norms)
-
-
 @cache
 def flat_class(plain: type) -> type:
     """The class of a flat layer over the class that peft gave it."""
@@ -315,7 +298,7 @@ class FlatLayer(_Layer):
             return merged_row_norms(weight, squared, B[0], A[0], scales[0])
         B = [b.to(dtype) * scale for b, scale in zip(B, scales, strict=True)]
         if getattr(base, "groups", 1) > 1:
-            return _grouped_row_norms(weight, squared, B, A, base.groups)
+            return grouped_row_norms(weight, squared, B, A, base.groups)
         return merged_row_norms(weight, squared, torch.cat(B, dim=1), torch.cat(A))
 
     # ---- the product ----

@@ -71,6 +71,33 @@ def merged_row_norms(
     return low_rank.add_(squared).clamp_min_(0).sqrt_()  # rounding can leave a vanishing row just below zero
 
 
+@torch.no_grad()
+def grouped_row_norms(
+    weight: Tensor,  # (m, n)
+    squared: Tensor,  # (m,)
+    B: list[Tensor],  # (m, r / groups) each
+    A: list[Tensor],  # (r, groups n) each
+    groups: int,
+) -> Tensor:
+    """Row norms of a grouped convolution's merged weight, of one or several adapters.
+
+    W is zero outside of its group's input channels, but lora_A reads all of them: the output channels of group g see
+    the g-th part of lora_A's rows over the whole input. So the cross term takes the group's columns of A, and the
+    quadratic term all of them.
+
+    Returns:
+        (m,) of the dtype of `squared`.
+    """
+    norms, rows, columns = [], len(weight) // groups, weight.shape[1]
+    for g in range(groups):
+        here = slice(g * rows, (g + 1) * rows)
+        part = torch.cat([a.to(squared.dtype).chunk(groups)[g] for a in A])  # (ranks / groups, all columns)
+        inside = part[:, g * columns : (g + 1) * columns]
+        b = torch.cat([b[here] for b in B], dim=1)
+        norms.append(merged_row_norms(weight[here], squared[here], b, inside, whole=part))
+    return torch.cat(norms)
+
+
 def _no_autocast(device: str) -> AbstractContextManager:
     # it would round the products; where it is off already, the context would cost more than they do
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -1,4 +1,4 @@
-"""FlatLoraConfig: LoraConfig and the settings of the noise."""
+"""LoraConfig and the settings of a perturbation: what all methods share, and Flat-LoRA's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from .layer import create_layer
+from .method import FlatLora, Method
 from .state import Settings, check_rho
 
 CONFIG_NAME = "flatlora_config.json"
@@ -20,50 +21,35 @@ HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "t
 
 
 @dataclass
-class FlatLoraConfig(LoraConfig):
+class PerturbedLoraConfig(LoraConfig):
     """
-    Configuration of Flat-LoRA (arXiv 2409.14396): all of [`LoraConfig`], and the noise under which it trains.
-
-    Each training forward runs at `W + s*B*A + eps`, where `eps_ij = rho_t / sqrt(n) * ||W'_i|| * z_ij`: Gaussian noise
-    whose standard deviation in row i is `rho_t / sqrt(n)` times the norm of row i of the merged weight, n the number of
-    columns.
+    What the configurations of all methods share: all of [`LoraConfig`], and how strongly training is perturbed when.
 
     Args:
         rho (`float`):
-            Strength of the noise, relative to the weight. 0 is plain LoRA, bit for bit. Default 0.05: the paper's
-            value for T5 and Llama-2; its ablation (section 4.6) is best between 0.05 and 0.10.
-        schedule (`Literal["cosine", "linear", "constant"]`):
-            How rho_t grows from 0 to rho over the run (constant: rho throughout). Default "cosine", the paper's.
+            Strength of the perturbation; its unit is the method's. 0 is plain LoRA, bit for bit.
+        schedule (`Literal["cosine", "linear", "constant", "cosine_decay", "linear_decay", "inverse_sqrt"]`):
+            How rho_t follows from rho: growing from 0 to rho over the run ("cosine", "linear"), rho throughout, falling
+            from rho to 0 ("cosine_decay", "linear_decay"), or `rho / sqrt(t)` at optimizer step t = 1, 2, ...
         total_steps (`int`, *optional*):
-            Length of the run in optimizer steps. `FlatLoraCallback` fills it in; without it rho_t = rho throughout.
-        resample (`Literal["forward", "step"]`):
-            "forward": new noise at the first training forward after each backward. "step": one noise sample for each
-            optimizer step, as in the paper; the same thing without gradient accumulation.
-        seed (`int`, *optional*):
-            Seed of the noise. Default: torch's initial seed, so that `set_seed` reproduces a run.
-        backend (`str`):
-            Which implementation makes the noise. "auto" takes the fastest that is there.
+            Length of the run in optimizer steps. `FlatLoraCallback` fills it in; without it rho_t = rho throughout
+            ("constant" and "inverse_sqrt" do not need it).
         on_unsupported (`Literal["error", "warn"]`):
-            What to do with a targeted layer that cannot be perturbed: refuse, or warn and train it without noise.
+            What to do with a targeted layer that cannot be perturbed: refuse, or warn and train it unperturbed.
     """
 
     # peft refuses to add an adapter with an unknown variant to an existing plain LoRA layer. That is what is wanted:
-    # no factory of ours runs there, and the adapter would silently train without noise
+    # no factory of ours runs there, and the adapter would silently train unperturbed
     rho: float = field(
         default=0.05,
-        metadata={"help": "Strength of the noise relative to each row's norm; 0 is LoRA.", "is_lora_variant": True},
+        metadata={"help": "Strength of the perturbation; 0 is LoRA.", "is_lora_variant": True},
     )
-    schedule: Literal["cosine", "linear", "constant"] = field(
-        default="cosine", metadata={"help": "How the strength grows from 0 to rho over the run."}
+    schedule: Literal["cosine", "linear", "constant", "cosine_decay", "linear_decay", "inverse_sqrt"] = field(
+        default="constant", metadata={"help": "How the strength rho_t follows from rho over the run."}
     )
     total_steps: int | None = field(
         default=None, metadata={"help": "Length of the run in optimizer steps; FlatLoraCallback fills it in."}
     )
-    resample: Literal["forward", "step"] = field(
-        default="forward", metadata={"help": "New noise after each backward, or once per optimizer step."}
-    )
-    seed: int | None = field(default=None, metadata={"help": "Seed of the noise; default: torch's initial seed."})
-    backend: str = field(default="auto", metadata={"help": "Implementation of the noise; 'auto' takes the fastest."})
     on_unsupported: Literal["error", "warn"] = field(
         default="error", metadata={"help": "Refuse a targeted layer that cannot be perturbed, or warn."}
     )
@@ -76,36 +62,50 @@ class FlatLoraConfig(LoraConfig):
             raise ValueError(f"on_unsupported must be 'error' or 'warn', got {self.on_unsupported!r}")
         self._register_custom_module({nn.Module: create_layer})  # type: ignore[dict-item]  # any callable will do
 
+    def make_method(self) -> Method:
+        """The method with its own settings, checked."""
+        raise TypeError(f"{type(self).__name__} is no method: use FlatLoraConfig or one of flatlora.methods")
+
     def settings(self) -> Settings:
         """The settings that all flat adapters of a model share, checked."""
-        return Settings(**{f.name: getattr(self, f.name) for f in fields(Settings)})
+        values = {f.name: getattr(self, f.name) for f in fields(Settings) if hasattr(self, f.name)}
+        return Settings(**values, method=self.make_method())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of `LoraConfig` alone: `adapter_config.json` stays one that every reader of LoRA knows."""
-        own = own_fields()
+        own = own_fields(type(self))
         return {name: value for name, value in super().to_dict().items() if name not in own}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save `adapter_config.json` as peft does, and the noise settings beside it in `flatlora_config.json`."""
+        """Save `adapter_config.json` as peft does, and our own settings beside it in `flatlora_config.json`."""
         super().save_pretrained(save_directory, **kwargs)
-        own = {name: value for name, value in asdict(self).items() if name in own_fields()}
+        own = {name: value for name, value in asdict(self).items() if name in own_fields(type(self))}
+        if type(self) is not FlatLoraConfig:
+            own["config_class"] = type(self).__name__
         with open(os.path.join(save_directory, CONFIG_NAME), "w") as writer:
             writer.write(json.dumps(own, indent=2, sort_keys=True))
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> FlatLoraConfig:
+    ) -> PerturbedLoraConfig:
         """Load what `save_pretrained` saved, from a folder or the hub; `kwargs` override what is in the files.
 
         Raises:
-            ValueError: the adapter is no LoRA, or it was saved without noise settings and `rho` is not given.
+            ValueError: the adapter is no LoRA, it was trained with another method, or it was saved without our
+                settings and `rho` is not given.
         """
-        override = {name: kwargs.pop(name) for name in own_fields() & kwargs.keys()}
+        override = {name: kwargs.pop(name) for name in own_fields(cls) & kwargs.keys()}
         plain = PeftConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if type(plain) is not LoraConfig:
             raise ValueError(f"{pretrained_model_name_or_path!r} is a {type(plain).__name__}, not a LoRA adapter")
-        own = _load_own(pretrained_model_name_or_path, subfolder, kwargs)
+        own = load_own(pretrained_model_name_or_path, subfolder, **kwargs)
+        trained_with = (own or {}).pop("config_class", FlatLoraConfig.__name__ if own else cls.__name__)
+        if trained_with != cls.__name__:
+            raise ValueError(
+                f"{pretrained_model_name_or_path!r} was trained with {trained_with}, not {cls.__name__}: "
+                f"call {trained_with}.from_pretrained, or flatlora.load, which finds it"
+            )
         if own is None and "rho" not in override:
             raise ValueError(
                 f"{pretrained_model_name_or_path!r} has no {CONFIG_NAME}: it was not trained with flatlora. Pass rho=, "
@@ -115,17 +115,73 @@ class FlatLoraConfig(LoraConfig):
         return cls(**values, **{**(own or {}), **override})
 
 
-def own_fields() -> set[str]:
-    """The names that FlatLoraConfig adds to LoraConfig."""
-    return {f.name for f in fields(FlatLoraConfig)} - {f.name for f in fields(LoraConfig)}
+@dataclass
+class FlatLoraConfig(PerturbedLoraConfig):
+    """
+    Configuration of Flat-LoRA (arXiv 2409.14396): all of [`LoraConfig`], and the noise under which it trains.
+
+    Each training forward runs at `W + s*B*A + eps`, where `eps_ij = rho_t / sqrt(n) * ||W'_i|| * z_ij`: Gaussian noise
+    whose standard deviation in row i is `rho_t / sqrt(n)` times the norm of row i of the merged weight, n the number of
+    columns.
+
+    Args:
+        rho (`float`):
+            Strength of the noise, relative to the weight. 0 is plain LoRA, bit for bit. Default 0.05: the paper's
+            value for T5 and Llama-2; its ablation (section 4.6) is best between 0.05 and 0.10.
+        schedule (`str`):
+            How rho_t follows from rho over the run. Default "cosine", the paper's: it grows from 0 to rho.
+        total_steps (`int`, *optional*), on_unsupported (`Literal["error", "warn"]`):
+            See [`PerturbedLoraConfig`].
+        resample (`Literal["forward", "step"]`):
+            "forward": new noise at the first training forward after each backward. "step": one noise sample for each
+            optimizer step, as in the paper; the same thing without gradient accumulation.
+        seed (`int`, *optional*):
+            Seed of the noise. Default: torch's initial seed, so that `set_seed` reproduces a run.
+        backend (`str`):
+            Which implementation makes the noise. "auto" takes the fastest that is there.
+    """
+
+    schedule: Literal["cosine", "linear", "constant", "cosine_decay", "linear_decay", "inverse_sqrt"] = field(
+        default="cosine", metadata={"help": "How the strength rho_t follows from rho over the run."}
+    )
+    resample: Literal["forward", "step"] = field(
+        default="forward", metadata={"help": "New noise after each backward, or once per optimizer step."}
+    )
+    seed: int | None = field(default=None, metadata={"help": "Seed of the noise; default: torch's initial seed."})
+    backend: str = field(default="auto", metadata={"help": "Implementation of the noise; 'auto' takes the fastest."})
+
+    def make_method(self) -> Method:
+        return FlatLora()
 
 
-def plain_copy(config: FlatLoraConfig) -> LoraConfig:
+def own_fields(kind: type[PerturbedLoraConfig]) -> set[str]:
+    """The names that a configuration of ours adds to LoraConfig."""
+    return {f.name for f in fields(kind)} - {f.name for f in fields(LoraConfig)}
+
+
+def config_class(name: str) -> type[PerturbedLoraConfig]:
+    """The configuration class of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    known, todo = {}, [PerturbedLoraConfig]
+    while todo:
+        kind = todo.pop()
+        known[kind.__name__] = kind
+        todo += kind.__subclasses__()
+    if name not in known:
+        raise ValueError(f"{name!r} is no configuration of flatlora; known are {sorted(known)}")
+    return known[name]
+
+
+def plain_copy(config: PerturbedLoraConfig) -> LoraConfig:
     """The LoraConfig with the same values."""
     return LoraConfig(**{f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init})
 
 
-def _load_own(path: str, subfolder: str | None, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def load_own(path: str, subfolder: str | None = None, **kwargs: Any) -> dict[str, Any] | None:
+    """What `flatlora_config.json` holds, in a folder or on the hub; None if there is no such file."""
     local = os.path.join(path, subfolder or "", CONFIG_NAME)
     if not os.path.isdir(path):
         options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}

@@ -19,8 +19,8 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from types import FrameType
 from typing import Any
 
@@ -33,6 +33,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .method import FlatLora
 from .ops import merged_row_norms, perturbed_conv, perturbed_linear, row_noise, squared_row_norms
 from .ops.norms import grouped_row_norms, norm_dtype
 from .state import Perturbation
@@ -65,15 +66,16 @@ def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsuppor
     Raises:
         ValueError: it cannot be, and `on_unsupported` is "error".
     """
-    reason = unsupported(layer, adapter)
+    reason = unsupported(layer, adapter) or state.settings.method.unsupported(layer, adapter)
     if reason is None:
         if not isinstance(layer, FlatLayer):
             stream = state.stream_of(layer.get_base_layer().weight)
-            layer.__dict__.update(perturbation=state, stream=stream, flat_adapters=set(), _norms={})
+            layer.__dict__.update(perturbation=state, stream=stream, flat_adapters=set(), offsets={}, _norms={})
             layer.__class__ = flat_class(type(layer))  # type: ignore[arg-type]
             layer._enrol()
         layer.flat_adapters.add(adapter)
         state.rhos[adapter] = rho
+        state.settings.method.adopt(layer, adapter)
         return True
     message = f"the layer {name!r} ({type(layer).__name__}) cannot be perturbed: {reason}."
     if on_unsupported == "error":
@@ -87,7 +89,7 @@ def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsuppor
 def release(layer: Any) -> None:
     """Undo `adopt`: the layer is again what peft made, and nothing of ours stays on it."""
     plain = layer.plain_class
-    for name in ("perturbation", "stream", "number", "flat_adapters", "_norms"):
+    for name in ("perturbation", "stream", "number", "flat_adapters", "offsets", "_norms"):
         layer.__dict__.pop(name)
     layer.__class__ = plain
 
@@ -163,6 +165,13 @@ def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) ->
             module.__dict__[slot] = before
 
 
+def _moved_forward(module: Any, offset: Tensor, x: Tensor) -> Tensor:
+    weight = module.weight + offset.to(module.weight)
+    if isinstance(module, CONVOLUTIONS):
+        return module._conv_forward(x, weight, module.bias)
+    return F.linear(x, weight, module.bias)
+
+
 def _rows(base: Any) -> Tensor:
     """The weight as a matrix with one output per row: Conv1D stores (in, out); a filter is flattened."""
     return base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
@@ -189,6 +198,7 @@ class FlatLayer(_Layer):
     stream: int  # index of the layer in the noise contract
     number: int  # names the layer in compiled code
     flat_adapters: set[str]  # the adapters whose training is perturbed here
+    offsets: dict[tuple[str, str], Tensor]  # what the method keeps here, by factor ("lora_B") and adapter
     _norms: dict[str, tuple]  # cached norms, each with what it was computed from
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -204,6 +214,13 @@ class FlatLayer(_Layer):
         return self._perturbed(plain, x, *args, **kwargs)
 
     def _perturbed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.perturbation.settings.method.forward(self, plain, x, *args, **kwargs)
+        if out.requires_grad:
+            out.register_hook(self.perturbation.backward_began)
+        return out
+
+    def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """peft's forward with Gaussian noise in the merged weight, see `noise`."""
         base = self.get_base_layer()
         if isinstance(base, nn.Embedding):
             out = self._add_row_noise(plain(x, *args, **kwargs), x)
@@ -214,14 +231,23 @@ class FlatLayer(_Layer):
             row_std, key = self.noise()
             with _replaced_forward(base, lambda x: self._product(x, base.weight, base.bias, row_std, key)):
                 out = plain(x, *args, **kwargs)
-        if out.requires_grad:
-            out.register_hook(self.perturbation.backward_began)
         return out
+
+    @contextmanager
+    def moved(self, offsets: dict[tuple[str, str], Tensor]) -> Iterator[None]:
+        """lora_A and lora_B compute with weight + offset for the time being; the weights are not written."""
+        with ExitStack() as stack:
+            for (factor, adapter), offset in offsets.items():
+                module = getattr(self, factor)[adapter]
+                stack.enter_context(_replaced_forward(module, partial(_moved_forward, module, offset)))
+            yield
 
     def _is_plain_linear(self) -> bool:
         base = self.get_base_layer()
         hooked = base._forward_pre_hooks or base._forward_hooks or "forward" in base.__dict__
-        return isinstance(base, nn.Linear) and not hooked and not any(n in self.lora_variant for n in self._active())
+        if hooked or not isinstance(self.perturbation.settings.method, FlatLora):
+            return False
+        return isinstance(base, nn.Linear) and not any(name in self.lora_variant for name in self._active())
 
     def _compiled(self, x: Tensor) -> Tensor:
         """peft's forward of a plain linear layer, with operators that `torch.compile` can keep in one graph."""
@@ -239,7 +265,9 @@ class FlatLayer(_Layer):
         weight = self.get_base_layer().weight
         key, sample = self.perturbation.draw(weight.device)
         n = weight.numel() // self.out_features
-        return self._row_norms(sample) * (self._strength() * self.perturbation.ramp / math.sqrt(n)), key
+        method: Any = self.perturbation.settings.method
+        rho_t = self._strength() * self.perturbation.ramp
+        return method.noise_norms(self._row_norms(sample)) * (rho_t / math.sqrt(n)), key
 
     # ---- when ----
 
@@ -348,6 +376,7 @@ class FlatLayer(_Layer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.flat_adapters.discard(adapter_name)
+        self.offsets = {key: offset for key, offset in self.offsets.items() if key[1] != adapter_name}
         self.perturbation.rhos.pop(adapter_name, None)
 
     def unload_and_optionally_merge_module(

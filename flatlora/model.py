@@ -12,22 +12,23 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from . import state
-from .config import HUB_OPTIONS, FlatLoraConfig, plain_copy
+from .config import HUB_OPTIONS, FlatLoraConfig, PerturbedLoraConfig, config_class, load_own, plain_copy
 from .layer import adopt, flat_layers, release
 from .passes import of_model
 from .state import Perturbation, Settings, check_rho
 
 
 def get_flat_peft_model(
-    model: nn.Module, config: FlatLoraConfig, adapter_name: str = "default", **kwargs: Any
+    model: nn.Module, config: PerturbedLoraConfig, adapter_name: str = "default", **kwargs: Any
 ) -> PeftModel:
-    """[`peft.get_peft_model`] for a [`FlatLoraConfig`]: the model with LoRA adapters that train under noise.
+    """[`peft.get_peft_model`] for a [`FlatLoraConfig`] or the configuration of another method of `flatlora.methods`:
+    the model with LoRA adapters that train perturbed.
 
-    `peft.get_peft_model(model, config)` gives the same; this one refuses a config without noise.
+    `peft.get_peft_model(model, config)` gives the same; this one refuses a plain config.
 
     Args:
         model: the model to adapt; modified in place, as by peft.
-        config: the adapter and its noise.
+        config: the adapter and its perturbation.
         adapter_name: name of the adapter.
         kwargs: passed on to `peft.get_peft_model`.
 
@@ -35,10 +36,10 @@ def get_flat_peft_model(
         peft's own `PeftModel` (or its subclass for the task).
 
     Raises:
-        TypeError: `config` is not a `FlatLoraConfig`.
+        TypeError: `config` is not one of ours.
         ValueError: no layer matched, or a targeted layer cannot be perturbed. The model is then as it was.
     """
-    if not isinstance(config, FlatLoraConfig):
+    if not isinstance(config, PerturbedLoraConfig):
         raise TypeError(
             f"config must be a FlatLoraConfig, got {type(config).__name__}. For a plain adapter use "
             "peft.get_peft_model; to perturb the training of an adapter that exists, flatlora.attach."
@@ -106,7 +107,7 @@ def detach(model: nn.Module) -> nn.Module:
     _strip(model, perturbation(model))
     configs = getattr(model, "peft_config", {})
     for name, config in configs.items():
-        if isinstance(config, FlatLoraConfig):
+        if isinstance(config, PerturbedLoraConfig):
             configs[name] = plain_copy(config)
     return model
 
@@ -157,7 +158,9 @@ def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainabl
         ValueError: it was saved without noise settings.
     """
     where = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS | {"subfolder"}}
-    config = FlatLoraConfig.from_pretrained(path, **where)
+    own = load_own(path, **where)
+    kind = FlatLoraConfig if own is None else config_class(own.get("config_class", "FlatLoraConfig"))
+    config = kind.from_pretrained(path, **where)
     return PeftModel.from_pretrained(
         model, path, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **kwargs
     )

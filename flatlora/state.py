@@ -6,7 +6,7 @@ import itertools
 import math
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,16 +16,21 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import unserializable_hook
 
+from .method import FlatLora, Method
 from .ops import BACKENDS, resolve_backend
 from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .passes import Passes, entrances, in_backward, of_model
 
-RAMPS = {
-    "cosine": lambda t: 0.5 * (1 - math.cos(math.pi * t)),
-    "linear": lambda t: t,
-    "constant": lambda t: 1.0,
+RAMPS: dict[str, Callable[[float, int], float]] = {  # of the progress t in [0, 1] and of the steps made
+    "cosine": lambda t, steps: 0.5 * (1 - math.cos(math.pi * t)),
+    "linear": lambda t, steps: t,
+    "constant": lambda t, steps: 1.0,
+    "cosine_decay": lambda t, steps: 0.5 * (1 + math.cos(math.pi * t)),
+    "linear_decay": lambda t, steps: 1 - t,
+    "inverse_sqrt": lambda t, steps: 1 / math.sqrt(1 + steps),
 }
+NEED_NO_LENGTH = ("constant", "inverse_sqrt")
 RESAMPLE = ("forward", "step")
 _numbers = itertools.count(1)
 
@@ -48,6 +53,7 @@ class Settings:
     resample: str = "forward"
     seed: int | None = None
     backend: str = "auto"
+    method: Method = FlatLora()
 
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, tuple(RAMPS))
@@ -110,6 +116,7 @@ class Perturbation:
         self.layers = 0  # noise streams handed out
         self.sees_steps = False  # an optimizer step has been seen: there will be no other way to change parameters
         self._origin = (0.0, 0)  # progress, and the step it was set at
+        self._prepared = False  # the method has been told of the optimizer step that is being made
         self._stale = False  # a backward has used the sample: the next training forward takes a new one
         self._forced: tuple[int | None] | None = None  # sample of `perturbed(...)`, which also forces the noise on
         self._key: tuple[tuple, Tensor] | None = None  # the last one; a key is never written again
@@ -160,8 +167,10 @@ class Perturbation:
     @property
     def ramp(self) -> float:
         """The schedule at the current progress, in [0, 1]; 1 when the length of the run is not known."""
-        known = self.total_steps is not None or self._origin != (0.0, 0)
-        return RAMPS[self.settings.schedule](self.progress) if known else 1.0
+        schedule = self.settings.schedule
+        if schedule not in NEED_NO_LENGTH and self._length_unknown():
+            return 1.0
+        return RAMPS[schedule](self.progress, self.steps)
 
     @property
     def progress(self) -> float:
@@ -224,8 +233,7 @@ class Perturbation:
         return resolve_backend(self.settings.backend, device)
 
     def _warn_once(self) -> None:
-        unknown = self.total_steps is None and self._origin == (0.0, 0)
-        if unknown and self.settings.schedule != "constant" and not self._warned:
+        if self._length_unknown() and self.settings.schedule not in NEED_NO_LENGTH and not self._warned:
             self._warned = True
             warnings.warn(
                 f"schedule={self.settings.schedule!r} needs the length of the run: total_steps is None, so rho stays "
@@ -233,6 +241,9 @@ class Perturbation:
                 "or schedule='constant'.",
                 stacklevel=2,
             )
+
+    def _length_unknown(self) -> bool:
+        return self.total_steps is None and self._origin == (0.0, 0)
 
     def wants_noise(self, training: bool) -> bool:
         """Is a forward of a layer (in training mode or not) to be perturbed? A recompute is what its forward was."""
@@ -256,33 +267,44 @@ class Perturbation:
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._began[optimizer] = self.steps
+        if not self._prepared and not _overflowed(optimizer) and self._holds_adapter(optimizer):
+            self._prepared = True
+            self.settings.method.before_step(self, optimizer)
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        anchor = self._anchor()
-        held = any(p is anchor for group in optimizer.param_groups for p in group["params"])
         inside = self._began.get(optimizer, self.steps) != self.steps  # an optimizer that this one wraps has counted it
-        overflow = getattr(optimizer, "found_inf", None)  # GradScaler calls a fused optimizer to skip the step itself
-        if held and not inside and not (overflow is not None and overflow.item()):
-            self.steps, self.sees_steps = self.steps + 1, True
+        if self._holds_adapter(optimizer) and not inside and not _overflowed(optimizer):
+            self.steps, self.sees_steps, self._prepared = self.steps + 1, True, False
             self._after_step()
+            self.settings.method.after_step(self, optimizer)
 
     def _after_step(self) -> None:
         if self.settings.resample == "step":
             self.sample = self.steps
 
-    def _anchor(self) -> nn.Parameter | None:
-        """One trainable adapter parameter: the optimizer that holds it is the one whose steps count."""
-        for module in self.model.modules():
+    def flat_layers(self) -> Iterator[tuple[str, Any]]:
+        """(name in the model, layer) of the layers that this perturbs."""
+        for name, module in self.model.named_modules():
             if getattr(module, "perturbation", None) is self:
-                for name, parameter in module.named_parameters():
-                    if "lora_" in name and parameter.requires_grad:
-                        return parameter
+                yield name, module
+
+    def anchor(self) -> nn.Parameter | None:
+        """One trainable adapter parameter: the optimizer that holds it is the one whose steps count."""
+        for _, layer in self.flat_layers():
+            for name, parameter in layer.named_parameters():
+                if "lora_" in name and parameter.requires_grad:
+                    return parameter
         return None
+
+    def _holds_adapter(self, optimizer: torch.optim.Optimizer) -> bool:
+        anchor = self.anchor()
+        return any(p is anchor for group in optimizer.param_groups for p in group["params"])
 
     # ---- saving and resuming ----
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to continue with the same noise; plain numbers.
+        """All that a resumed run needs to continue with the same perturbation: plain numbers, and under "tensors" what
+        the method keeps (nothing for Flat-LoRA).
 
         `accelerator.register_for_checkpointing(perturbation(model))` saves and loads it with the rest.
         """
@@ -294,6 +316,7 @@ class Perturbation:
             "total_steps": self.total_steps,
             "origin": list(self._origin),
             "rhos": dict(self.rhos),
+            "tensors": self.tensors(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -302,6 +325,25 @@ class Perturbation:
         self.steps, self.total_steps = state["steps"], state["total_steps"]
         self._origin = (state["origin"][0], state["origin"][1])
         self.rhos.update(state["rhos"])
+        self.load_tensors(state.get("tensors", {}))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the method keeps on the layers, by ``layer.factor.adapter``; not copies."""
+        return {
+            f"{name}.{factor}.{adapter}": tensor.detach()
+            for name, layer in self.flat_layers()
+            for (factor, adapter), tensor in layer.offsets.items()
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        for name, layer in self.flat_layers():
+            for key, tensor in tensors.items():
+                factor, _, adapter = key.removeprefix(f"{name}.").partition(".")
+                if key.startswith(f"{name}.{factor}.") and adapter in layer.flat_adapters:
+                    found = layer.offsets.get((factor, adapter))
+                    copy = tensor.detach().clone() if found is None else found.detach().copy_(tensor)
+                    layer.offsets[factor, adapter] = copy if found is None else found
 
     # ---- life ----
 
@@ -369,6 +411,12 @@ def forced(perturbation: Perturbation, sample: int | None) -> Iterator[None]:
 def _remove(handles: list) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
+    """Has GradScaler called a fused optimizer for a step that it is to skip by itself?"""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
 
 
 def _rank() -> int:

@@ -1,0 +1,72 @@
+"""The ascent direction of the full weight, carried over to the factor B (FMLoRA, arXiv 2508.00522).
+
+    G     = 1/2 1/s [ G_B (A^T)^+ + (B^T)^+ G_A ]          estimate of dL/dW from dL/dA and dL/dB (eq. 12)
+    E_W   = rho G / ||G||_F                                 (eq. 13)
+    E_B   = 1/s E_W A^+                                     (eq. 15)
+
+No m x n matrix is made. With P = (A A^T)^+ and Q = (B^T B)^+, both r x r, (A^T)^+ = P A, (B^T)^+ = B Q, A^+ = A^T P, so
+
+    G A^+    = 1/(2s) [ G_B P + B Q (G_A A^T) P ]
+    ||G||^2  = 1/(4s^2) [ tr(P G_B^T G_B) + tr(Q G_A G_A^T) + 2 tr(P (G_B^T B) Q (G_A A^T)) ]
+
+With B = 0 (or A = 0) one of the two terms is zero and the other alone is the estimate, without the factor 1/2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def full_weight_ascent(
+    A: Tensor,  # (..., r, n)
+    B: Tensor,  # (..., m, r)
+    grad_A: Tensor,  # (..., r, n)
+    grad_B: Tensor,  # (..., m, r)
+    *,
+    scaling: float,
+    rho: float,
+    rtol: float | None = None,
+) -> Tensor:
+    """E_B of the steepest ascent of size rho in the full weight: `rho/s * G/||G||_F * A^+`; see above.
+
+    Args:
+        A, B, grad_A, grad_B: the factors and their gradients, floating point, with any number of leading dimensions.
+        scaling: s of ``W + s B A``.
+        rho: Frobenius norm of E_W, in units of the weight.
+        rtol: singular values of A or B below ``rtol`` times the largest count as zero. Default
+            ``sqrt(n eps)`` (for B ``sqrt(m eps)``) with eps = 2^-52: what the Gram matrices, made in float64, resolve.
+
+    Returns:
+        (..., m, r), float64 for float64 factors, float32 for others. Zero where the gradient is zero or not finite.
+    """
+    out_dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+    A, B, grad_A, grad_B = (tensor.double() for tensor in (A, B, grad_A, grad_B))
+    # the result does not depend on the size of the gradient; its square may overflow or vanish
+    size = torch.maximum(_largest(grad_A), _largest(grad_B))
+    unit = torch.where((size > 0) & size.isfinite(), 1 / size, 0.0)
+    grad_A, grad_B = (torch.where(unit > 0, grad * unit, 0.0) for grad in (grad_A, grad_B))
+
+    P, Q = _inverse_gram(A @ A.mT, A.shape[-1], rtol), _inverse_gram(B.mT @ B, B.shape[-2], rtol)
+    grad_A_A = grad_A @ A.mT
+    squared = _trace(P, grad_B.mT @ grad_B) + _trace(Q, grad_A @ grad_A.mT)
+    squared = squared + 2 * _trace(P @ (grad_B.mT @ B), (Q @ grad_A_A).mT)
+    onto_B = grad_B @ P + B @ (Q @ grad_A_A @ P)
+    # the factor 1/(2s) of G cancels; with one term missing so does the missing 1/2
+    scale = torch.where(squared > 0, rho / scaling / squared.clamp_min(1e-300).sqrt(), 0.0)
+    return (onto_B * scale[..., None, None]).to(out_dtype)
+
+
+def _inverse_gram(gram: Tensor, count: int, rtol: float | None) -> Tensor:
+    """Pseudo-inverse of a Gram matrix, whose eigenvalues are squared singular values."""
+    cutoff = count * torch.finfo(torch.float64).eps if rtol is None else rtol**2
+    return torch.linalg.pinv(gram, hermitian=True, rtol=cutoff)
+
+
+def _largest(grad: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(grad, ord=float("inf"), dim=(-2, -1), keepdim=True)
+
+
+def _trace(left: Tensor, right: Tensor) -> Tensor:
+    """tr(left right^T)."""
+    return (left * right).sum(dim=(-2, -1))

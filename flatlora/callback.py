@@ -10,6 +10,8 @@ from transformers.trainer_callback import ExportableState
 from .model import perturbation
 from .state import Perturbation
 
+TENSORS = ("tensors", "climber")  # what of a perturbation's state is no number
+
 
 class FlatLoraCallback(TrainerCallback, ExportableState):
     """Gives the noise the trainer's own step count, carries it through checkpoints, and logs `flat_rho`.
@@ -39,6 +41,7 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         saved = callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step and isinstance(saved, dict) and saved.get("attributes"):
             self._perturbation.load_state_dict(saved["attributes"]["perturbation"])
+            self._load_from_optimizer(kwargs.get("optimizer"))
         total_steps = self._perturbation.settings.total_steps
         self._perturbation.set_step(state.global_step, state.max_steps if total_steps is None else total_steps)
 
@@ -50,7 +53,15 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._perturbation is not None:
+            method = self._perturbation.settings.method
+            if method.uses_gradients and not self._perturbation.sees_steps:
+                raise RuntimeError(
+                    f"{type(method).__name__} needs to see the optimizer's step on the adapter's own parameters, and "
+                    "here they are replaced (FSDP1, DeepSpeed). Use DDP or one process, or FlatLoraConfig."
+                )
             self._perturbation.set_step(state.global_step)
+            if method.uses_gradients:
+                self._save_in_optimizer(kwargs["optimizer"])
 
     def on_log(
         self,
@@ -66,5 +77,24 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
                 state.log_history[-1]["flat_rho"] = self._perturbation.rho_t
 
     def state(self) -> dict[str, Any]:
-        attributes = {} if self._perturbation is None else {"perturbation": self._perturbation.state_dict()}
-        return {"args": {}, "attributes": attributes}
+        if self._perturbation is None:
+            return {"args": {}, "attributes": {}}
+        known = self._perturbation.state_dict()
+        numbers = {name: value for name, value in known.items() if name not in TENSORS}
+        return {"args": {}, "attributes": {"perturbation": numbers}}
+
+    def _save_in_optimizer(self, optimizer: Any) -> None:
+        """Tensors do not go into a JSON file; the optimizer's state is saved beside it, and they ride along."""
+        assert self._perturbation is not None
+        known = self._perturbation.state_dict()
+        kept = {name: known[name] for name in TENSORS}
+        anchor = self._perturbation.anchor()
+        if kept["tensors"] and anchor is not None and optimizer.state.get(anchor):
+            optimizer.state[anchor]["flatlora"] = kept
+
+    def _load_from_optimizer(self, optimizer: Any) -> None:
+        assert self._perturbation is not None
+        anchor = self._perturbation.anchor()
+        kept = None if optimizer is None or anchor is None else optimizer.state.get(anchor, {}).pop("flatlora", None)
+        if kept is not None:
+            self._perturbation.load_state_dict({**self._perturbation.state_dict(), **kept})

@@ -282,10 +282,14 @@ class FlatLayer(_Layer):
 
     def _strength(self) -> float:
         rhos = self.perturbation.rhos
-        return max([0.0, *[rhos[name] for name in self._active() if name in self.flat_adapters]])
+        return max([0.0, *[rhos[name] for name in self.active_flat_adapters()]])
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.scaling]
+
+    def active_flat_adapters(self) -> list[str]:
+        """Names of the adapters that are active here and flat."""
+        return [name for name in self._active() if name in self.flat_adapters]
 
     # ---- how strong ----
 

@@ -20,6 +20,7 @@ class Method:
     """The door that every method goes through. `layer` is a `FlatLayer`, `state` the model's `Perturbation`."""
 
     passes = 1  # forward and backward passes of an optimizer step
+    uses_gradients = False  # must see the optimizer's steps, with whole gradients
 
     def unsupported(self, layer: Any, adapter: str) -> str | None:
         """Why the method is not defined for this adapter of a LoRA layer, or None if it is."""

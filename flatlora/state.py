@@ -116,6 +116,9 @@ class Perturbation:
         self.layers = 0  # noise streams handed out
         self.sees_steps = False  # an optimizer step has been seen: there will be no other way to change parameters
         self._origin = (0.0, 0)  # progress, and the step it was set at
+        self.ascended = False  # a first pass of two has been made for the coming optimizer step
+        self.climber: torch.optim.Optimizer | None = None  # of Bi-LoRA's second module
+        self.climber_state: dict[str, Any] | None = None  # loaded, for when it is made
         self._prepared = False  # the method has been told of the optimizer step that is being made
         self._stale = False  # a backward has used the sample: the next training forward takes a new one
         self._forced: tuple[int | None] | None = None  # sample of `perturbed(...)`, which also forces the noise on
@@ -269,6 +272,8 @@ class Perturbation:
         self._began[optimizer] = self.steps
         if not self._prepared and not _overflowed(optimizer) and self._holds_adapter(optimizer):
             self._prepared = True
+            if self.settings.method.uses_gradients and self.rho > 0:
+                self._warn_once()
             self.settings.method.before_step(self, optimizer)
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -317,6 +322,7 @@ class Perturbation:
             "origin": list(self._origin),
             "rhos": dict(self.rhos),
             "tensors": self.tensors(),
+            "climber": self.climber_state if self.climber is None else self.climber.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -326,6 +332,7 @@ class Perturbation:
         self._origin = (state["origin"][0], state["origin"][1])
         self.rhos.update(state["rhos"])
         self.load_tensors(state.get("tensors", {}))
+        self.climber, self.climber_state = None, state.get("climber")
 
     def tensors(self) -> dict[str, Tensor]:
         """What the method keeps on the layers, by ``layer.factor.adapter``; not copies."""

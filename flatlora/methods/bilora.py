@@ -1,0 +1,126 @@
+"""Bi-LoRA (arXiv 2508.19564): a second low-rank module climbs while the first descends, in the same backward.
+
+The forward runs at W + s B_1 A_1 + s B_2 A_2. After each step, with c = sqrt(sum over layers of ||B_2 A_2||_F^2), both
+factors of module 2 are scaled by sqrt(rho_t / c) if c > rho_t. Module 2 is not saved and not in `parameters()`: an
+optimizer of the same class and options as the user's, `maximize=True`, moves it at the same learning rate.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from ..config import PerturbedLoraConfig
+from ..ops import perturb_weight
+from ..ops.philox import mix_rank
+from .factors import FactorMethod
+
+A2, B2 = "ascent_A", "ascent_B"
+
+
+@dataclass
+class BiLoraConfig(PerturbedLoraConfig):
+    """
+    Bi-LoRA (arXiv 2508.19564): one pass a step. Nothing to call in the loop.
+
+    Args:
+        rho (`float`):
+            Largest Frobenius norm of B_2 A_2 over all layers together. Default 0.05, the paper's (0.1 for Qwen and
+            SuperGLUE).
+        ascent_r (`int`):
+            Rank of module 2. Default 8, the paper's.
+        seed (`int`):
+            Of module 2's initial A. Torch's generators are not used.
+    """
+
+    ascent_r: int = field(default=8, metadata={"help": "Rank of the module that climbs."})
+    seed: int = field(default=0, metadata={"help": "Seed of the initial A of the module that climbs."})
+
+    def make_method(self) -> BiLora:
+        return BiLora(self.ascent_r)
+
+
+@dataclass(frozen=True)
+class BiLora(FactorMethod):
+    r: int = 8
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"ascent_r must be an integer >= 1, got {self.r!r}")
+
+    def unsupported(self, layer: Any, adapter: str) -> str | None:
+        reason = super().unsupported(layer, adapter)
+        if reason is None and not isinstance(layer.lora_A[adapter], torch.nn.Linear):
+            reason = "Bi-LoRA is not defined for convolutions"
+        return reason
+
+    def adopt(self, layer: Any, adapter: str) -> None:
+        """A_2 has the variance that LoRA gives to A, 1/(3n); B_2 is zero."""
+        state, like = layer.perturbation, layer.lora_A[adapter].weight
+        if like.is_meta or (A2, adapter) in layer.offsets:
+            return
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        n, m = layer.lora_A[adapter].in_features, layer.lora_B[adapter].out_features
+        zero, row_std = torch.zeros(self.r, n, dtype=dtype), torch.full((self.r,), 1 / math.sqrt(3 * n), dtype=dtype)
+        key = torch.tensor([mix_rank(state.seed, 0), 0])
+        A = perturb_weight(zero, row_std, key, layer.stream)
+        layer.offsets[A2, adapter] = A.to(like.device).requires_grad_()
+        layer.offsets[B2, adapter] = torch.zeros(m, self.r, dtype=dtype, device=like.device).requires_grad_()
+
+    def forward(self, layer: Any, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = plain(x, *args, **kwargs)
+        for adapter in layer.active_flat_adapters():
+            A, B = layer.offsets[A2, adapter], layer.offsets[B2, adapter]
+            h = F.linear(layer._cast_input_dtype(x, A.dtype), A)
+            out = out + (F.linear(h, B) * layer.scaling[adapter]).to(out.dtype)
+        return out
+
+    def before_step(self, state: Any, optimizer: Optimizer) -> None:
+        """Climb. Gradients that are not finite are an overflow: module 2 then stays."""
+        tensors = [tensor for _, layer in state.flat_layers() for tensor in layer.offsets.values()]
+        gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        if gradients and torch.nn.utils.get_total_norm(gradients).isfinite():
+            _climber(state, tensors, optimizer).step()
+        for tensor in tensors:
+            tensor.grad = None
+
+    @torch.no_grad()
+    def after_step(self, state: Any, optimizer: Optimizer) -> None:
+        """Project: c <= rho_t."""
+        pairs = [
+            (layer.offsets[A2, adapter], layer.offsets[B2, adapter])
+            for _, layer in state.flat_layers()
+            for adapter in layer.active_flat_adapters()
+        ]
+        if not pairs:
+            return
+        squares = [((B.T @ B) * (A @ A.T)).sum().double() for A, B in pairs]
+        c = torch.stack(squares).sum().clamp_min(0).sqrt()
+        scale = torch.where(c > state.rho_t, (state.rho_t / c.clamp_min(1e-300)).sqrt(), 1.0)
+        for A, B in pairs:
+            A.mul_(scale)
+            B.mul_(scale)
+
+
+def _climber(state: Any, tensors: list[Tensor], optimizer: Optimizer) -> Optimizer:
+    """The optimizer of module 2, with the options that the user's has just now."""
+    anchor = state.anchor()
+    group = next(g for g in optimizer.param_groups if any(p is anchor for p in g["params"]))
+    if state.climber is None:
+        kind = type(optimizer) if "maximize" in optimizer.defaults else AdamW
+        known = inspect.signature(kind).parameters
+        options = {name: group[name] for name in optimizer.defaults if name in known and name in group}
+        state.climber = kind(tensors, **{**options, "maximize": True})
+        if state.climber_state is not None:
+            state.climber.load_state_dict(state.climber_state)
+    for own in state.climber.param_groups:
+        own["lr"] = group["lr"]
+    return state.climber

@@ -1,0 +1,72 @@
+"""Methods that act on the factors A and B of a layer: what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..method import Method
+
+
+class Factors(NamedTuple):
+    """The factors of one adapter in one layer that the optimizer is about to change."""
+
+    name: str  # of the layer
+    layer: Any
+    adapter: str
+    A: nn.Parameter
+    B: nn.Parameter
+
+    @property
+    def scaling(self) -> float:
+        return self.layer.scaling[self.adapter]
+
+
+def trained_factors(state: Any) -> Iterator[Factors]:
+    """The factors of the active flat adapters that have a gradient.
+
+    Raises:
+        RuntimeError: they are shards (FSDP, DeepSpeed ZeRO), whose gradients are not the whole ones.
+    """
+    for name, layer in state.flat_layers():
+        for adapter in layer.active_flat_adapters():
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            if hasattr(A, "ds_id") or hasattr(A, "device_mesh"):
+                raise RuntimeError(
+                    f"{name}: the factors are sharded, and {type(state.settings.method).__name__} needs whole "
+                    "gradients. Use DDP or one process, or FlatLoraConfig, which needs none."
+                )
+            if A.grad is not None or B.grad is not None:
+                yield Factors(name, layer, adapter, A, B)
+
+
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """Its gradient, zeros if it has none (frozen, or not reached by this backward)."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+@dataclass(frozen=True)
+class FactorMethod(Method):
+    """The forward runs at (A + E_A, B + E_B). A and B are not written: gradients are those at the moved point."""
+
+    uses_gradients = True
+
+    def unsupported(self, layer: Any, adapter: str) -> str | None:
+        if layer.use_dora.get(adapter):
+            return f"{type(self).__name__} is not defined for DoRA, whose weight is no sum W + sBA"
+        if adapter not in layer.lora_A:
+            return f"{type(self).__name__} is not defined for embeddings"
+        return None
+
+    def forward(self, layer: Any, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with layer.moved(self.offsets(layer)):
+            return plain(x, *args, **kwargs)
+
+    def offsets(self, layer: Any) -> dict[tuple[str, str], Tensor]:
+        """E_A and E_B of the adapters that are active, under ("lora_A", adapter) and ("lora_B", adapter)."""
+        active = layer.active_flat_adapters()
+        return {key: offset for key, offset in layer.offsets.items() if key[1] in active}

@@ -1,0 +1,146 @@
+"""FMLoRA and EFMLoRA (arXiv 2508.00522): SAM over the full weight, its perturbation carried over to B alone.
+
+FMLoRA    (alg. 1)   E_t = E_B(gradients at (A, B));        the step's gradient is taken at (A, B + E_t)
+EFMLoRA   (alg. 2)   the step's gradient is taken at (A, B + E_{t-1}), E_0 = 0; from that same gradient and at that
+                     same point, E_t = (1 - beta) E_{t-1} + beta E_B
+
+E_B, of size ||s E_B A||_F <= rho_t in each layer, is `ops.ascent.full_weight_ascent` (eqs. 12, 13, 15).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..config import PerturbedLoraConfig
+from ..method import Method
+from ..ops.ascent import full_weight_ascent
+from .factors import FactorMethod, Factors, gradient, trained_factors
+from .two_pass import TwoPass
+
+LARGEST_STACK = 2**20  # numbers of one factor that are worked on at once, so that memory stays bounded
+
+
+@dataclass
+class FMLoraConfig(PerturbedLoraConfig):
+    """
+    FMLoRA (arXiv 2508.00522, algorithm 1): two passes a step, see `flatlora.ascent`.
+
+    Args:
+        rho (`float`):
+            Frobenius norm of the perturbation of each layer's full weight, in units of the weight. Default 0.05, the
+            lower end of the paper's figures (0.05 to 0.2).
+        schedule (`str`):
+            Default "inverse_sqrt": rho / sqrt(t), under which the paper proves convergence (theorem 2).
+        rtol (`float`, *optional*):
+            Singular values of A or B below rtol times the largest count as zero in the pseudo-inverses. Default:
+            `sqrt(n eps)`, eps = 2^-52, n the length of A's rows (of B's columns).
+    """
+
+    schedule: Literal["cosine", "linear", "constant", "cosine_decay", "linear_decay", "inverse_sqrt"] = field(
+        default="inverse_sqrt", metadata={"help": "How the strength rho_t follows from rho over the run."}
+    )
+    rtol: float | None = field(
+        default=None, metadata={"help": "Relative size below which a singular value of A or B counts as zero."}
+    )
+
+    def make_method(self) -> Method:
+        return FMLora(self.rtol)
+
+
+@dataclass
+class EFMLoraConfig(FMLoraConfig):
+    """
+    EFMLoRA (arXiv 2508.00522, algorithm 2): FMLoRA in one pass a step. Nothing to call in the loop.
+
+    Args:
+        beta (`float`):
+            Weight of the newest perturbation in the moving average, in (0, 1]. Default 0.9: ours, not the paper's.
+        rho, schedule, rtol:
+            See [`FMLoraConfig`].
+    """
+
+    beta: float = field(default=0.9, metadata={"help": "Weight of the newest perturbation in the moving average."})
+
+    def make_method(self) -> Method:
+        return EFMLora(self.rtol, self.beta)
+
+
+@dataclass(frozen=True)
+class _FullWeightAscent:
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rtol is not None and not 0 <= self.rtol < 1:
+            raise ValueError(f"rtol must be None or in [0, 1), got {self.rtol}")
+
+    def perturbations(self, state: Any) -> Iterator[tuple[Factors, Tensor]]:
+        """E_B of each layer from its gradients, layers of equal shape together."""
+        rho_t = {name: rho * state.ramp for name, rho in state.rhos.items()}
+        for group in _of_equal_shape(trained_factors(state)):
+            A, B = torch.stack([f.A for f in group]), torch.stack([_where_it_was_taken(f) for f in group])
+            grad_A = torch.stack([gradient(f.A) for f in group])
+            grad_B = torch.stack([gradient(f.B) for f in group])
+            settings = {"scaling": group[0].scaling, "rho": rho_t[group[0].adapter], "rtol": self.rtol}
+            E = full_weight_ascent(*(t.flatten(2) for t in (A, B, grad_A, grad_B)), **settings)
+            yield from zip(group, E.view(B.shape), strict=True)
+
+
+@dataclass(frozen=True)
+class FMLora(_FullWeightAscent, TwoPass):
+    def unsupported(self, layer: Any, adapter: str) -> str | None:
+        return super().unsupported(layer, adapter) or _of_groups(layer, adapter)
+
+    def ascend(self, state: Any) -> None:
+        for factors, E in self.perturbations(state):
+            factors.layer.offsets["lora_B", factors.adapter] = E
+
+
+@dataclass(frozen=True)
+class EFMLora(_FullWeightAscent, FactorMethod):
+    beta: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.beta <= 1:
+            raise ValueError(f"beta must be in (0, 1], got {self.beta}; 1 keeps the newest perturbation alone")
+
+    def unsupported(self, layer: Any, adapter: str) -> str | None:
+        return super().unsupported(layer, adapter) or _of_groups(layer, adapter)
+
+    @torch.no_grad()
+    def before_step(self, state: Any, optimizer: Optimizer) -> None:
+        if state.rho == 0:
+            return
+        for (_, layer, adapter, _, _), E in self.perturbations(state):
+            before = layer.offsets.get(("lora_B", adapter))
+            # a new tensor: a backward that is still to come may need the old one
+            average = self.beta * E if before is None else torch.lerp(before, E, self.beta)
+            layer.offsets["lora_B", adapter] = average
+
+
+def _where_it_was_taken(f: Factors) -> Tensor:
+    """B where the gradient was taken: dL/dA = s (B + E)^T dL/dW."""
+    offset = f.layer.offsets.get(("lora_B", f.adapter))
+    return f.B if offset is None else f.B + offset.to(f.B)
+
+
+def _of_equal_shape(factors: Iterable[Factors]) -> Iterator[list[Factors]]:
+    groups: dict[tuple, list[Factors]] = defaultdict(list)
+    for f in factors:
+        groups[f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scaling, f.adapter].append(f)
+    for group in groups.values():
+        size = max(1, LARGEST_STACK // max(group[0].A.numel(), group[0].B.numel()))
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _of_groups(layer: Any, adapter: str) -> str | None:
+    groups = getattr(layer.get_base_layer(), "groups", 1)
+    return None if groups == 1 else f"the transfer to B is not defined for a convolution with {groups} groups"

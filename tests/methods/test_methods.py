@@ -1,0 +1,406 @@
+"""LoRA-SAM, RWP, Bi-LoRA and BAR against a brute force from their papers' equations; what holds for every method."""
+
+import copy
+import json
+
+import peft
+import pytest
+import tiny
+import torch
+import twin
+
+import flatlora
+from flatlora import (
+    BarConfig,
+    BiLoraConfig,
+    EFMLoraConfig,
+    FlatLoraConfig,
+    FMLoraConfig,
+    LoraSamConfig,
+    RwpConfig,
+    ascent,
+    attach,
+    get_flat_peft_model,
+    perturbation,
+    perturbed,
+)
+from flatlora.ops import perturb_weight
+from flatlora.ops.philox import mix_rank
+
+S = twin.SCALING
+KINDS = [
+    (FMLoraConfig, {}),
+    (EFMLoraConfig, {}),
+    (LoraSamConfig, {}),
+    (RwpConfig, {"space": "merged"}),
+    (RwpConfig, {"space": "adapter"}),
+    (BiLoraConfig, {}),
+    (BarConfig, {"variant": "obar"}),
+    (BarConfig, {"variant": "nbar"}),
+]
+NAMES = ["fmlora", "efmlora", "lora-sam", "rwp", "rwp-adapter", "bilora", "obar", "nbar"]
+every_method = pytest.mark.parametrize("kind, settings", KINDS, ids=NAMES)
+
+
+def step(model, optimizer, i, loss=twin.loss):
+    if perturbation(model).settings.method.passes == 2:
+        with ascent(model):
+            loss(model, i).backward()
+    value = loss(model, i)
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return value.item()
+
+
+# ---- each from its equations ----
+
+
+def test_lora_sam_takes_the_gradient_at_the_factors_moved_along_their_gradient():
+    model = twin.adapted(LoraSamConfig, rho=0.3)
+    tensors = twin.factors(model)
+    optimizer = torch.optim.AdamW(twin.trainable(model), lr=1e-2)
+    own = torch.optim.AdamW(twin.leaves(tensors), lr=1e-2)
+
+    def gradients(offsets, i):
+        pairs = zip(offsets[::2], offsets[1::2], strict=True)
+        weights = [W + S * (B + E) @ (A + D) for (W, A, B), (D, E) in zip(tensors, pairs, strict=True)]
+        return torch.autograd.grad(twin.dense_loss(weights, i), twin.leaves(tensors))
+
+    for i in range(20):
+        step(model, optimizer, i)
+        first = gradients([torch.zeros_like(p) for p in twin.leaves(tensors)], i)
+        norm = torch.cat([g.flatten() for g in first]).norm()  # over all layers
+        for p, grad in zip(twin.leaves(tensors), gradients([0.3 * g / norm for g in first], i), strict=True):
+            p.grad = grad
+        own.step()
+    twin.assert_close(model, tensors)
+
+
+def noise(shape, std, stream, seed=5, sample=0):
+    key = torch.tensor([mix_rank(seed, 0), sample])
+    row_std = torch.full((shape[0],), float(std), dtype=torch.float64)
+    return perturb_weight(torch.zeros(shape, dtype=torch.float64), row_std, key, stream)
+
+
+def test_rwp_noise_has_one_standard_deviation_for_a_layer():
+    model = twin.adapted(RwpConfig, rho=0.2, schedule="constant", seed=5)
+    weights = []
+    for stream, (W, A, B) in enumerate(twin.factors(model)):
+        merged = (W + S * B @ A).detach()
+        std = 0.2 * torch.linalg.matrix_norm(merged) / merged.numel() ** 0.5
+        weights.append(W + S * B @ A + noise(W.shape, std, stream))
+    assert abs(twin.loss(model, 0) - twin.dense_loss(weights, 0)) < 1e-10
+    assert abs(twin.loss(model.eval(), 0) - twin.dense_loss(weights, 0)) > 1e-4
+
+
+def test_rwp_in_the_adapter_moves_A_and_B():
+    model = twin.adapted(RwpConfig, rho=0.2, schedule="constant", seed=5, space="adapter")
+    tensors, weights = twin.factors(model), []
+    for layer, (W, A, B) in zip(model.base_model.model.layers, tensors, strict=True):
+        method = perturbation(model).settings.method
+        key, _ = perturbation(model).draw(W.device)
+        made = method.noise(layer, key)
+        for factor, tensor in (("lora_A", A), ("lora_B", B)):
+            eps = made[factor, "default"]
+            relative = torch.linalg.matrix_norm(eps) / torch.linalg.matrix_norm(tensor)
+            assert abs(relative - 0.2) < 0.2 * 5 / (2 * tensor.numel()) ** 0.5  # five standard errors of a norm
+        weights.append(W + S * (B + made["lora_B", "default"]) @ (A + made["lora_A", "default"]))
+    loss = twin.loss(model, 0)
+    expected = twin.dense_loss(weights, 0)
+    assert abs(loss - expected) < 1e-7
+    loss.backward()
+    for p, grad in zip(twin.trainable(model), torch.autograd.grad(expected, twin.leaves(tensors)), strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-5, atol=1e-8)
+    assert abs(twin.loss(model, 0) - loss) > 1e-6  # the next forward has other noise
+
+
+@pytest.mark.parametrize("kind, lr", [(torch.optim.SGD, 0.5), (torch.optim.AdamW, 1e-2)])
+def test_bilora_descends_with_one_module_and_ascends_with_the_other(kind, lr):
+    rho = 0.05
+    model = twin.adapted(BiLoraConfig, rho=rho, ascent_r=2, seed=3)
+    tensors = twin.factors(model)
+    layers = list(model.base_model.model.layers)
+    second = [
+        [layer.offsets[name, "default"].detach().clone().requires_grad_() for name in ("ascent_A", "ascent_B")]
+        for layer in layers
+    ]
+    assert not any(B.any() for _, B in second)
+    descend, ascend = kind(twin.leaves(tensors), lr=lr), kind(sum(second, []), lr=lr, maximize=True)
+    optimizer, at_the_bound = kind(twin.trainable(model), lr=lr), 0
+    for i in range(30):
+        step(model, optimizer, i)
+        weights = [W + S * B @ A + S * B2 @ A2 for (W, A, B), (A2, B2) in zip(tensors, second, strict=True)]
+        twin.dense_loss(weights, i).backward()
+        for own in (descend, ascend):
+            own.step()
+            own.zero_grad()
+        c = sum(torch.linalg.matrix_norm(B2 @ A2).square() for A2, B2 in second).sqrt().item()
+        if c > rho:
+            at_the_bound += 1
+            with torch.no_grad():
+                for p in sum(second, []):
+                    p.mul_((rho / c) ** 0.5)
+    assert at_the_bound > 5
+    twin.assert_close(model, tensors)
+    for layer, (A2, B2) in zip(layers, second, strict=True):
+        torch.testing.assert_close(layer.offsets["ascent_A", "default"], A2, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(layer.offsets["ascent_B", "default"], B2, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["obar", "nbar"])
+def test_bar_scales_the_factors_just_before_the_update(variant):
+    model = twin.adapted(BarConfig, rho=0.25, variant=variant, schedule="linear_decay", total_steps=20)
+    tensors = twin.factors(model)
+    lr = {"A": 0.3, "B": 0.1}
+
+    def groups(A, B):
+        return [{"params": A, "lr": lr["A"]}, {"params": B, "lr": lr["B"]}]
+
+    own = torch.optim.SGD(groups([A for _, A, _ in tensors], [B for _, _, B in tensors]))
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(groups(*[[p for n, p in named.items() if f"lora_{x}" in n] for x in "AB"]))
+    for i in range(20):
+        step(model, optimizer, i)
+        alpha = 0.25 * (1 - i / 20)
+        twin.dense_loss([W + S * B @ A for W, A, B in tensors], i).backward()
+        with torch.no_grad():
+            for _, A, B in tensors:
+                sizes = (A.norm(), B.norm()) if variant == "obar" else (A.grad.norm(), B.grad.norm())
+                larger_A = 1 - alpha * lr["A"] if variant == "obar" else 1 + alpha * lr["A"]
+                smaller_A = 2 - larger_A
+                larger_B = 1 - alpha * lr["B"] if variant == "obar" else 1 + alpha * lr["B"]
+                first = sizes[0] >= sizes[1] if variant == "obar" else sizes[0] > sizes[1]
+                A.mul_(larger_A if first else smaller_A)
+                B.mul_(2 - larger_B if first else larger_B)
+        own.step()
+        own.zero_grad()
+    twin.assert_close(model, tensors)
+
+
+# ---- what holds for all ----
+
+
+@every_method
+def test_rho_zero_is_plain_lora_bit_for_bit(kind, settings):
+    options = {"lora_dropout": 0.3, **tiny.LORA}
+    models = [
+        tiny.adapted(c) for c in (peft.LoraConfig(**options), kind(rho=0.0, total_steps=3, **options, **settings))
+    ]
+    losses = []
+    for model in models:
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW(tiny.trainable(model), lr=1e-2)
+        if model is models[0]:
+            steps = []
+            for i in range(3):
+                value = tiny.loss(model, i)
+                value.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                steps.append(value.item())
+        else:
+            steps = [step(model, optimizer, i, tiny.loss) for i in range(3)]
+        losses.append(steps)
+    assert losses[0] == losses[1]
+    assert tiny.same([*models[0].parameters()], [*models[1].parameters()])
+
+
+@every_method
+def test_it_trains_and_leaves_the_base_and_the_generator_alone(kind, settings):
+    model, plain = tiny.adapted(kind(rho=0.1, **tiny.LORA, **settings, total_steps=4)), tiny.plain_model()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW(tiny.trainable(model), lr=1e-2)
+    torch.manual_seed(9)
+    for i in range(3):
+        step(model, optimizer, i, tiny.loss)
+    after = torch.rand(3)
+    torch.manual_seed(9)
+    assert torch.equal(after, torch.rand(3))
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    own = torch.optim.AdamW(tiny.trainable(plain), lr=1e-2)
+    for i in range(3):
+        tiny.loss(plain, i).backward()
+        own.step()
+        own.zero_grad()
+    assert not tiny.same(tiny.trainable(model), tiny.trainable(plain))
+
+
+@every_method
+def test_what_is_saved_is_a_plain_adapter_that_stock_peft_loads(kind, settings, tmp_path, recwarn):
+    model = tiny.adapted(kind(rho=0.1, **tiny.LORA, **settings, total_steps=4))
+    optimizer = torch.optim.AdamW(tiny.trainable(model), lr=1e-2)
+    for i in range(2):
+        step(model, optimizer, i, tiny.loss)
+    model.eval()
+    expected = tiny.loss(model)
+    model.save_pretrained(tmp_path)
+    keys = json.loads((tmp_path / "adapter_config.json").read_text()).keys()
+    assert keys == peft.LoraConfig(**tiny.LORA).to_dict().keys()
+    recwarn.clear()
+    loaded = peft.PeftModel.from_pretrained(tiny.base_model(), tmp_path).eval()
+    assert [w for w in recwarn if "FutureWarning" not in str(w.category)] == []
+    assert torch.equal(tiny.loss(loaded), expected)
+    plain = peft.get_peft_model_state_dict(tiny.plain_model()).keys()
+    assert peft.get_peft_model_state_dict(model).keys() == plain
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert abs(tiny.loss(merged) - expected) < 1e-4
+    assert not any("ascent" in name for name, _ in merged.named_parameters())
+    again = flatlora.load(tiny.base_model(), tmp_path)
+    assert type(again.peft_config["default"]) is kind
+    assert perturbation(again).settings.method == perturbation(model).settings.method
+
+
+@every_method
+def test_evaluation_is_clean_and_detach_leaves_no_trace(kind, settings):
+    model = tiny.adapted(kind(rho=0.3, **tiny.LORA, **settings, total_steps=4))
+    optimizer = torch.optim.AdamW(tiny.trainable(model), lr=1e-2)
+    for i in range(2):
+        step(model, optimizer, i, tiny.loss)
+    plain = tiny.plain_model()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(tiny.loss(model.eval()), tiny.loss(plain.eval()))
+    with torch.no_grad():
+        assert torch.equal(tiny.loss(model.train()), tiny.loss(plain.train()))
+    flatlora.detach(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [sorted(vars(m)) for m in model.modules()] == [sorted(vars(m)) for m in plain.modules()]
+    assert torch.equal(tiny.loss(model), tiny.loss(plain))
+
+
+@every_method
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_bit(kind, settings, reentrant):
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = tiny.adapted(kind(rho=0.3, **tiny.LORA, **settings, total_steps=4))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        optimizer = torch.optim.AdamW(tiny.trainable(model), lr=1e-2)
+        losses = [step(model, optimizer, i, tiny.loss) for i in range(3)]
+        results.append((losses, [p.detach().clone() for p in tiny.trainable(model)]))
+    assert results[0][0] == results[1][0]
+    assert tiny.same(results[0][1], results[1][1])
+
+
+@every_method
+def test_state_resumes_bit_for_bit_in_a_plain_loop(kind, settings, tmp_path):
+    def make():
+        model = tiny.adapted(kind(rho=0.3, **tiny.LORA, **settings, total_steps=6))
+        return model, torch.optim.AdamW(tiny.trainable(model), lr=1e-2)
+
+    model, optimizer = make()
+    for i in range(3):
+        step(model, optimizer, i, tiny.loss)
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "flat": perturbation(model).state_dict()}
+    torch.save(saved, tmp_path / "state.pt")
+    losses = [step(model, optimizer, i, tiny.loss) for i in range(3, 6)]
+
+    other, optimizer = make()
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    other.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    perturbation(other).load_state_dict(saved["flat"])
+    assert losses == [step(other, optimizer, i, tiny.loss) for i in range(3, 6)]
+    assert tiny.same(tiny.trainable(model), tiny.trainable(other))
+
+
+@every_method
+def test_a_copy_goes_on_by_itself(kind, settings):
+    model = tiny.adapted(kind(rho=0.3, **tiny.LORA, **settings, total_steps=6))
+    optimizer = torch.optim.SGD(tiny.trainable(model), lr=1e-2)
+    step(model, optimizer, 0, tiny.loss)
+    other = copy.deepcopy(model)
+    step(model, optimizer, 1, tiny.loss)
+    step(other, torch.optim.SGD(tiny.trainable(other), lr=1e-2), 1, tiny.loss)
+    assert tiny.same(tiny.trainable(model), tiny.trainable(other))
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize("kind", [FMLoraConfig, EFMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig])
+def test_undefined_combinations_are_errors_that_name_the_layer(kind):
+    with pytest.raises(ValueError, match=r"q_proj.*not defined for DoRA"):
+        get_flat_peft_model(tiny.base_model(), kind(target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match=r"embed_tokens.*not defined for embeddings"):
+        get_flat_peft_model(tiny.base_model(), kind(target_modules=["embed_tokens"]))
+
+
+def test_two_methods_in_one_model_are_refused():
+    model = get_flat_peft_model(tiny.base_model(), EFMLoraConfig(**tiny.LORA))
+    with pytest.raises(ValueError, match="method is EFMLora.*got FlatLora"):
+        model.add_adapter("other", FlatLoraConfig(**tiny.LORA, schedule="inverse_sqrt"))
+
+
+def test_ascent_says_what_is_wrong():
+    with pytest.raises(TypeError, match="FlatLora has one"), ascent(tiny.flat_model()):
+        pass
+    model = tiny.adapted(FMLoraConfig(**tiny.LORA))
+    with pytest.raises(RuntimeError, match="no backward inside"), ascent(model):
+        pass
+    optimizer = torch.optim.SGD(tiny.trainable(model), lr=0.1)
+    tiny.loss(model).backward()
+    with pytest.raises(RuntimeError, match="takes two passes, and this optimizer step had one"):
+        optimizer.step()
+
+
+def test_ascent_keeps_gradients_that_are_there_also_when_it_fails():
+    model = tiny.adapted(FMLoraConfig(**tiny.LORA))
+    tiny.loss(model, 0).backward()
+    before = tiny.gradients(model)
+    with pytest.raises(KeyboardInterrupt), ascent(model):
+        tiny.loss(model, 1).backward()
+        raise KeyboardInterrupt
+    assert tiny.same(before, tiny.gradients(model))
+    with ascent(model):
+        tiny.loss(model, 1).backward()
+    assert tiny.same(before, tiny.gradients(model))
+
+
+def test_the_first_pass_leaves_batch_norm_as_it_was():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+    model = get_flat_peft_model(model, FMLoraConfig(target_modules=["0", "2"])).train()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    with ascent(model):
+        model(torch.randn(8, 4)).sum().backward()
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    "kind, settings, message",
+    [
+        (RwpConfig, {"space": "weights"}, "space must be 'merged' or 'adapter', got 'weights'"),
+        (BiLoraConfig, {"ascent_r": 0}, "ascent_r must be an integer >= 1, got 0"),
+        (BarConfig, {"variant": "bar"}, "variant must be 'obar' or 'nbar', got 'bar'"),
+        (EFMLoraConfig, {"schedule": "sqrt"}, "schedule must be one of"),
+        (LoraSamConfig, {"rho": -0.1}, "rho must be finite and >= 0, got -0.1"),
+    ],
+)
+def test_settings_are_checked_at_once(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+
+
+def test_the_base_of_the_configurations_is_no_method():
+    from flatlora.config import PerturbedLoraConfig
+
+    with pytest.raises(TypeError, match="is no method"):
+        PerturbedLoraConfig()
+
+
+def test_perturbed_shows_the_moved_point_in_evaluation_mode():
+    model = tiny.adapted(EFMLoraConfig(rho=0.5, **tiny.LORA))
+    step(model, torch.optim.SGD(tiny.trainable(model), lr=0.1), 0, tiny.loss)
+    model.eval()
+    with perturbed(model):
+        assert tiny.loss(model) != tiny.loss(attach_free(model))
+
+
+def attach_free(model):
+    plain = copy.deepcopy(model)
+    flatlora.detach(plain)
+    attach(plain, rho=0.0)
+    return plain

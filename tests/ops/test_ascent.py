@@ -1,0 +1,107 @@
+"""`full_weight_ascent` equals the paper's dense formulas, and is the steepest ascent that it claims to be."""
+
+import pytest
+import torch
+
+from flatlora.ops.ascent import full_weight_ascent
+
+
+def dense(A, B, grad_A, grad_B, s, rho):
+    """(E_W, E_B) of arXiv 2508.00522, eqs. 12, 13, 15."""
+    pinv = lambda M: torch.linalg.pinv(M, rtol=1e-7)  # noqa: E731
+    G = 0.5 / s * (grad_B @ pinv(A.T) + pinv(B.T) @ grad_A)
+    E_W = rho * G / torch.linalg.matrix_norm(G)
+    return E_W, E_W @ pinv(A) / s
+
+
+def random(r, m, n, seed):
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(r, n), (m, r), (r, n), (m, r)]
+    return [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
+
+
+def lower_rank(M, rank):
+    U, S, V = torch.linalg.svd(M, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ V[:rank]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("which", ["full", "A deficient", "B deficient", "B zero", "A zero", "both deficient"])
+@pytest.mark.parametrize("r", [1, 2, 5, 16, 33, 64])
+def test_equals_the_dense_formulas(r, which, seed):
+    m, n = 64 + 13 * seed, 70 - seed
+    A, B, grad_A, grad_B = random(r, m, n, seed)
+    if which in ("A deficient", "both deficient"):
+        A = lower_rank(A, max(1, r // 2))
+    if which in ("B deficient", "both deficient"):
+        B = lower_rank(B, max(1, r // 2))
+    A, B = (A * 0 if which == "A zero" else A), (B * 0 if which == "B zero" else B)
+    s, rho = 0.25 * (seed + 1) ** 2, 0.07
+    E = full_weight_ascent(A, B, grad_A, grad_B, scaling=s, rho=rho)
+    E_W, expected = dense(A, B, grad_A, grad_B, s, rho)
+    assert abs(torch.linalg.matrix_norm(E_W) - rho) < 1e-12
+    assert (E - expected).norm() <= 1e-9 * max(expected.norm(), 1e-300)
+    assert E.dtype == torch.float64 and E.shape == B.shape
+
+
+def test_with_a_surjective_gradient_the_norm_in_the_full_weight_is_rho():
+    """Where the row space of G lies in that of A, nothing is lost in the transfer: ||s E_B A||_F = rho."""
+    A, _, _, grad_B = random(4, 11, 9, 0)
+    E = full_weight_ascent(A, torch.zeros(11, 4).double(), torch.zeros_like(A), grad_B, scaling=3.0, rho=0.2)
+    assert abs(torch.linalg.matrix_norm(3.0 * E @ A) - 0.2) < 1e-12
+
+
+def test_with_B_zero_it_is_the_steepest_ascent_of_its_size_in_the_full_weight():
+    s, rho = 1.7, 0.1
+    for seed in range(20):
+        A, B, grad_A, grad_B = random(1 + seed % 6, 8, 12, seed)
+        B, grad_A = B * 0, grad_A * 0  # G_A = s B^T G
+        E = full_weight_ascent(A, B, grad_A, grad_B, scaling=s, rho=rho)
+        size = torch.linalg.matrix_norm(s * E @ A)
+        rise = (grad_B * E).sum()
+        others = [grad_B, *[torch.randn_like(grad_B) for _ in range(50)]]  # LoRA-SAM's direction first
+        for other in others:
+            other = other * size / torch.linalg.matrix_norm(s * other @ A)
+            assert (grad_B * other).sum() <= rise * (1 + 1e-12)
+        assert rise > (grad_B * grad_B).sum() * size / torch.linalg.matrix_norm(s * grad_B @ A) * (1 + 1e-6) or (
+            A.shape[0] == 1  # with one row every direction in B has the same size in W
+        )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_the_gradient_does_not_matter(scale):
+    A, B, grad_A, grad_B = random(3, 6, 7, 1)
+    E = full_weight_ascent(A, B, grad_A, grad_B, scaling=2.0, rho=0.1)
+    other = full_weight_ascent(A, B, grad_A * scale, grad_B * scale, scaling=2.0, rho=0.1)
+    torch.testing.assert_close(other, E, rtol=1e-12, atol=0)
+
+
+def test_no_gradient_or_an_overflow_moves_nothing():
+    A, B, grad_A, grad_B = random(3, 6, 7, 1)
+    assert not full_weight_ascent(A, B, grad_A * 0, grad_B * 0, scaling=2.0, rho=0.1).any()
+    for bad in (float("inf"), float("nan")):
+        broken = grad_B.clone()
+        broken[2, 1] = bad
+        assert not full_weight_ascent(A, B, grad_A, broken, scaling=2.0, rho=0.1).any()
+
+
+def test_a_stack_of_layers_is_each_layer_by_itself():
+    layers = [random(4, 6, 7, seed) for seed in range(5)]
+    layers[2][1].zero_()
+    stack = [torch.stack(parts).float() for parts in zip(*layers, strict=True)]
+    E = full_weight_ascent(*stack, scaling=0.5, rho=0.1)
+    assert E.dtype == torch.float32
+    for i in range(5):
+        alone = full_weight_ascent(*[part[i] for part in stack], scaling=0.5, rho=0.1)
+        torch.testing.assert_close(E[i], alone, rtol=1e-6, atol=0)
+
+
+def test_the_cut_off_drops_small_singular_values():
+    A, B, grad_A, grad_B = random(4, 6, 7, 3)
+    U, S, V = torch.linalg.svd(A, full_matrices=False)
+    S = torch.tensor([1.0, 0.5, 0.1, 1e-4], dtype=torch.float64)
+    small, cut = (U * S) @ V, (U[:, :3] * S[:3]) @ V[:3]
+    E = full_weight_ascent(small, B, grad_A, grad_B, scaling=1.0, rho=0.1, rtol=1e-2)
+    expected = full_weight_ascent(cut, B, grad_A, grad_B, scaling=1.0, rho=0.1, rtol=1e-2)
+    torch.testing.assert_close(E, expected, rtol=2e-3, atol=1e-6)
+    assert (full_weight_ascent(small, B, grad_A, grad_B, scaling=1.0, rho=0.1) - expected).norm() > expected.norm()

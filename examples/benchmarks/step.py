@@ -12,7 +12,10 @@ lora              the baseline
 lora again        the same once more: what the machine alone makes of two equal things
 flat              Flat-LoRA as this library does it
 add and remove    Flat-LoRA as its authors describe it, written to be fast: see add_remove.py
-two passes        LoRA-SAM
+two passes        LoRA-SAM, written by hand
+
+and, where asked for with --method, the others of this library: efmlora, fmlora, lora-sam, rwp, rwp adapter, bilora,
+bar.
 
 Memory is the peak during a step above what is alive between steps (weights, adapters, optimizer state: `model bytes`),
 from torch's profiler, in a step that is not timed. The configurations are all of tokens x dtype x checkpointing at the
@@ -26,7 +29,7 @@ from pathlib import Path
 
 import torch
 from measure import RESULTS, Budget, Table, alternate, compared, peak_bytes, provenance
-from workload import METHODS, Workload, base_model
+from workload import FLAT_LORA, METHODS, Workload, base_model
 
 CONFIGURATION = ("model", "tokens", "length", "r", "dtype", "adapters", "checkpointing", "threads")
 KEY = (*CONFIGURATION, "method", "machine", "versions", "seed")
@@ -63,7 +66,7 @@ def resident_bytes(step) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama6", help="llama6 (default), smollm2, or what from_pretrained takes")
-    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: all")
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(FLAT_LORA), help="see above")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 128, 256, 1024, 4096], help="per step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--r", type=int, nargs="+", default=[8, 4, 16, 32, 64])

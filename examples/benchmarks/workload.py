@@ -15,7 +15,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flatlora import FlatLoraConfig, get_flat_peft_model
+from flatlora import (
+    BarConfig,
+    BiLoraConfig,
+    EFMLoraConfig,
+    FlatLoraConfig,
+    FMLoraConfig,
+    LoraSamConfig,
+    RwpConfig,
+    ascent,
+    get_flat_peft_model,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 RHO = 0.05
@@ -130,6 +140,49 @@ class FlatLora(Trained):
         return get_flat_peft_model(base, config, **kwargs)
 
 
+class Family(Trained):
+    """Another method of this library, by its configuration."""
+
+    config: type
+    settings: dict = {}
+
+    def adapt(self, base, options, **kwargs):
+        return get_flat_peft_model(base, self.config(schedule="constant", **self.settings, **options), **kwargs)
+
+
+class EFMLora(Family):
+    config = EFMLoraConfig
+
+
+class FMLora(Family):
+    config = FMLoraConfig
+
+    def gradients(self):
+        with ascent(self.model):
+            self.loss().backward()
+        self.loss().backward()
+
+
+class LoraSam(FMLora):
+    config = LoraSamConfig
+
+
+class Rwp(Family):
+    config, settings = RwpConfig, {"seed": 0}
+
+
+class RwpAdapter(Family):
+    config, settings = RwpConfig, {"seed": 0, "space": "adapter"}
+
+
+class BiLora(Family):
+    config = BiLoraConfig
+
+
+class Bar(Family):
+    config = BarConfig
+
+
 class AddRemove(Trained):
     """Noise written into the weights before the forward and subtracted after the backward."""
 
@@ -168,4 +221,12 @@ METHODS: dict[str, Callable[[nn.Module, Workload, int], Trained]] = {
     "flat": FlatLora,
     "add and remove": AddRemove,
     "two passes": TwoPasses,
+    "efmlora": EFMLora,
+    "fmlora": FMLora,
+    "lora-sam": LoraSam,
+    "rwp": Rwp,
+    "rwp adapter": RwpAdapter,
+    "bilora": BiLora,
+    "bar": Bar,
 }
+FLAT_LORA = ("lora", "lora again", "flat", "add and remove", "two passes")

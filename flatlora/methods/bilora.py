@@ -78,9 +78,9 @@ class BiLora(FactorMethod):
     def forward(self, layer: Any, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = plain(x, *args, **kwargs)
         for adapter in layer.active_flat_adapters():
-            A, B = layer.offsets[A2, adapter], layer.offsets[B2, adapter]
-            h = F.linear(layer._cast_input_dtype(x, A.dtype), A)
-            out = out + (F.linear(h, B) * layer.scaling[adapter]).to(out.dtype)
+            # in the model's precision: x is saved for the backward anyway, a cast of it would be one more copy
+            A, B = layer.offsets[A2, adapter].to(x.dtype), layer.offsets[B2, adapter].to(x.dtype)
+            out = out + (F.linear(F.linear(x, A), B) * layer.scaling[adapter]).to(out.dtype)
         return out
 
     def before_step(self, state: Any, optimizer: Optimizer) -> None:

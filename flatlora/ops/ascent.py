@@ -40,21 +40,22 @@ def full_weight_ascent(
     Returns:
         (..., m, r), float64 for float64 factors, float32 for others. Zero where the gradient is zero or not finite.
     """
-    out_dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-    A, B, grad_A, grad_B = (tensor.double() for tensor in (A, B, grad_A, grad_B))
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    A, B, grad_A, grad_B = (tensor.to(dtype) for tensor in (A, B, grad_A, grad_B))
     # the result does not depend on the size of the gradient; its square may overflow or vanish
     size = torch.maximum(_largest(grad_A), _largest(grad_B))
     unit = torch.where((size > 0) & size.isfinite(), 1 / size, 0.0)
     grad_A, grad_B = (torch.where(unit > 0, grad * unit, 0.0) for grad in (grad_A, grad_B))
 
-    P, Q = _inverse_gram(A @ A.mT, A.shape[-1], rtol), _inverse_gram(B.mT @ B, B.shape[-2], rtol)
-    grad_A_A = grad_A @ A.mT
-    squared = _trace(P, grad_B.mT @ grad_B) + _trace(Q, grad_A @ grad_A.mT)
-    squared = squared + 2 * _trace(P @ (grad_B.mT @ B), (Q @ grad_A_A).mT)
-    onto_B = grad_B @ P + B @ (Q @ grad_A_A @ P)
+    # the inverses want float64, and so do the r x r products that they meet
+    P, Q = (_inverse_gram(M @ M.mT, M.shape[-1], rtol) for M in (A.double(), B.mT.double()))
+    grad_A_A = (grad_A @ A.mT).double()
+    squared = _trace(P, (grad_B.mT @ grad_B).double()) + _trace(Q, (grad_A @ grad_A.mT).double())
+    squared = squared + 2 * _trace(P @ (grad_B.mT @ B).double(), (Q @ grad_A_A).mT)
     # the factor 1/(2s) of G cancels; with one term missing so does the missing 1/2
     scale = torch.where(squared > 0, rho / scaling / squared.clamp_min(1e-300).sqrt(), 0.0)
-    return (onto_B * scale[..., None, None]).to(out_dtype)
+    scale = scale[..., None, None]
+    return grad_B @ (P * scale).to(dtype) + B @ (Q @ grad_A_A @ P * scale).to(dtype)
 
 
 def _inverse_gram(gram: Tensor, count: int, rtol: float | None) -> Tensor:

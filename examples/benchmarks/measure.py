@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import random
+import shlex
 import statistics
 import sys
 import threading
@@ -174,7 +175,7 @@ def provenance(device: torch.device, seed: int) -> dict[str, object]:
         "machine": f"{known['cpu']}, {known['cores']} cores, {known['device']}",
         "versions": " ".join(f"{name} {known[name]}" for name in ("python", "torch", "transformers", "peft")),
         "seed": seed,
-        "command": " ".join(["python", f"examples/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"examples/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 

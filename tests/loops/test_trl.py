@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from flatlora import FlatLoraCallback, FlatLoraConfig, perturbation
+from flatlora import BiLoraConfig, EFMLoraConfig, FlatLoraCallback, FlatLoraConfig, perturbation
 
 STEPS = 4
 WORDS = "one two three four five six seven eight nine ten".split()
@@ -129,3 +129,27 @@ def test_grpo(passes, tmp_path):
     )
     old, reference = 1, 1
     assert_clean_but_for_training(run, seen, training=STEPS, other=rounds * (length + old + reference))
+
+
+@pytest.mark.parametrize("config", [EFMLoraConfig, BiLoraConfig], ids=["efmlora", "bilora"])
+def test_sft_with_another_method(config, tmp_path):
+    run = trainer(
+        tiny.base_model(),
+        tmp_path,
+        kind=SFTTrainer,
+        arguments=SFTConfig,
+        callbacks=[FlatLoraCallback()],
+        data=texts("text"),
+        more={"processing_class": tokenizer(), "peft_config": config(**tiny.LORA)},
+        max_steps=STEPS,
+        bf16=False,
+    )
+    run.train()
+    tensors = perturbation(run.model).tensors()
+    layers = sum(isinstance(module, peft.tuners.lora.LoraLayer) for module in run.model.modules())
+    assert len(tensors) == layers * (1 if config is EFMLoraConfig else 2)
+    assert all(tensor.any() for tensor in tensors.values())
+    run.save_model(tmp_path)
+    assert {"adapter_config.json", "adapter_model.safetensors", "flatlora_config.json"} <= {
+        path.name for path in tmp_path.iterdir()
+    }

@@ -7,7 +7,7 @@ import torch
 import twin
 from transformers import Trainer, TrainingArguments
 
-from flatlora import EFMLoraConfig, FlatLoraCallback, FMLoraConfig, ascent, perturbation
+from flatlora import EFMLoraConfig, FlatLoraCallback, FMLoraConfig, TwoPassTrainerMixin, ascent, perturbation
 
 RHO, BETA = 0.1, 0.7
 
@@ -192,8 +192,6 @@ def test_efmlora_in_trainer_resumes_bit_for_bit(tmp_path, stop):
 
 
 def test_fmlora_in_trainer_with_the_mixin(tmp_path, monkeypatch):
-    from flatlora import TwoPassTrainerMixin
-
     class TwoPassTrainer(TwoPassTrainerMixin, TwinTrainer):
         pass
 
@@ -209,29 +207,57 @@ def test_fmlora_in_trainer_with_the_mixin(tmp_path, monkeypatch):
         trainer(twin.adapted(FMLoraConfig, rho=RHO), tmp_path, **settings).train()
 
 
-def test_the_scale_of_a_grad_scaler_cancels():
-    models = [twin.adapted(kind, rho=RHO) for kind in (EFMLoraConfig, EFMLoraConfig)]
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for model, scale in zip(models, (None, scaler), strict=True):
-        own = torch.optim.AdamW(twin.trainable(model), lr=1e-2)
+def scaled_step(model, optimizer, scaler, step, factor=1.0):
+    def backward():
+        value = twin.loss(model, step) * factor
+        (value if scaler is None else scaler.scale(value)).backward()
+
+    if perturbation(model).settings.method.passes == 2:
+        with ascent(model):
+            backward()
+    backward()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [EFMLoraConfig, FMLoraConfig])
+def test_the_scale_of_a_grad_scaler_cancels(kind):
+    models = [twin.adapted(kind, rho=RHO) for _ in range(2)]
+    for model, scaler in zip(models, (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)), strict=True):
+        optimizer = torch.optim.AdamW(twin.trainable(model), lr=1e-2)
         for step in range(5):
-            if scale is None:
-                twin.loss(model, step).backward()
-                own.step()
-            else:
-                if step == 3:  # an overflow: no step, and the average of the perturbations stays
-                    kept = {name: t.clone() for name, t in perturbation(model).tensors().items()}
-                    scale.scale(twin.loss(model, step) * float("inf")).backward()
-                    scale.step(own)
-                    scale.update()
-                    own.zero_grad()
-                    assert all(torch.equal(kept[name], t) for name, t in perturbation(model).tensors().items())
-                scale.scale(twin.loss(model, step)).backward()
-                scale.step(own)
-                scale.update()
-            own.zero_grad()
+            if step == 3 and scaler is not None:  # an overflow: no step, and the average of the perturbations stays
+                kept = {name: t.clone() for name, t in perturbation(model).tensors().items()}
+                scaled_step(model, optimizer, scaler, step, factor=float("inf"))
+                assert perturbation(model).steps == 3
+                now = perturbation(model).tensors()
+                assert kind is FMLoraConfig or all(torch.equal(t, now[name]) for name, t in kept.items())
+            scaled_step(model, optimizer, scaler, step)
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_the_mixin_under_accumulation_gives_each_micro_batch_its_first_pass(tmp_path, monkeypatch):
+    class TwoPassTrainer(TwoPassTrainerMixin, TwinTrainer):
+        pass
+
+    monkeypatch.setattr(twin, "batch", lambda step, size=1, batch=twin.batch: batch(step, 1))
+    model, other = twin.adapted(FMLoraConfig, rho=RHO), twin.adapted(FMLoraConfig, rho=RHO)
+    trainer(model, tmp_path, TwoPassTrainer, max_grad_norm=0.0, max_steps=10).train()
+    optimizer = torch.optim.AdamW(twin.trainable(other), lr=1e-2)
+    for step in range(10):
+        for i in (2 * step, 2 * step + 1):
+            with ascent(other):
+                twin.loss(other, i).backward()
+            (twin.loss(other, i) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

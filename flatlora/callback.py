@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .model import perturbation
-from .state import Perturbation
+from .state import Perturbation, check_rho
 
 TENSORS = ("tensors", "climber")  # what of a perturbation's state is no number
 
 
+def _model_loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(**batch).loss
+
+
+def _check_count(name: str, value: Any, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1{' or None' if optional else ''}, got {value!r}")
+
+
 class FlatLoraCallback(TrainerCallback, ExportableState):
-    """Gives the noise the trainer's own step count, carries it through checkpoints, and logs `flat_rho`.
+    """Gives the noise the trainer's own step count, carries it through checkpoints, and logs `flat_rho` and, if asked,
+    the expected sharpness.
 
         Trainer(model, args, ..., callbacks=[FlatLoraCallback()])
 
@@ -22,20 +37,64 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
     the progress, which is needed where the library cannot see the optimizer's steps (FSDP1, DeepSpeed) and harmless
     elsewhere. The noise's state is kept in `trainer_state.json`, so that a resumed run goes on with the same noise.
 
-    `flat_rho` is in `log_history`, in the progress bar, and in the logs of every callback that comes after this one.
-    Those of `report_to` come before it, whatever is passed. To have the curve there, pass that callback instead:
+    What is logged is in `log_history`, in the progress bar, and in the logs of every callback that comes after this
+    one. Those of `report_to` (TensorBoard, W&B, MLflow, trackio, ...) come before whatever is passed; `add_to` puts
+    this one first, so that they have the curves too:
 
-        TrainingArguments(..., report_to="none")
-        Trainer(model, args, ..., callbacks=[FlatLoraCallback(), TensorBoardCallback()])
+        trainer = Trainer(model, args, ...)
+        FlatLoraCallback().add_to(trainer)
+
+    With `sharpness_steps=k`, every k optimizer steps `flat_sharpness` and `flat_sharpness_stderr` are logged:
+    `flatlora.analysis.expected_sharpness`, E L(W' + eps) - L(W') on the same batches and the same noise each time, in
+    evaluation mode. Training is not touched by it. It costs 2 * sharpness_samples + 1 passes over the batches.
+
+    Args:
+        sharpness_steps: optimizer steps between two measurements; None measures nothing.
+        sharpness_batches: what is measured on, batches as the model takes them; a few held-out ones will do.
+        sharpness_loss: ``loss(model, batch)``, the mean loss of a batch; default ``model(**batch).loss``.
+        sharpness_rho: strength of the noise; default the configuration's rho, 0.05 if that is 0.
+        sharpness_samples: antithetic pairs of noise.
+
+    Raises:
+        ValueError: an argument out of bounds, or one of the two that belong together is missing.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        sharpness_steps: int | None = None,
+        sharpness_batches: Iterable[Any] | None = None,
+        sharpness_loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        sharpness_rho: float | None = None,
+        sharpness_samples: int = 4,
+    ) -> None:
         self._perturbation: Perturbation | None = None
+        self._sharpness: dict[str, float] = {}  # measured and not yet logged
+        _check_count("sharpness_steps", sharpness_steps, optional=True)
+        _check_count("sharpness_samples", sharpness_samples)
+        if (sharpness_steps is None) != (sharpness_batches is None):
+            raise ValueError(
+                "sharpness_steps and sharpness_batches belong together: how often to measure, and on what; "
+                f"got sharpness_steps={sharpness_steps} and {'no ' if sharpness_batches is None else ''}batches"
+            )
+        if sharpness_rho is not None and check_rho(sharpness_rho) == 0:
+            raise ValueError("sharpness_rho must be > 0, got 0; leave it out for the rho of the adapter")
+        self._every = sharpness_steps
+        self._batches = [] if sharpness_batches is None else list(sharpness_batches)
+        self._loss = sharpness_loss or _model_loss
+        self._rho, self._samples = sharpness_rho, sharpness_samples
+        if sharpness_batches is not None and not self._batches:
+            raise ValueError("sharpness_batches must hold at least one batch, got none")
+
+    def add_to(self, trainer: Trainer) -> None:
+        """Make this the first callback of a trainer, before its loggers; one that is there already is moved."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._perturbation = perturbation(model)
+        self._perturbation, self._sharpness = perturbation(model), {}
         callbacks: Any = state.stateful_callbacks  # a dict by now, whatever its annotation says
         # a checkpoint from before this callback has no entry, and the trainer's own saving expects one
         saved = callbacks.setdefault(type(self).__name__, self.state())
@@ -51,7 +110,9 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         if self._perturbation is not None:
             self._perturbation.set_step(state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         if self._perturbation is not None:
             method = self._perturbation.settings.method
             if method.uses_gradients and not self._perturbation.sees_steps:
@@ -62,6 +123,9 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
             self._perturbation.set_step(state.global_step)
             if method.uses_gradients:
                 self._save_in_optimizer(kwargs["optimizer"])
+            if self._every is not None and state.global_step % self._every == 0:
+                self._sharpness = self._measure(model)
+                control.should_log = True
 
     def on_log(
         self,
@@ -72,9 +136,26 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         if self._perturbation is not None and logs is not None and "loss" in logs:
-            logs["flat_rho"] = self._perturbation.rho_t
+            ours = {"flat_rho": self._perturbation.rho_t, **self._sharpness}
+            self._sharpness = {}
+            logs.update(ours)
             if state.log_history:  # written before the callbacks are asked
-                state.log_history[-1]["flat_rho"] = self._perturbation.rho_t
+                state.log_history[-1].update(ours)
+
+    def _measure(self, model: nn.Module) -> dict[str, float]:
+        from .analysis import expected_sharpness
+
+        assert self._perturbation is not None
+        device = next(model.parameters()).device
+        found = expected_sharpness(
+            model,
+            lambda model, batch: self._loss(model, send_to_device(batch, device)),
+            self._batches,
+            rho=self._rho or self._perturbation.rho or 0.05,
+            samples=self._samples,
+            progress=False,
+        )
+        return {"flat_sharpness": found.mean.item(), "flat_sharpness_stderr": found.stderr.item()}
 
     def state(self) -> dict[str, Any]:
         if self._perturbation is None:

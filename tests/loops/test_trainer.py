@@ -2,7 +2,7 @@
 
 import pytest
 import tiny
-from loops.runs import RHO, adapter, assert_same_adapter, cosine, flat_model, plain_model, rows, trainer
+from loops.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model, plain_model, rows, trainer
 from peft import PeftModel
 from transformers import (
     EarlyStoppingCallback,
@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from flatlora import FlatLoraCallback, FlatLoraConfig, get_flat_peft_model, perturbation
+from flatlora.analysis import expected_sharpness
 
 
 def with_callback(**settings):
@@ -106,6 +107,91 @@ def test_logs(tmp_path):
         assert [entry["flat_rho"] for entry in logs if "loss" in entry] == pytest.approx([cosine(2, 4), cosine(4, 4)])
         assert all("flat_rho" not in entry for entry in logs if "loss" not in entry)
     assert not any("flat_rho" in entry for entry in before.seen)
+
+
+def test_added_first_the_loggers_of_report_to_see_it(tmp_path):
+    model, (ours,) = with_callback()
+    before = Report()
+    run = trainer(model, tmp_path, callbacks=[before, ours], max_steps=2)
+    ours.add_to(run)
+    assert run.callback_handler.callbacks.count(ours) == 1
+    run.train()
+    assert [entry["flat_rho"] for entry in before.seen if "loss" in entry] == pytest.approx([cosine(1, 2), RHO])
+
+
+def sharpness(model, **settings):
+    data = batches(2)
+    found = expected_sharpness(model, lambda m, b: m(**b).loss, data, samples=4, progress=False, **settings)
+    return found.mean.item(), found.stderr.item()
+
+
+class Measured(TrainerCallback):
+    """The same measurement at each step, made by hand."""
+
+    def __init__(self):
+        self.values = {}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.values[state.global_step] = sharpness(model, rho=RHO)
+
+
+def test_sharpness_is_logged_and_training_does_not_notice(tmp_path):
+    options = {"lora_dropout": 0.2}
+    model, other = flat_model(**options), flat_model(**options)
+    measured, ours = Measured(), FlatLoraCallback(sharpness_steps=2, sharpness_batches=batches(2))
+    settings = {"max_steps": 5, "logging_steps": 5}
+    run = trainer(model, tmp_path, callbacks=[ours, measured], **settings)
+    run.train()
+    logs = {entry["step"]: entry for entry in run.state.log_history if "loss" in entry}
+    assert list(logs) == [2, 4, 5]
+    for step in (2, 4):
+        assert (logs[step]["flat_sharpness"], logs[step]["flat_sharpness_stderr"]) == measured.values[step]
+    assert "flat_sharpness" not in logs[5] and logs[2]["flat_sharpness"] > 0
+    trainer(other, tmp_path, callbacks=[FlatLoraCallback()], **settings).train()
+    assert_same_adapter(model, adapter(other))
+
+
+def test_sharpness_of_the_users_own_loss_and_strength(tmp_path):
+    model, seen = flat_model(rho=0.0), []
+
+    def loss(model, batch):
+        seen.append(model.training)
+        return model(**batch).loss * 2
+
+    ours = FlatLoraCallback(sharpness_steps=1, sharpness_batches=batches(2), sharpness_rho=0.3, sharpness_loss=loss)
+    run = trainer(model, tmp_path, callbacks=[ours], max_steps=1)
+    run.train()
+    assert run.state.log_history[0]["flat_sharpness"] == pytest.approx(2 * sharpness(model, rho=0.3)[0])
+    assert seen == [False] * 2 * (2 * 4 + 1)
+
+
+def test_a_resumed_run_logs_the_same_sharpness(tmp_path):
+    def train(folder, **how):
+        ours = FlatLoraCallback(sharpness_steps=1, sharpness_batches=batches(1))
+        run = trainer(flat_model(), folder, callbacks=[ours], max_steps=4, save_strategy="steps", save_steps=2)
+        run.train(**how)
+        return [entry["flat_sharpness"] for entry in run.state.log_history if "loss" in entry]
+
+    whole = train(tmp_path / "a")
+    assert len(whole) == 4
+    assert train(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2")) == whole
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"sharpness_steps": 0, "sharpness_batches": [{}]}, "sharpness_steps must be an integer >= 1 or None, got 0"),
+        ({"sharpness_steps": 5}, "belong together.*sharpness_steps=5 and no batches"),
+        ({"sharpness_batches": [{}]}, "belong together.*sharpness_steps=None and batches"),
+        ({"sharpness_steps": 5, "sharpness_batches": []}, "at least one batch, got none"),
+        ({"sharpness_samples": 0}, "sharpness_samples must be an integer >= 1, got 0"),
+        ({"sharpness_rho": 0.0}, "sharpness_rho must be > 0, got 0"),
+        ({"sharpness_rho": -1.0}, "rho must be finite and >= 0, got -1.0"),
+    ],
+)
+def test_what_is_to_be_measured_is_checked_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FlatLoraCallback(**settings)
 
 
 @pytest.mark.parametrize("bar", [True, False], ids=["bar", "no-bar"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flatlora.ops.philox import mix_rank, philox4x32
 
 from .directions import Norms
-from .evaluate import LossFn, MeanLoss, bar, kept_rng
+from .evaluate import Journal, LossFn, MeanLoss, bar, kept_rng
 from .landscape import positive
 from .measurement import Measurement
 from .norms import merged_rows
@@ -102,13 +102,14 @@ def under_rounding(
     layers: str | Callable[[str], bool] | None = None,
     score: str = "loss",
     progress: bool | None = None,
+    file: str | os.PathLike | None = None,
 ) -> Degradation:
     """The score with every merged weight W' rounded to a few bits, symmetric round-to-nearest with one scale a row.
 
     Rounding is not random: the samples are the batches, so let them be of one size, and the same for every model.
 
     Args:
-        model, score_fn, batches, layers, progress: as in `loss_line`.
+        model, score_fn, batches, layers, progress, file: as in `loss_line`.
         bits: at least 2 each, the sign included.
         score: what the score is, for figures.
 
@@ -129,13 +130,15 @@ def under_rounding(
         each = [MeanLoss(model, score_fn, [batch], weights) for batch in batches]
     if not each:
         raise ValueError("batches must hold at least one batch, got none")
+    journal = Journal(file, {"what": "rounding", "weights": len(weights), "batches": len(each)})
+    center = sum(one() for one in each) / len(each)
+    journal.check("center", center)
     scores = torch.empty(len(each), len(bits), dtype=torch.float64)
     with bar(scores.numel(), "rounding", progress) as tick:
         for p, b in enumerate(bits):
             for k, one in enumerate(each):
-                scores[k, p] = one(partial(_rounded, bits=b))
+                scores[k, p] = journal(f"{b} bits, batch {k}", partial(one, partial(_rounded, bits=b)))
                 tick.update()
-    center = sum(one() for one in each) / len(each)
     levels = torch.tensor(list(bits), dtype=torch.float64)
     return Degradation(levels, scores, center, "rounding", "bits per weight", 0, score)
 
@@ -165,11 +168,12 @@ def under_corruption(
     sizes: Sequence[float] | None = None,
     score: str = "loss",
     progress: bool | None = None,
+    file: str | os.PathLike | None = None,
 ) -> Degradation:
     """The score on corrupted inputs.
 
     Args:
-        model, score_fn, batches, sizes, progress: as in `loss_line`.
+        model, score_fn, batches, sizes, progress, file: as in `loss_line`.
         corrupt: ``corrupt(batch, level, generator)``, a corrupted copy of the batch; `replace_tokens` and `add_noise`
             make such functions. The generator (CPU) starts from the same state at every level and for every model.
         levels: strengths, as `corrupt` understands them.
@@ -186,13 +190,19 @@ def under_corruption(
     with kept_rng():
         clean = list(batches)
     center = MeanLoss(model, score_fn, clean, [], sizes)()
+    journal = Journal(file, {"what": "corruption", "unit": unit, "seed": seed, "batches": len(clean)})
+    journal.check("center", center)
+
+    def corrupted(level: float, k: int) -> float:
+        with kept_rng():
+            bad = [corrupt(batch, level, _generator(seed, k, i)) for i, batch in enumerate(clean)]
+        return MeanLoss(model, score_fn, bad, [], sizes)()
+
     scores = torch.empty(samples, len(grid), dtype=torch.float64)
     with bar(scores.numel(), "corruption", progress) as tick:
         for k in range(samples):
             for p, level in enumerate(grid.tolist()):
-                with kept_rng():
-                    bad = [corrupt(batch, level, _generator(seed, k, i)) for i, batch in enumerate(clean)]
-                scores[k, p] = MeanLoss(model, score_fn, bad, [], sizes)()
+                scores[k, p] = journal(f"{level!r}, draw {k}", partial(corrupted, level, k))
                 tick.update()
     return Degradation(grid, scores, center, "corruption", unit, seed, score)
 

@@ -6,13 +6,14 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .directions import Norms, probe
-from .evaluate import LossFn, MeanLoss, bar
+from .evaluate import Journal, LossFn, MeanLoss, bar
 from .gradients import Variables
 from .landscape import positive
 from .measurement import Measurement
@@ -133,6 +134,7 @@ def sam_sharpness(
     layers: str | Callable[[str], bool] | None = None,
     sizes: Sequence[float] | None = None,
     progress: bool | None = None,
+    file: str | os.PathLike | None = None,
 ) -> SamSharpness:
     r"""The worst rise of the loss within a ball, the sharpness of SAM (Foret et al. 2021, arXiv 2010.01412).
 
@@ -145,7 +147,7 @@ def sam_sharpness(
     measure both. The model is only read. Three vectors of the size of the chosen weights are held.
 
     Args:
-        model, loss_fn, batches, layers, sizes, progress: as in `loss_line`.
+        model, loss_fn, batches, layers, sizes, progress, file: as in `loss_line`.
         rho: radii, Frobenius norm over all chosen weights; default 0.05 (SAM's).
         steps: of gradient ascent.
         space: "merged" or "adapter".
@@ -162,16 +164,20 @@ def sam_sharpness(
     variables = Variables(loss)
     pairs = list(zip(loss.shares, loss.batches, strict=True))
     groups = [[(1.0, batch)] for _, batch in pairs] if per_batch else [pairs]
+    settings = {"what": "SAM sharpness", "space": space, "steps": steps, "seed": seed, "groups": len(groups)}
+    journal = Journal(file, settings)
     rises, first = torch.empty(2, len(groups), len(radii), dtype=torch.float64)
     centers = []
     with bar(rises.numel(), "SAM sharpness", progress) as tick:
         for k, group in enumerate(groups):
             center, gradient = variables.gradient(group)
             centers.append(center)
+            journal.check(f"center of batch {k}", center)
             first[k] = radii * gradient.double().norm().item()
             start = gradient if gradient.any() else probe(variables, seed, 0)
             for p, radius in enumerate(radii.tolist()):
-                rises[k, p] = _ascend(variables, group, start, radius, steps) - center
+                climb = partial(_ascend, variables, group, start, radius, steps)
+                rises[k, p] = journal(f"radius {radius!r}, batch {k}", climb) - center
                 tick.update()
     shares = loss.shares if per_batch else [1.0]
     center = sum(share * c for share, c in zip(shares, centers, strict=True))

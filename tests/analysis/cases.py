@@ -2,6 +2,7 @@
 
 import random
 
+import numpy
 import torch
 from torch import nn
 
@@ -54,6 +55,11 @@ def token_loss(model, ids):
     return nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
 
 
+def draws_from_all(model, ids):
+    """A loss that uses every generator."""
+    return token_loss(model, ids) * (1 + torch.rand(()) + random.random() + numpy.random.rand())
+
+
 class Snapshot:
     """Everything a measurement must leave as it was."""
 
@@ -65,6 +71,7 @@ class Snapshot:
         self.modes = [m.training for m in model.modules()]
         self.own = [sorted(m.__dict__) for m in model.modules()]
         self.rng = torch.get_rng_state(), random.getstate()
+        self.arrays = numpy.random.get_state(legacy=False)
 
     def assert_same(self):
         model = self.model
@@ -76,3 +83,6 @@ class Snapshot:
         assert [m.training for m in model.modules()] == self.modes
         assert [sorted(m.__dict__) for m in model.modules()] == self.own
         assert torch.equal(torch.get_rng_state(), self.rng[0]) and random.getstate() == self.rng[1]
+        arrays = numpy.random.get_state(legacy=False)
+        assert numpy.array_equal(arrays["state"]["key"], self.arrays["state"]["key"])
+        assert arrays["state"]["pos"] == self.arrays["state"]["pos"] and arrays["gauss"] == self.arrays["gauss"]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from analysis.cases import Quadratic, Snapshot, token_loss, value
+from analysis.cases import Quadratic, Snapshot, draws_from_all, token_loss, value
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -138,3 +138,65 @@ def test_results_come_back_from_files(tmp_path):
     (tmp_path / "x.json").write_text('{"result": "LossLine"}')
     with pytest.raises(ValueError, match="path must be a file that save"):
         load(tmp_path / "x.json")
+
+
+MEASUREMENTS = {
+    "line": lambda m, loss, ids, **kw: loss_line(m, loss, ids, distances=[-0.1, 0.1], directions=2, **kw),
+    "surface": lambda m, loss, ids, **kw: loss_surface(m, loss, ids, x=[-0.1, 0.1], y=[-0.1, 0.1], **kw),
+    "sharpness": lambda m, loss, ids, **kw: expected_sharpness(m, loss, ids, rho=[0.1, 0.2], samples=2, **kw),
+    "sam": lambda m, loss, ids, **kw: sam_sharpness(m, loss, ids, rho=[0.1, 0.2], steps=2, **kw),
+    "noise": lambda m, loss, ids, **kw: under_weight_noise(m, loss, ids, rho=[0.1, 0.2], samples=2, **kw),
+    "rounding": lambda m, loss, ids, **kw: under_rounding(m, loss, ids, bits=[4, 3], **kw),
+    "corruption": lambda m, loss, ids, **kw: under_corruption(
+        m, loss, ids, replace_tokens(11, None), levels=[0.2, 0.4], samples=2, **kw
+    ),
+}
+every_measurement = pytest.mark.parametrize("measure", MEASUREMENTS.values(), ids=MEASUREMENTS)
+
+
+@every_measurement
+def test_every_generator_is_put_back_also_after_an_exception(measure, net, ids):
+    calls = []
+
+    def breaks(model, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return draws_from_all(model, batch)
+
+    before = Snapshot(net)
+    measure(net, draws_from_all, ids)
+    before.assert_same()
+    with pytest.raises(KeyboardInterrupt):
+        measure(net, breaks, ids)
+    before.assert_same()
+
+
+@every_measurement
+def test_an_interrupted_measurement_goes_on_from_its_file(measure, net, ids, tmp_path):
+    calls = {"first": 0, "again": 0}
+
+    def count(name, stop=None):
+        def loss(model, batch):
+            calls[name] += 1
+            if calls[name] == stop:
+                raise KeyboardInterrupt
+            return token_loss(model, batch)
+
+        return loss
+
+    whole = measure(net, count("first"), ids)
+    total, calls["first"] = calls["first"], 0
+    file = tmp_path / "journal.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        measure(net, count("first", stop=total - 1), ids, file=file)
+    again = measure(net, count("again"), ids, file=file)
+    assert calls["again"] <= total - 2  # most of it was in the file
+    assert (
+        torch.equal(getattr(again, again.SAMPLES), getattr(whole, whole.SAMPLES))
+        if hasattr(again, "SAMPLES")
+        else (torch.equal(again.losses, whole.losses))
+    )
+    net.head.weight.data += 1
+    with pytest.raises(ValueError, match="another model"):
+        measure(net, token_loss, ids, file=file)

@@ -1,0 +1,59 @@
+"""The pages of the documentation: their code runs, and every public name is in the reference."""
+
+import importlib
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from loops.runs import batches, rows
+from loops.test_trl import tokenizer
+from torch.utils.data import DataLoader
+
+PAGES = Path(__file__).parents[1] / ".docs" / "pages"
+WITH_CODE = [page for page in sorted(PAGES.rglob("*.md")) if "```python" in page.read_text()]
+
+
+def known():
+    """What the pages take as given: a base model, data, a tokenizer."""
+    return {
+        "torch": torch,
+        "LoraConfig": peft.LoraConfig,
+        "get_peft_model": peft.get_peft_model,
+        "base": tiny.base_model(),
+        "fresh_base": tiny.base_model,
+        "loader": DataLoader(rows(8), batch_size=2),
+        "rows": rows(8),
+        "held_out": batches(2),
+        "texts": Dataset.from_dict({"text": ["one two three", "four five six"] * 4}),
+        "tokenizer": tokenizer(),
+    }
+
+
+# the pages show what a user writes, and on a machine with an accelerator there is no such warning
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    exec(compile(code, str(page), "exec"), known())
+
+
+@pytest.mark.parametrize("module", ["flatlora", "analysis", "methods", "ops", "plotting"])
+def test_every_public_name_is_in_the_reference(module):
+    name = module if module == "flatlora" else f"flatlora.{module}"
+    public = set(importlib.import_module(name).__all__)
+    if module == "flatlora":  # the methods have a page of their own
+        public -= set(importlib.import_module("flatlora.methods").__all__)
+    listed = set(
+        re.findall(rf"::: {re.escape(name)}\.(\w+)$", (PAGES / "reference" / f"{module}.md").read_text(), re.M)
+    )
+    assert public == listed - {"config", "state"}
+
+
+def test_every_page_is_in_the_menu():
+    menu = (PAGES.parent / "mkdocs.yml").read_text()
+    assert [page for page in PAGES.rglob("*.md") if f"- {page.relative_to(PAGES).as_posix()}\n" not in menu] == []

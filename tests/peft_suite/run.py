@@ -1,0 +1,112 @@
+"""peft's own LoRA tests with FlatLoraConfig in place of LoraConfig: does anything that passes plain fail flat?
+
+    pip install -e ".[test]" diffusers parameterized attrs scipy
+    python tests/peft_suite/run.py                         # writes tests/peft_suite/results.csv
+    python tests/peft_suite/run.py test_lora_ga.py         # these files only; writes nothing
+
+peft's source distribution of the installed version is fetched from PyPI, and its tests run three times: plain, with rho
+= 0 and with rho = 0.1. A test that needs the hub fails in all three and is not counted. What must differ by design is
+in DIFFERS, with the reason; any other test that passes plain and not flat makes this script fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FILES = {  # file -> tests of it, as pytest's -k takes them
+    "test_custom_models.py": "-LoraConfig-",
+    "test_lora_ga.py": "",
+    "test_lorafa.py": "",
+    "test_loraplus.py": "",
+    "test_riemannian_lora.py": "",
+    "test_velora.py": "",
+    "test_bdlora.py": "",
+    "test_lora_variants.py": "",
+    "test_target_parameters.py": "",
+    "test_low_level_api.py": "",
+    "test_mixed.py": "",
+    "test_initialization.py": "Lora or lora",
+    "test_tuners_utils.py": "",
+    "test_other.py": "",
+}
+RUNS = {"plain": None, "rho 0": "0", "rho 0.1": "0.1"}
+DIFFERS: dict[str, str] = {}  # part of a test's id -> why it must differ
+
+
+def fetch(folder: Path) -> Path:
+    """The tests of the installed peft."""
+    name = f"peft=={version('peft')}"
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", folder, name]
+    subprocess.run(command, check=True)
+    (archive,) = folder.glob("peft-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return next(folder.glob("peft-*/tests"))
+
+
+def outcomes(tests: Path, file: str, select: str, rho: str | None) -> dict[str, str]:
+    """Test id -> passed, failed or skipped."""
+    report = tests / "report.xml"
+    report.unlink(missing_ok=True)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+    plugin = [] if rho is None else ["-p", "flat_lora_config"]
+    if rho is not None:
+        environment["FLATLORA_RHO"] = rho
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}", f"-k={select}", "--tb=line"]
+    command = [sys.executable, "-m", "pytest", *plugin, *options, file]
+    found = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True)
+    if not report.exists():
+        raise RuntimeError(f"{file} did not run:\n{found.stdout[-3000:]}{found.stderr[-3000:]}")
+    result = {}
+    for case in ET.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case}
+        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        result[f"{case.get('classname')}::{case.get('name')}"] = outcome
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", help="default: all")
+    parser.add_argument("--tests", type=Path, help="folder of peft's tests, if they are here already")
+    options = parser.parse_args()
+    rows, wrong = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        tests = options.tests or fetch(Path(folder))
+        for file in options.files or FILES:
+            runs = {name: outcomes(tests, file, FILES.get(file, ""), rho) for name, rho in RUNS.items()}
+            plain = runs.pop("plain")
+            rows.append({"file": file, "run": "plain", **Counter(plain.values()), "differ by design": 0, "wrong": 0})
+            for name, flat in runs.items():
+                lost = [test for test, outcome in plain.items() if outcome == "passed" and flat.get(test) != "passed"]
+                bad = [test for test in lost if not any(part in test for part in DIFFERS)]
+                counts = Counter(flat.values())
+                rows.append(
+                    {"file": file, "run": name, **counts, "differ by design": len(lost) - len(bad), "wrong": len(bad)}
+                )
+                wrong += [f"{name}: {test}" for test in bad]
+            for row in rows[-3:]:
+                print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    columns = ["file", "run", "passed", "failed", "skipped", "differ by design", "wrong", "peft", "torch"]
+    if not options.files:
+        with open(HERE / "results.csv", "w", newline="") as out:
+            writer = csv.DictWriter(out, columns, restval=0)
+            writer.writeheader()
+            writer.writerows(row | {"peft": version("peft"), "torch": version("torch")} for row in rows)
+    print("\n".join(["Passed plain and not flat:", *wrong] if wrong else ["Nothing that passes plain fails flat."]))
+    return len(wrong) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

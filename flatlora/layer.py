@@ -27,8 +27,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraModel, variants
 from peft.tuners.lora import layer as lora
+from peft.tuners.lora.variants import BlockDiagonalLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -38,6 +39,20 @@ from .ops import merged_row_norms, perturbed_conv, perturbed_linear, row_noise, 
 from .ops.norms import grouped_row_norms, norm_dtype
 from .state import Perturbation
 
+# What they add to the base product is B A x, or tends to it; DoRA's is another matter, see above.
+VARIANTS = (
+    variants.ALoraLinearVariant,  # merged from the invocation on: the row norm is that of the merged weight
+    variants.BdLoraLinearVariant,
+    variants.DoraLinearVariant,
+    variants.DoraConv1dVariant,
+    variants.DoraConv2dVariant,
+    variants.DoraConv3dVariant,
+    variants.KasaLinearVariant,
+    variants.MiCAEmbeddingVariant,
+    variants.MiCALinearVariant,
+    variants.MontecloraLinearVariant,  # its own noise in A has mean zero, and is not in the row norm
+    variants.VeloraLinearVariant,
+)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 STOCK_FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)}
 
@@ -110,8 +125,9 @@ def unsupported(layer: Any, adapter: str) -> str | None:
         return f"its weight is stored as {base.weight.dtype}"
     if getattr(base, "_hf_tp_plan", None) is not None:
         return "it is split by tensor parallelism, and the row norms of a part are not those of the whole"
-    if adapter in layer.lora_variant and not layer.use_dora.get(adapter):
-        return f"{type(layer.lora_variant[adapter]).__name__} of adapter {adapter!r} is not supported"
+    variant = type(layer.lora_variant.get(adapter))
+    if adapter in layer.lora_variant and not issubclass(variant, VARIANTS):
+        return f"{variant.__name__} of adapter {adapter!r} is not supported"
     return None
 
 
@@ -224,12 +240,18 @@ class FlatLayer(_Layer):
         base = self.get_base_layer()
         if isinstance(base, nn.Embedding):
             out = self._add_row_noise(plain(x, *args, **kwargs), x)
-        elif any(name in self.lora_variant for name in self._active()):
+        elif any(self.use_dora.get(name) for name in self._active()):
             none = base.weight.new_zeros(1).expand_as(base.weight)  # W = 0 without its memory: eps alone
             out = plain(x, *args, **kwargs) + self._product(x, none, None, *self.noise())
         else:
             row_std, key = self.noise()
-            with _replaced_forward(base, lambda x: self._product(x, base.weight, base.bias, row_std, key)):
+            in_place = any(name in self.lora_variant for name in self._active())  # some add to the base product itself
+
+            def product(x: Tensor) -> Tensor:
+                out = self._product(x, base.weight, base.bias, row_std, key)
+                return out.clone() if in_place else out
+
+            with _replaced_forward(base, product):
                 out = plain(x, *args, **kwargs)
         return out
 
@@ -311,7 +333,8 @@ class FlatLayer(_Layer):
     def _factors(self, active: list[str]) -> list[Tensor]:
         weight = self.get_base_layer().weight
         factors = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
-        return [weight, *(factor[name].weight for name in active for factor in factors if name in factor)]
+        found = [factor[name].weight for name in active for factor in factors if name in factor]
+        return [weight, *found, *(diag for name, diag in getattr(self, "lora_diag", {}).items() if name in active)]
 
     @torch.no_grad()
     def _merged_row_norms(self) -> Tensor:
@@ -323,8 +346,7 @@ class FlatLayer(_Layer):
         weight = _rows(base)
         source = (base.weight.data_ptr(), base.weight._version, base.weight.dtype, base.weight.device)
         squared = self._cached("base", source, lambda: squared_row_norms(weight))
-        A = [self.lora_A[name].weight.detach().flatten(1) for name in active]
-        B = [self.lora_B[name].weight.detach().flatten(1) for name in active]
+        A, B = map(list, zip(*(self._dense_factors(name) for name in active), strict=True))
         scales = [self.scaling[name] for name in active]
         if getattr(base, "groups", 1) == 1 and len(active) == 1:
             return merged_row_norms(weight, squared, B[0], A[0], scales[0])
@@ -332,6 +354,15 @@ class FlatLayer(_Layer):
         if getattr(base, "groups", 1) > 1:
             return grouped_row_norms(weight, squared, B, A, base.groups)
         return merged_row_norms(weight, squared, torch.cat(B, dim=1), torch.cat(A))
+
+    def _dense_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A, (r, n), and B, (m, r), whose product this adapter adds, without its scale."""
+        A, B = (
+            (f.weight_as_blockdiagonal_matrix() if isinstance(f, BlockDiagonalLinear) else f.weight).detach().flatten(1)
+            for f in (self.lora_A[name], self.lora_B[name])
+        )
+        singular = getattr(self, "lora_diag", {})  # KaSA's learned singular values
+        return (A * singular[name].detach()[:, None] if name in singular else A), B
 
     # ---- the product ----
 

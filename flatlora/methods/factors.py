@@ -58,6 +58,8 @@ class FactorMethod(Method):
     def unsupported(self, layer: Any, adapter: str) -> str | None:
         if layer.use_dora.get(adapter):
             return f"{type(self).__name__} is not defined for DoRA, whose weight is no sum W + sBA"
+        if adapter in layer.lora_variant:
+            return f"{type(self).__name__} is not defined for {type(layer.lora_variant[adapter]).__name__}"
         if adapter not in layer.lora_A:
             return f"{type(self).__name__} is not defined for embeddings"
         return None

@@ -64,8 +64,8 @@ def outcomes(tests: Path, file: str, select: str, rho: str | None) -> dict[str, 
     if rho is not None:
         environment["FLATLORA_RHO"] = rho
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}", f"-k={select}", "--tb=line"]
-    command = [sys.executable, "-m", "pytest", *plugin, *options, file]
-    found = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", *plugin, *options, f"tests/{file}"]
+    found = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True)
     if not report.exists():
         raise RuntimeError(f"{file} did not run:\n{found.stdout[-3000:]}{found.stderr[-3000:]}")
     result = {}
@@ -84,6 +84,7 @@ def main() -> int:
     rows, wrong = [], []
     with tempfile.TemporaryDirectory() as folder:
         tests = options.tests or fetch(Path(folder))
+        (tests / "__init__.py").touch()  # left out of the distribution, and some tests import from one another
         for file in options.files or FILES:
             runs = {name: outcomes(tests, file, FILES.get(file, ""), rho) for name, rho in RUNS.items()}
             plain = runs.pop("plain")

@@ -288,7 +288,7 @@ def test_a_copy_of_a_model_has_a_noise_of_its_own():
     assert not torch.equal(tiny.loss(flat), tiny.loss(twin))
 
 
-def test_inject_adapter_in_model_and_add_adapter_are_perturbed_too():
+def test_inject_adapter_in_model_and_add_adapter_are_perturbed_too(any_peft):
     from peft import inject_adapter_in_model
 
     config = {"r": 4, "target_modules": ["q_proj", "down_proj"], "rho": 0.2, "schedule": "constant", "seed": 1}

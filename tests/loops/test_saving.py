@@ -166,7 +166,7 @@ def test_an_adapter_that_is_no_lora(tmp_path):
         flatlora.load(tiny.base_model(), tmp_path)
 
 
-def test_transformers_add_adapter(tmp_path):
+def test_transformers_add_adapter(tmp_path, any_peft):
     for config, folder in ((FlatLoraConfig(**tiny.LORA, **SETTINGS), "flat"), (LoraConfig(**tiny.LORA), "plain")):
         model = tiny.base_model()
         model.add_adapter(config)

@@ -1,9 +1,8 @@
 """Two processes under DDP: EFMLoRA sees averaged gradients, FMLoRA's first pass is each process's own."""
 
+import processes
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import twin
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,8 +12,6 @@ STEPS = 4
 
 
 def train(rank, kind, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = twin.adapted(kind, rho=0.1)
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(twin.trainable(model), lr=1e-2)
@@ -29,7 +26,6 @@ def train(rank, kind, folder):
         optimizer.zero_grad()
     final = {name: p.detach() for name, p in model.named_parameters()}
     torch.save({"model": final, "offsets": offsets, "tensors": perturbation(model).tensors()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def alone(kind):
@@ -49,7 +45,7 @@ def alone(kind):
 
 @pytest.mark.parametrize("kind", [EFMLoraConfig, FMLoraConfig])
 def test_two_processes(kind, tmp_path):
-    mp.spawn(train, args=(kind, str(tmp_path)), nprocs=2)
+    processes.run(train, kind, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
     expected = alone(kind)

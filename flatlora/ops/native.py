@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the enum of noise.c
-KERNELS = ("baseline", "avx2", "avx512")  # the order of KERNELS in noise.c
+KERNELS = ("baseline", "avx2", "avx512", "avx512bf16")  # the order of KERNELS in noise.c
 SERIAL = 1 << 16  # weights (about 0.06 ms) below which waking other threads costs more than it saves
 
 

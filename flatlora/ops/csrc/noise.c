@@ -102,17 +102,34 @@ static void copy(char *to, int64_t to0, int64_t to1, const char *from, int64_t f
 #define DISPATCH 1
 #include <immintrin.h>
 
-#define NAME(x) x##_avx512
+#include "avx512.h"
+
 #if defined(__clang__)
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define WIDE
 #else
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define WIDE ",prefer-vector-width=512"
 #endif
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma" WIDE)))
 #define VECTOR 64
 #define MULTIPLY(a, b) ((lanes_avx512)_mm512_mul_epu32((__m512i)(a), _mm512_set1_epi64(b)))
 #define TOGETHER 2
+#define INTERLEAVE(a, b) ((lanes_avx512)interleave((__m512i)(a), (__m512i)(b)))
+#define BOX_MULLER box_muller_16
 #define HALF_TO_FLOAT(x, h) _mm512_storeu_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h))))
 #define FLOAT_TO_HALF(h, x) _mm256_storeu_si256((__m256i *)(h), _mm512_cvtps_ph(_mm512_loadu_ps(x), 0))
+#include "noise_kernel.h"
+
+#define NAME(x) x##_avx512bf16
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx512bf16,avx2,fma" WIDE)))
+#define VECTOR 64
+#define MULTIPLY(a, b) ((lanes_avx512bf16)_mm512_mul_epu32((__m512i)(a), _mm512_set1_epi64(b)))
+#define TOGETHER 2
+#define INTERLEAVE(a, b) ((lanes_avx512bf16)interleave((__m512i)(a), (__m512i)(b)))
+#define BOX_MULLER box_muller_16
+#define HALF_TO_FLOAT(x, h) _mm512_storeu_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h))))
+#define FLOAT_TO_HALF(h, x) _mm256_storeu_si256((__m256i *)(h), _mm512_cvtps_ph(_mm512_loadu_ps(x), 0))
+#define FLOAT_TO_BFLOAT to_bfloat16
 #include "noise_kernel.h"
 
 #define NAME(x) x##_avx2
@@ -137,6 +154,7 @@ static const struct {
 #ifdef DISPATCH
     {rows_avx2, words_avx2, normals_avx2, norms_avx2},
     {rows_avx512, words_avx512, normals_avx512, norms_avx512},
+    {rows_avx512bf16, words_avx512bf16, normals_avx512bf16, norms_avx512bf16},
 #endif
 };
 
@@ -145,9 +163,9 @@ EXPORT int flatlora_best(void) {
 #ifdef DISPATCH
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            return 2;
+            return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
         return 1;
     }
 #endif

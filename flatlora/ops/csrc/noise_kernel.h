@@ -5,12 +5,18 @@
  *   VECTOR    bytes of a vector of 64-bit lanes,
  *   MULTIPLY  the product of the low 32 bits of each lane with a constant,
  *   TOGETHER  pairs of vectors that go through the rounds at the same time, to hide their latency,
- *   HALF_TO_FLOAT, FLOAT_TO_HALF    sixteen conversions between pointers.
+ *   INTERLEAVE  the low 32 bits of the lanes of two vectors, in turn,
+ *   BOX_MULLER  sixteen times the two normals of two words,
+ *   HALF_TO_FLOAT, FLOAT_TO_HALF    sixteen conversions between pointers,
+ *   FLOAT_TO_BFLOAT                 64 of them; 0 if they are to be made again, in the ordinary way.
  * The loops over lanes are written for the compiler to vectorise: fixed lengths, no branches, no calls.
  */
 
 /* words[k][lane] of the column blocks first, first + 1, ..., first + SPAN - 1. */
 #ifdef VECTOR
+#ifndef INTERLEAVE
+#define INTERLEAVE(a, b) (((a) & 0xFFFFFFFFu) | ((b) << 32))
+#endif
 typedef uint64_t NAME(lanes) __attribute__((vector_size(VECTOR), may_alias));
 
 static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, uint32_t row, const stream *s) {
@@ -20,7 +26,7 @@ static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, 
     for (int start = 0; start < SPAN; start += 2 * WIDTH * TOGETHER) {
         /* A counter word sits in the low half of a 64-bit lane. The multiplication does not read the high half, so it
          * may hold anything until the end: the low half of a product needs no mask. Vectors 2p and 2p + 1 hold the
-         * even and the odd blocks of a pair, so that a shift and an or put their words next to each other. */
+         * even and the odd blocks of a pair. */
         NAME(lanes) c0[2 * TOGETHER], c1[2 * TOGETHER], c2[2 * TOGETHER], c3[2 * TOGETHER];
         for (int v = 0; v < 2 * TOGETHER; v++) {
             c0[v] = step + (first + start + v / 2 * 2 * WIDTH + v % 2);
@@ -42,10 +48,10 @@ static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, 
         }
         for (int v = 0; v < 2 * TOGETHER; v += 2) {
             int at = start + WIDTH * v;
-            *(NAME(lanes) *)&words[0][at] = (c0[v] & 0xFFFFFFFFu) | (c0[v + 1] << 32);
-            *(NAME(lanes) *)&words[1][at] = (c1[v] & 0xFFFFFFFFu) | (c1[v + 1] << 32);
-            *(NAME(lanes) *)&words[2][at] = (c2[v] & 0xFFFFFFFFu) | (c2[v + 1] << 32);
-            *(NAME(lanes) *)&words[3][at] = (c3[v] & 0xFFFFFFFFu) | (c3[v + 1] << 32);
+            *(NAME(lanes) *)&words[0][at] = INTERLEAVE(c0[v], c0[v + 1]);
+            *(NAME(lanes) *)&words[1][at] = INTERLEAVE(c1[v], c1[v + 1]);
+            *(NAME(lanes) *)&words[2][at] = INTERLEAVE(c2[v], c2[v + 1]);
+            *(NAME(lanes) *)&words[3][at] = INTERLEAVE(c3[v], c3[v + 1]);
         }
     }
 }
@@ -68,6 +74,10 @@ static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, 
 
 /* z[TILE] of one tile: sqrt(-2 ln u) times the cosine and the sine of t. */
 static inline TARGET void NAME(box_muller)(float *restrict z, uint32_t words[4][SPAN], int at) {
+#ifdef BOX_MULLER
+    for (int pair = 0; pair < 2; pair++)
+        BOX_MULLER(z + 32 * pair, z + 32 * pair + 16, words[2 * pair] + at, words[2 * pair + 1] + at);
+#else
     for (int pair = 0; pair < 2; pair++)
         for (int i = 0; i < LANES; i++) {
             /* u = (k + 1/2) / 2^24 = m 2^e with m in [sqrt(1/2), sqrt(2)), f = m - 1, -2 ln u = -2 ln(2) e - 2 ln(1 + f) */
@@ -109,6 +119,7 @@ static inline TARGET void NAME(box_muller)(float *restrict z, uint32_t words[4][
             z[32 * pair + i] = radius * as_float(as_int(a) ^ (uint32_t)((quarter + 1) & 2) << 30);
             z[32 * pair + 16 + i] = radius * as_float(as_int(b) ^ (uint32_t)(quarter & 2) << 30);
         }
+#endif
 }
 
 static inline TARGET void NAME(load)(float *restrict x, const void *weight, int type) {
@@ -142,6 +153,9 @@ static inline TARGET void NAME(store)(void *out, const float *restrict x, int ty
         for (int j = 0; j < TILE; j++) o[j] = x[j];
     } else if (type == BFLOAT16) {
         uint16_t *o = out;
+#ifdef FLOAT_TO_BFLOAT
+        if (FLOAT_TO_BFLOAT(o, x)) return;
+#endif
         for (int j = 0; j < TILE; j++) { /* round to nearest, ties to even */
             uint32_t bits = as_int(x[j]);
             o[j] = x[j] == x[j] ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0;
@@ -335,5 +349,8 @@ static TARGET void NAME(normals)(float *out, const uint32_t *in, int64_t blocks)
 #undef VECTOR
 #undef MULTIPLY
 #undef TOGETHER
+#undef INTERLEAVE
+#undef BOX_MULLER
 #undef HALF_TO_FLOAT
 #undef FLOAT_TO_HALF
+#undef FLOAT_TO_BFLOAT

@@ -256,7 +256,8 @@ class FlatLayer(_Layer):
             out = plain(x, *args, **kwargs) + self._product(x, none, None, *self.noise())
         else:
             row_std, key = self.noise()
-            in_place = any(name in self.lora_variant for name in self._active())  # some add to the base product itself
+            # AdaLoRA adds to the base product itself, some variants too
+            in_place = isinstance(self, AdaLoraLayer) or any(name in self.lora_variant for name in self._active())
 
             def product(x: Tensor) -> Tensor:
                 out = self._product(x, base.weight, base.bias, row_std, key)

@@ -40,9 +40,9 @@ def noise(layer, weight):
     return rows(layer, eps).reshape(weight.shape)
 
 
-def dense_forward(layer, x):
+def dense_forward(layer, x, noisy=True):
     base, weight = layer.get_base_layer(), merged(layer)
-    weight = weight + noise(layer, weight)
+    weight = weight + noise(layer, weight) if noisy else weight
     if isinstance(base, nn.Embedding):
         return F.embedding(x, weight)
     if isinstance(base, nn.Conv2d):

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
+from peft.tuners.adalora.layer import AdaLoraLayer, SVDConv2d, SVDLinear
 from peft.tuners.lora import LoraModel, variants
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.variants import BlockDiagonalLinear
@@ -53,6 +54,7 @@ VARIANTS = (
     variants.MontecloraLinearVariant,  # its own noise in A has mean zero, and is not in the row norm
     variants.VeloraLinearVariant,
 )
+LAYERS_OF_PEFT = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, SVDLinear, SVDConv2d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 STOCK_FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)}
 
@@ -101,8 +103,15 @@ def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsuppor
     return False
 
 
+def abandon(layer: Any, adapter: str) -> None:
+    """Undo `adopt` of this adapter: with the last one the layer is again what peft made."""
+    layer.forget(adapter)
+    if not layer.flat_adapters:
+        release(layer)
+
+
 def release(layer: Any) -> None:
-    """Undo `adopt`: the layer is again what peft made, and nothing of ours stays on it."""
+    """The layer is again what peft made, and nothing of ours stays on it."""
     plain = layer.plain_class
     for name in ("perturbation", "stream", "number", "flat_adapters", "offsets", "_norms"):
         layer.__dict__.pop(name)
@@ -112,8 +121,10 @@ def release(layer: Any) -> None:
 def unsupported(layer: Any, adapter: str) -> str | None:
     """Why this adapter of a LoRA layer cannot be perturbed, or None if it can."""
     plain = getattr(type(layer), "plain_class", type(layer))
-    if plain not in (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d):
+    if plain not in LAYERS_OF_PEFT:
         return f"peft adapts it with {plain.__name__}, which is not supported"
+    if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):
+        return "its forward was replaced, as X-LoRA does, whose mixture of adapters is another one for each token"
     base = layer.base_layer
     if isinstance(base, BaseTunerLayer):
         return f"it is wrapped around another adapter layer ({type(base).__name__})"
@@ -155,7 +166,7 @@ def _calling_tuner() -> BaseTuner:
 def _as_plain(config: Any) -> Iterator[None]:
     """A FlatLoraConfig as the LoraConfig that it extends, for as long as peft builds a layer from it."""
     flat, custom = type(config), config._custom_modules
-    if flat is LoraConfig:
+    if not hasattr(config, "make_method"):
         yield
         return
     config.__class__ = LoraConfig
@@ -245,7 +256,8 @@ class FlatLayer(_Layer):
             out = plain(x, *args, **kwargs) + self._product(x, none, None, *self.noise())
         else:
             row_std, key = self.noise()
-            in_place = any(name in self.lora_variant for name in self._active())  # some add to the base product itself
+            # AdaLoRA adds to the base product itself, some variants too
+            in_place = isinstance(self, AdaLoraLayer) or any(name in self.lora_variant for name in self._active())
 
             def product(x: Tensor) -> Tensor:
                 out = self._product(x, base.weight, base.bias, row_std, key)
@@ -269,7 +281,8 @@ class FlatLayer(_Layer):
         hooked = base._forward_pre_hooks or base._forward_hooks or "forward" in base.__dict__
         if hooked or not isinstance(self.perturbation.settings.method, FlatLora):
             return False
-        return isinstance(base, nn.Linear) and not any(name in self.lora_variant for name in self._active())
+        plain = self.plain_class is lora.Linear and isinstance(base, nn.Linear)
+        return plain and not any(name in self.lora_variant for name in self._active())
 
     def _compiled(self, x: Tensor) -> Tensor:
         """peft's forward of a plain linear layer, with operators that `torch.compile` can keep in one graph."""
@@ -296,11 +309,18 @@ class FlatLayer(_Layer):
     def _rho(self, kwargs: dict[str, Any]) -> float:
         """rho of the flat adapters that are active here (the largest); 0 where this forward is to be clean."""
         state = self.perturbation
-        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+        if self.disable_adapters or self.merged:
             return 0.0
         rho = self._strength()
         # an adapter that is injected after model.eval() is in training mode, its base layer is not
-        return rho if rho > 0 and state.wants_noise(self.training and self.get_base_layer().training) else 0.0
+        if rho == 0 or not state.wants_noise(self.training and self.get_base_layer().training):
+            return 0.0
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names gives each row of the batch a merged weight of its own, and the noise is relative to "
+                "one: call the model once per adapter, or under flatlora.unperturbed(model)"
+            )
+        return rho
 
     def _strength(self) -> float:
         rhos = self.perturbation.rhos
@@ -318,10 +338,10 @@ class FlatLayer(_Layer):
     def _row_norms(self, sample: int) -> Tensor:
         """``||W'_i||`` of the merged weight, (m,); with DoRA the absolute value of the magnitude vector."""
         state, active = self.perturbation, self._active()
-        # where no optimizer step has been seen, parameters may change unseen (through .data, in a flattened copy)
-        when = (state.steps,) if state.sees_steps else (state.steps, sample)
+        # parameters may change unseen: through .data (peft's hotswap), in a flattened copy (FSDP1)
+        when = (state.steps, state.passes.count, sample)
         versions = tuple((p.data_ptr(), p._version) for p in self._factors(active))
-        scales = tuple(self.scaling[name] for name in active)
+        scales = tuple(float(self.scaling[name]) for name in active)  # a tensor when peft is to swap hot
         return self._cached("merged", (*when, *active, *scales, *versions), self._merged_row_norms)
 
     def _cached(self, name: str, source: tuple, compute: Callable[[], Tensor]) -> Tensor:
@@ -333,8 +353,10 @@ class FlatLayer(_Layer):
     def _factors(self, active: list[str]) -> list[Tensor]:
         weight = self.get_base_layer().weight
         factors = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
-        found = [factor[name].weight for name in active for factor in factors if name in factor]
-        return [weight, *found, *(diag for name, diag in getattr(self, "lora_diag", {}).items() if name in active)]
+        found = [factor[name] for name in active for factor in factors if name in factor]
+        singular = getattr(self, "lora_diag", getattr(self, "lora_E", {}))  # KaSA's and AdaLoRA's
+        values = [value for name, value in singular.items() if name in active]
+        return [weight, *values, *(f if isinstance(f, Tensor) else f.weight for f in found)]
 
     @torch.no_grad()
     def _merged_row_norms(self) -> Tensor:
@@ -347,7 +369,7 @@ class FlatLayer(_Layer):
         source = (base.weight.data_ptr(), base.weight._version, base.weight.dtype, base.weight.device)
         squared = self._cached("base", source, lambda: squared_row_norms(weight))
         A, B = map(list, zip(*(self._dense_factors(name) for name in active), strict=True))
-        scales = [self.scaling[name] for name in active]
+        scales = [float(self.scaling[name]) for name in active]
         if getattr(base, "groups", 1) == 1 and len(active) == 1:
             return merged_row_norms(weight, squared, B[0], A[0], scales[0])
         B = [b.to(dtype) * scale for b, scale in zip(B, scales, strict=True)]
@@ -357,6 +379,9 @@ class FlatLayer(_Layer):
 
     def _dense_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A, (r, n), and B, (m, r), whose product this adapter adds, without its scale."""
+        if isinstance(self, AdaLoraLayer):
+            singular = self.lora_E[name] / (self.ranknum[name] + 1e-5)  # as peft divides
+            return self.lora_A[name].detach() * singular.detach(), self.lora_B[name].detach()
         A, B = (
             (f.weight_as_blockdiagonal_matrix() if isinstance(f, BlockDiagonalLinear) else f.weight).detach().flatten(1)
             for f in (self.lora_A[name], self.lora_B[name])
@@ -410,9 +435,13 @@ class FlatLayer(_Layer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.flat_adapters.discard(adapter_name)
-        self.offsets = {key: offset for key, offset in self.offsets.items() if key[1] != adapter_name}
-        self.perturbation.rhos.pop(adapter_name, None)
+        self.forget(adapter_name)
+
+    def forget(self, adapter: str) -> None:
+        """Keep nothing more of this adapter's perturbation."""
+        self.flat_adapters.discard(adapter)
+        self.offsets = {key: offset for key, offset in self.offsets.items() if key[1] != adapter}
+        self.perturbation.rhos.pop(adapter, None)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -30,7 +30,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .method import FlatLora
-from .ops import merged_row_norms, perturbed_conv, perturbed_linear, row_noise, squared_row_norms
+from .ops import (
+    merged_row_norms,
+    perturbed_conv,
+    perturbed_linear,
+    perturbed_lora_linear,
+    row_noise,
+    squared_row_norms,
+)
 from .ops.norms import grouped_row_norms, norm_dtype
 from .state import Perturbation
 from .support import CONVOLUTIONS
@@ -68,6 +75,12 @@ def _rows(base: Any) -> Tensor:
     return base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
 
 
+def _is_watched(module: nn.Module) -> bool:
+    """Would calling the module do more than its forward?"""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
 _Layer: Any = object  # for the type checker: in use, the class that peft has made comes next
 
 
@@ -95,6 +108,8 @@ class FlatLayer(_Layer):
         return self._perturbed(plain, x, *args, **kwargs)
 
     def _perturbed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs and self._is_fusible():
+            return self._fused(x)
         out = self.perturbation.settings.method.forward(self, plain, x, *args, **kwargs)
         if out.requires_grad:
             out.register_hook(self.perturbation.backward_began)
@@ -137,6 +152,29 @@ class FlatLayer(_Layer):
             return False
         plain = self.plain_class is lora.Linear and isinstance(base, nn.Linear)
         return plain and not any(name in self.lora_variant for name in self._active())
+
+    def _is_fusible(self) -> bool:
+        """A linear layer with one adapter of two plain matrices, and nobody who watches their modules."""
+        if not isinstance(self.perturbation.settings.method, FlatLora) or self.lora_variant:
+            return False
+        names = self._active()
+        if len(names) != 1 or names[0] not in self.lora_A:
+            return False
+        base, A, B = self.get_base_layer(), self.lora_A[names[0]], self.lora_B[names[0]]
+        plain = type(base) in (nn.Linear, Conv1D) and type(A) is type(B) is nn.Linear and A.bias is B.bias is None
+        return plain and not (_is_watched(base) or _is_watched(A) or _is_watched(B))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """peft's forward with noise in the merged weight, in one autograd node."""
+        base, (name,) = self.get_base_layer(), self._active()
+        row_std, key = self.noise()
+        A, dropout = self.lora_A[name].weight, self.lora_dropout[name]
+        drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+        return perturbed_lora_linear(
+            x, _rows(base), base.bias, A, self.lora_B[name].weight, self.scaling[name], row_std, key, self.stream,
+            dropped=dropout(self._cast_input_dtype(x, A.dtype)) if drops else None,
+            backend=self.perturbation.settings.backend, began=self.perturbation.backward_began,
+        )  # fmt: skip
 
     def _compiled(self, x: Tensor) -> Tensor:
         """peft's forward of a plain linear layer, with operators that `torch.compile` can keep in one graph."""

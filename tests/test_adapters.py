@@ -1,6 +1,7 @@
 """What peft lets a user do with adapters: add, switch, weight, delete, rename, merge, swap, load; flat and plain ones."""
 
 import copy
+from dataclasses import dataclass
 
 import peft
 import pytest
@@ -8,6 +9,7 @@ import tiny
 import torch
 from dense import assert_dense, merged
 from peft import LoHaConfig, LoraConfig, PeftModel, XLoraConfig, inject_adapter_in_model
+from peft.utils import load_peft_weights
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 import flatlora
@@ -244,3 +246,86 @@ def test_a_copy_for_reference_is_clean_where_it_serves_and_leaves_the_first_alon
     model.train().set_adapter("default")
     assert torch.equal(tiny.loss(model), before)
     assert_dense(model)
+
+
+# ---- loaded ----
+
+
+def assert_loaded(model, path, name):
+    weights = load_peft_weights(path)
+    found = peft.get_peft_model_state_dict(model, adapter_name=name)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key].float(), weights[key].float()) for key in weights)
+
+
+def test_load_adds_to_a_flat_model_an_adapter_perturbed_as_it_was(saved):
+    model = flatlora.load(model_of(default=flat_config(0.1)), saved, "other")
+    assert perturbation(model).rhos == {"default": 0.1, "other": 0.3} and model.active_adapter == "default"
+    assert_loaded(model, saved, "other")
+    model.set_adapter("other")
+    assert_dense(model.double())
+    frozen = flatlora.load(model_of(default=flat_config()), saved, "other", is_trainable=False)
+    assert not any(p.requires_grad for name, p in frozen.named_parameters() if ".other." in name)
+
+
+def test_what_peft_loads_into_a_flat_model_is_plain_until_attach(saved):
+    model = model_of(default=flat_config(0.1))
+    model.load_adapter(saved, "other", is_trainable=True)
+    model.double().set_adapter("other")
+    assert strengths(model) == {0.0}
+    attach(model, adapter_names=["other"], rho=0.3, **SHARED)
+    assert_loaded(model, saved, "other")
+    assert_dense(model)
+
+
+def test_load_into_a_model_that_a_plain_config_made_names_the_way_out(saved):
+    with pytest.raises(ValueError, match="a plain LoraConfig made.*flatlora.attach"):
+        flatlora.load(model_of(default=plain_config()), saved, "other")
+
+
+def test_from_pretrained_with_our_config_is_flat(saved):
+    config = FlatLoraConfig.from_pretrained(saved)
+    model = PeftModel.from_pretrained(tiny.base_model(), saved, config=config, is_trainable=True)
+    assert type(model.peft_config["default"]) is FlatLoraConfig
+    assert_loaded(model, saved, "default")
+    assert_dense(model.double().train())
+
+
+def test_loaded_by_transformers_it_is_plain_until_attach(saved, any_peft):
+    model = tiny.base_model()
+    model.load_adapter(saved, is_trainable=True)
+    attach(model.double().train(), rho=0.3, **SHARED)
+    assert_dense(model)
+
+
+# ---- classes derived from ours and from peft's ----
+
+
+@dataclass
+class Derived(FlatLoraConfig):
+    rho: float = 0.3
+    note: str = "mine"
+
+
+@dataclass
+class DerivedPlain(LoraConfig):
+    note: str = "mine"
+
+
+def test_a_class_derived_from_our_config_is_flat_saved_and_loaded(tmp_path):
+    model = get_flat_peft_model(tiny.base_model(), Derived(**tiny.LORA, **SHARED, note="new"))
+    model.save_pretrained(tmp_path)
+    again = flatlora.load(tiny.base_model(), tmp_path)
+    assert type(again.peft_config["default"]) is Derived and again.peft_config["default"].note == "new"
+    assert type(PeftModel.from_pretrained(tiny.base_model(), tmp_path).peft_config["default"]) is LoraConfig
+    assert_dense(randomised(again))
+    with pytest.raises(ValueError, match="a plain LoraConfig made"):
+        model_of(default=plain_config(), second=Derived(**tiny.LORA, **SHARED))
+
+
+def test_a_class_derived_from_pefts_config_stays_plain():
+    model = model_of(flat=flat_config(), plain=DerivedPlain(**tiny.LORA))
+    assert type(model.peft_config["plain"]) is DerivedPlain
+    model.set_adapter("plain")
+    assert strengths(model) == {0.0}
+    assert_dense(attach(model_of(default=DerivedPlain(**tiny.LORA)), rho=0.3, **SHARED))

@@ -12,7 +12,7 @@ from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from .layer import create_layer
+from .adoption import create_layer
 from .method import FlatLora, Method
 from .state import Settings, check_rho
 

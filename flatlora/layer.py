@@ -15,166 +15,37 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
-from types import FrameType
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
-from peft.tuners.adalora.layer import AdaLoraLayer, SVDConv2d, SVDLinear
-from peft.tuners.lora import LoraModel, variants
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.variants import BlockDiagonalLinear
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .method import FlatLora
-from .ops import merged_row_norms, perturbed_conv, perturbed_linear, row_noise, squared_row_norms
+from .ops import (
+    merged_row_norms,
+    perturbed_conv,
+    perturbed_linear,
+    perturbed_lora_linear,
+    row_noise,
+    squared_row_norms,
+)
 from .ops.norms import grouped_row_norms, norm_dtype
 from .state import Perturbation
-
-# What they add to the base product is B A x, or tends to it; DoRA's is another matter, see above.
-VARIANTS = (
-    variants.ALoraLinearVariant,  # merged from the invocation on: the row norm is that of the merged weight
-    variants.BdLoraLinearVariant,
-    variants.DoraLinearVariant,
-    variants.DoraConv1dVariant,
-    variants.DoraConv2dVariant,
-    variants.DoraConv3dVariant,
-    variants.KasaLinearVariant,
-    variants.MiCAEmbeddingVariant,
-    variants.MiCALinearVariant,
-    variants.MontecloraLinearVariant,  # its own noise in A has mean zero, and is not in the row norm
-    variants.VeloraLinearVariant,
-)
-LAYERS_OF_PEFT = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, SVDLinear, SVDConv2d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-STOCK_FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)}
-
-
-def create_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module:
-    """The layer that peft would have made for `target`, made flat: `FlatLoraConfig` registers this with peft.
-
-    Raises:
-        ValueError: the layer cannot be perturbed and `config.on_unsupported` is "error".
-    """
-    tuner = _calling_tuner()
-    with _as_plain(config):
-        layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
-    state = Perturbation.shared(tuner.model, config.settings())
-    state.passes.watch(tuner)
-    adopt(layer, adapter_name, state, config.rho, config.on_unsupported, kwargs.get("target_name", adapter_name))
-    return layer
-
-
-def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsupported: str, name: str) -> bool:
-    """Make `adapter` flat in a LoRA layer, in place; where that cannot be done, answer as `on_unsupported` says.
-
-    Returns:
-        True if the layer is perturbed from now on.
-
-    Raises:
-        ValueError: it cannot be, and `on_unsupported` is "error".
-    """
-    reason = unsupported(layer, adapter) or state.settings.method.unsupported(layer, adapter)
-    if reason is None:
-        if not isinstance(layer, FlatLayer):
-            stream = state.stream_of(layer.get_base_layer().weight)
-            layer.__dict__.update(perturbation=state, stream=stream, flat_adapters=set(), offsets={}, _norms={})
-            layer.__class__ = flat_class(type(layer))  # type: ignore[arg-type]
-            layer._enrol()
-        layer.flat_adapters.add(adapter)
-        state.rhos[adapter] = rho
-        state.settings.method.adopt(layer, adapter)
-        return True
-    message = f"the layer {name!r} ({type(layer).__name__}) cannot be perturbed: {reason}."
-    if on_unsupported == "error":
-        raise ValueError(
-            f"{message} Leave it out of target_modules, or set on_unsupported='warn' to train it without noise."
-        )
-    warnings.warn(f"{message} It is trained without noise (on_unsupported='warn').", stacklevel=2)
-    return False
-
-
-def abandon(layer: Any, adapter: str) -> None:
-    """Undo `adopt` of this adapter: with the last one the layer is again what peft made."""
-    layer.forget(adapter)
-    if not layer.flat_adapters:
-        release(layer)
-
-
-def release(layer: Any) -> None:
-    """The layer is again what peft made, and nothing of ours stays on it."""
-    plain = layer.plain_class
-    for name in ("perturbation", "stream", "number", "flat_adapters", "offsets", "_norms"):
-        layer.__dict__.pop(name)
-    layer.__class__ = plain
-
-
-def unsupported(layer: Any, adapter: str) -> str | None:
-    """Why this adapter of a LoRA layer cannot be perturbed, or None if it can."""
-    plain = getattr(type(layer), "plain_class", type(layer))
-    if plain not in LAYERS_OF_PEFT:
-        return f"peft adapts it with {plain.__name__}, which is not supported"
-    if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):
-        return "its forward was replaced, as X-LoRA does, whose mixture of adapters is another one for each token"
-    base = layer.base_layer
-    if isinstance(base, BaseTunerLayer):
-        return f"it is wrapped around another adapter layer ({type(base).__name__})"
-    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "torch's MultiheadAttention reads its weight without calling it"
-    if type(base).forward not in STOCK_FORWARDS and not hasattr(base, "embed_scale"):
-        return f"{type(base).__name__} has a forward of its own"
-    if not base.weight.is_floating_point():
-        return f"its weight is stored as {base.weight.dtype}"
-    if getattr(base, "_hf_tp_plan", None) is not None:
-        return "it is split by tensor parallelism, and the row norms of a part are not those of the whole"
-    variant = type(layer.lora_variant.get(adapter))
-    if adapter in layer.lora_variant and not issubclass(variant, VARIANTS):
-        return f"{variant.__name__} of adapter {adapter!r} is not supported"
-    return None
+from .support import CONVOLUTIONS
 
 
 def flat_layers(model: nn.Module) -> Iterator[Any]:
     """The flat layers of a model."""
     return (module for module in model.modules() if isinstance(module, FlatLayer))
-
-
-def _calling_tuner() -> BaseTuner:
-    """The tuner that is injecting layers just now.
-
-    peft hands a custom-module factory the target and no more, but the layers of a model share their state, and where
-    a pass begins is seen on the model. So the caller is asked: the one frame up the stack whose `self` is a tuner.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        tuner = frame.f_locals.get("self")
-        if isinstance(tuner, BaseTuner):
-            return tuner
-        frame = frame.f_back
-    raise RuntimeError("FlatLoraConfig makes layers only for a peft tuner (get_peft_model, inject_adapter_in_model)")
-
-
-@contextmanager
-def _as_plain(config: Any) -> Iterator[None]:
-    """A FlatLoraConfig as the LoraConfig that it extends, for as long as peft builds a layer from it."""
-    flat, custom = type(config), config._custom_modules
-    if not hasattr(config, "make_method"):
-        yield
-        return
-    config.__class__ = LoraConfig
-    config._custom_modules = {key: value for key, value in (custom or {}).items() if value is not create_layer}
-    try:
-        yield
-    finally:
-        config.__class__, config._custom_modules = flat, custom
 
 
 @contextmanager
@@ -204,14 +75,10 @@ def _rows(base: Any) -> Tensor:
     return base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
 
 
-@cache
-def flat_class(plain: type) -> type:
-    """The class of a flat layer over the class that peft gave it."""
-    return type(f"Flat{plain.__name__}", (FlatLayer, plain), {"plain_class": plain, "__module__": __name__})
-
-
-def _rebuild(plain: type) -> nn.Module:
-    return object.__new__(flat_class(plain))
+def _is_watched(module: nn.Module) -> bool:
+    """Would calling the module do more than its forward?"""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 _Layer: Any = object  # for the type checker: in use, the class that peft has made comes next
@@ -241,6 +108,8 @@ class FlatLayer(_Layer):
         return self._perturbed(plain, x, *args, **kwargs)
 
     def _perturbed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs and self._is_fusible():
+            return self._fused(x)
         out = self.perturbation.settings.method.forward(self, plain, x, *args, **kwargs)
         if out.requires_grad:
             out.register_hook(self.perturbation.backward_began)
@@ -283,6 +152,29 @@ class FlatLayer(_Layer):
             return False
         plain = self.plain_class is lora.Linear and isinstance(base, nn.Linear)
         return plain and not any(name in self.lora_variant for name in self._active())
+
+    def _is_fusible(self) -> bool:
+        """A linear layer with one adapter of two plain matrices, and nobody who watches their modules."""
+        if not isinstance(self.perturbation.settings.method, FlatLora) or self.lora_variant:
+            return False
+        names = self._active()
+        if len(names) != 1 or names[0] not in self.lora_A:
+            return False
+        base, A, B = self.get_base_layer(), self.lora_A[names[0]], self.lora_B[names[0]]
+        plain = type(base) in (nn.Linear, Conv1D) and type(A) is type(B) is nn.Linear and A.bias is B.bias is None
+        return plain and not (_is_watched(base) or _is_watched(A) or _is_watched(B))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """peft's forward with noise in the merged weight, in one autograd node."""
+        base, (name,) = self.get_base_layer(), self._active()
+        row_std, key = self.noise()
+        A, dropout = self.lora_A[name].weight, self.lora_dropout[name]
+        drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+        return perturbed_lora_linear(
+            x, _rows(base), base.bias, A, self.lora_B[name].weight, self.scaling[name], row_std, key, self.stream,
+            dropped=dropout(self._cast_input_dtype(x, A.dtype)) if drops else None,
+            backend=self.perturbation.settings.backend, began=self.perturbation.backward_began,
+        )  # fmt: skip
 
     def _compiled(self, x: Tensor) -> Tensor:
         """peft's forward of a plain linear layer, with operators that `torch.compile` can keep in one graph."""
@@ -415,56 +307,9 @@ class FlatLayer(_Layer):
         noise = row_noise(tokens.flatten(), row_std, key, self.stream, n, dtype=out.dtype, backend=backend)
         return out + noise.view_as(out)
 
-    # ---- what peft does with a layer ----
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        self._norms.clear()  # peft writes through .data, which no version counter sees
-        super().merge(*args, **kwargs)
-
-    def unmerge(self) -> None:
-        self._norms.clear()
-        super().unmerge()
-
-    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
-        self._norms.clear()
-        with _as_plain(config):
-            super().update_layer(adapter_name, *args, config=config, **kwargs)
-        if hasattr(config, "rho"):
-            state = Perturbation.shared(self.perturbation.model, config.settings())
-            adopt(self, adapter_name, state, config.rho, config.on_unsupported, kwargs.get("target_name", "?"))
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.forget(adapter_name)
-
-    def forget(self, adapter: str) -> None:
-        """Keep nothing more of this adapter's perturbation."""
-        self.flat_adapters.discard(adapter)
-        self.offsets = {key: offset for key, offset in self.offsets.items() if key[1] != adapter}
-        self.perturbation.rhos.pop(adapter, None)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """peft's door for layers that unload in their own way; ours lets the model's hooks go with the last layer."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        base = self.get_base_layer()
-        state = self.perturbation
-        if all(layer is self for layer in flat_layers(state.model)):
-            state.close()
-        return base
-
     def _enrol(self) -> None:
         self.__dict__["number"] = next(_numbers)
         LAYERS[self.number] = self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._enrol()
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _rebuild, (self.plain_class,), self.__dict__  # the class is made at run time, so by its recipe
 
 
 LAYERS: weakref.WeakValueDictionary[int, FlatLayer] = weakref.WeakValueDictionary()  # by number

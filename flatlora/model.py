@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from . import state
+from .adoption import abandon, adopt, release
 from .config import HUB_OPTIONS, FlatLoraConfig, PerturbedLoraConfig, config_class, load_own, plain_copy
-from .layer import abandon, adopt, flat_layers, release
+from .layer import flat_layers
 from .passes import of_model
 from .state import Perturbation, Settings, check_rho
 

@@ -1,6 +1,7 @@
 """The mathematics on tensors; imports torch only."""
 
 from . import library  # noqa: F401  (registers the operators)
+from .adapted import perturbed_lora_linear
 from .norms import merged_row_norms, squared_row_norms
 from .perturb import BACKENDS, perturb_weight, resolve_backend, row_noise
 from .products import perturbed_conv, perturbed_linear
@@ -11,6 +12,7 @@ __all__ = [
     "perturb_weight",
     "perturbed_conv",
     "perturbed_linear",
+    "perturbed_lora_linear",
     "resolve_backend",
     "row_noise",
     "squared_row_norms",

@@ -63,7 +63,7 @@ def merged_row_norms(
     dtype = squared.dtype
     with _no_autocast(weight.device.type):
         if whole is None and native.has_norms(weight):
-            return native.merged_row_norms(weight, squared, B, A, scaling)
+            return native.merged_row_norms(weight, B, A, scaling)
         Bt = (scaling * B.to(dtype)).T.contiguous()  # (r, m): r long rows are quicker to work on than m short ones
         whole = (A if whole is None else whole).to(dtype)
         cross = (A.to(weight.dtype) @ weight.T).to(dtype)  # (r, m)

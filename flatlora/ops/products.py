@@ -51,7 +51,7 @@ def perturbed_linear(
     Returns:
         (..., m).
     """
-    dtype = _autocast_dtype(x.device.type, weight.dtype)
+    dtype = autocast_dtype(x.device.type, weight.dtype)
     if dtype != weight.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if torch.compiler.is_compiling():  # the registered operator; eager calls are spared its overhead
@@ -80,7 +80,7 @@ def perturbed_conv(
     Returns:
         (batch, m, *spatial).
     """
-    dtype = _autocast_dtype(x.device.type, weight.dtype)
+    dtype = autocast_dtype(x.device.type, weight.dtype)
     if dtype != weight.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     batched = x.ndim == weight.ndim
@@ -90,10 +90,10 @@ def perturbed_conv(
     return out if batched else out.squeeze(0)
 
 
-def _autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    # autocast leaves float64 alone
+def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a product with a weight of this dtype is made: autocast leaves float64 alone."""
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+        return torch.getautocast_dtype(device)
     return dtype
 
 

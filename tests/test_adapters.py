@@ -1,4 +1,4 @@
-"""What peft lets a user do with adapters: add, switch, weight, delete, rename, merge, swap, load; flat and plain ones."""
+"""What peft lets a user do with adapters: add, switch, weight, delete, merge, swap, load; flat and plain ones."""
 
 import copy
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import peft
 import pytest
 import tiny
 import torch
-from dense import assert_dense, merged
+from dense import assert_dense
 from peft import LoHaConfig, LoraConfig, PeftModel, XLoraConfig, inject_adapter_in_model
 from peft.utils import load_peft_weights
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -69,7 +69,12 @@ def saved(tmp_path):
 
 def test_each_adapter_keeps_its_strength_and_of_several_the_largest_counts():
     model = model_of(strong=flat_config(0.3), weak=flat_config(0.1, r=2), plain=plain_config())
-    for active, rho in [(["weak"], 0.1), (["strong"], 0.3), (["plain", "weak"], 0.1), (["weak", "strong", "plain"], 0.3)]:
+    for active, rho in [
+        (["weak"], 0.1),
+        (["strong"], 0.3),
+        (["plain", "weak"], 0.1),
+        (["weak", "strong", "plain"], 0.3),
+    ]:
         model.base_model.set_adapter(active)
         assert strengths(model) == {rho}
         assert_dense(model)
@@ -144,7 +149,10 @@ def test_a_batch_of_several_adapters_is_clean_in_evaluation_and_an_error_under_n
     model, plain = (model_of(first=kind(), second=kind()).eval() for kind in (flat_config, plain_config))
     batch = {"input_ids": tiny.tokens(), "adapter_names": ["first", "second"]}
     assert torch.equal(model(**batch).logits, plain(**batch).logits)
-    with perturbed(model), pytest.raises(ValueError, match="adapter_names gives each row .* a merged weight of its own"):
+    with (
+        perturbed(model),
+        pytest.raises(ValueError, match="adapter_names gives each row .* a merged weight of its own"),
+    ):
         model(**batch)
     with pytest.raises(ValueError, match="in training mode"):  # peft's own
         model.train()(**batch)
@@ -154,7 +162,10 @@ def test_a_batch_of_several_adapters_is_clean_in_evaluation_and_an_error_under_n
 
 
 def test_merged_unmerged_and_merged_for_good_it_is_peft():
-    flat, plain = model_of(default=flat_config(), second=flat_config()), model_of(default=plain_config(), second=plain_config())
+    flat, plain = (
+        model_of(default=flat_config(), second=flat_config()),
+        model_of(default=plain_config(), second=plain_config()),
+    )
     assert_dense(flat)
     for model in (flat, plain):
         model.merge_adapter(["default"])
@@ -201,7 +212,9 @@ def test_a_mixed_model_perturbs_the_layers_of_its_flat_adapter():
 
 def test_adapters_of_two_kinds_on_one_layer_are_refused():
     model = peft.get_peft_model(tiny.base_model(), LoHaConfig(r=2, target_modules=["q_proj"]), mixed=True)
-    with pytest.raises(ValueError, match="'.*q_proj' .* cannot be perturbed: it is wrapped around another adapter layer"):
+    with pytest.raises(
+        ValueError, match="'.*q_proj' .* cannot be perturbed: it is wrapped around another adapter layer"
+    ):
         model.add_adapter("flat", flat_config(target_modules=["q_proj"]))
 
 

@@ -105,13 +105,10 @@ def test_a_step_of_the_optimizer_renews_the_norms():
         optimizer.step()
 
 
-
 def test_a_second_adapter_with_another_schedule_is_refused():
     model = fresh(config(), get_flat_peft_model)
     with pytest.raises(ValueError, match="schedule is 'constant' for the flat adapters .* got 'linear'"):
         model.add_adapter("second", config(schedule="linear"))
-
-
 
 
 def test_wrong_configs_and_models_are_refused():

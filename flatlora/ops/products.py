@@ -93,7 +93,7 @@ def perturbed_conv(
 def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a product with a weight of this dtype is made: autocast leaves float64 alone."""
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        return torch.getautocast_dtype(device)
+        return torch.get_autocast_dtype(device)
     return dtype
 
 

@@ -5,8 +5,8 @@
     python tests/peft_suite/run.py test_lora_ga.py         # these files only; writes nothing
 
 peft's source distribution of the installed version is fetched from PyPI, and its tests run three times: plain, with rho
-= 0 and with rho = 0.1. The hub is not asked: tiny models of the same classes stand in for those of stand_ins.MODELS, and
-a test that needs another one fails in all three runs. What must differ by design is in DIFFERS, with the reason; any
+= 0 and with rho = 0.1. The hub is not asked: tiny models of the same classes stand in for those of stand_ins.MODELS. A
+test that needs another one fails in all three runs. What must differ by design is in DIFFERS, with the reason; any
 other test that passes plain and not flat makes this script fail.
 """
 
@@ -46,7 +46,7 @@ FILES = {  # file -> tests of it, as pytest's -k takes them
 }
 RUNS = {"plain": None, "rho 0": "0", "rho 0.1": "0.1"}
 BY_HAND = "makes a layer of peft's by hand from our config: an error, since it would train without noise"
-WRAPPED = "puts LoRA around another kind of adapter on one layer: refused, the merged weight is not that of LoRA's formula"
+WRAPPED = "puts LoRA around another kind of adapter on one layer: refused, the merged weight is not W + sBA"
 NAMED = "expects a message with the class of a layer, which is FlatLinear here"
 TRAINING = "compares a pass in training mode, which is perturbed, with a clean one"
 DIFFERS = {  # part of a test's id -> why it must differ

@@ -7,7 +7,7 @@ import peft
 import pytest
 import tiny
 import torch
-from dense import assert_dense
+from dense import assert_dense, cross_entropy
 from peft import LoHaConfig, LoraConfig, PeftModel, XLoraConfig, inject_adapter_in_model
 from peft.utils import load_peft_weights
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -231,6 +231,9 @@ def test_injected_and_added_by_transformers_as_by_peft(any_peft):
     randomised(added).set_adapter("second")
     assert strengths(added) == {0.1}
     assert_dense(added)
+    copied = copy.deepcopy(added)
+    assert torch.equal(cross_entropy(copied), cross_entropy(added))
+    assert_dense(copied)
     added.disable_adapters()
     assert torch.equal(tiny.loss(added), tiny.loss(added.eval()))
 

@@ -2,18 +2,22 @@
 
 from . import library  # noqa: F401  (registers the operators)
 from .adapted import perturbed_lora_linear
-from .norms import merged_row_norms, squared_row_norms
+from .merged import add_noise_, rebuilt_linear
+from .norms import merged_row_norms, row_norms_of_sum, squared_row_norms
 from .perturb import BACKENDS, perturb_weight, resolve_backend, row_noise
 from .products import perturbed_conv, perturbed_linear
 
 __all__ = [
     "BACKENDS",
+    "add_noise_",
     "merged_row_norms",
     "perturb_weight",
     "perturbed_conv",
     "perturbed_linear",
     "perturbed_lora_linear",
+    "rebuilt_linear",
     "resolve_backend",
     "row_noise",
+    "row_norms_of_sum",
     "squared_row_norms",
 ]

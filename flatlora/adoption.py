@@ -182,7 +182,8 @@ def flat_class(plain: type) -> type:
     kinds: dict[type, type] = {lora.MultiheadAttention: AttentionLayer, lora.ParamWrapper: ExpertsLayer}
     kind: type = QuantisedLayer if is_quantised(plain) else kinds.get(plain, FlatLayer)
     bases = (AdoptedLayer, plain) if kind is FlatLayer else (AdoptedLayer, kind, plain)
-    return type(f"Flat{plain.__name__}", bases, {"plain_class": plain, "__module__": __name__})
+    name = plain.__name__ if plain is lora.ParamWrapper else f"Flat{plain.__name__}"  # peft knows wrappers by that name
+    return type(name, bases, {"plain_class": plain, "__module__": __name__})
 
 
 def _rebuild(plain: type) -> nn.Module:

@@ -18,8 +18,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,13 +62,6 @@ def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> 
             del module.__dict__[slot]
         else:
             module.__dict__[slot] = before
-
-
-def _moved_forward(module: Any, offset: Tensor, x: Tensor) -> Tensor:
-    weight = module.weight + offset.to(module.weight)
-    if isinstance(module, CONVOLUTIONS):
-        return module._conv_forward(x, weight, module.bias)
-    return F.linear(x, weight, module.bias)
 
 
 def _rows(base: Any) -> Tensor:
@@ -141,12 +133,19 @@ class FlatLayer(_Layer):
 
     @contextmanager
     def moved(self, offsets: dict[tuple[str, str], Tensor]) -> Iterator[None]:
-        """lora_A and lora_B compute with weight + offset for the time being; the weights are not written."""
-        with ExitStack() as stack:
-            for (factor, adapter), offset in offsets.items():
-                module = getattr(self, factor)[adapter]
-                stack.enter_context(replaced_forward(module, partial(_moved_forward, module, offset)))
+        """lora_A and lora_B have weight + offset for a weight, for the time being; the parameters are not written."""
+        modules = [(getattr(self, factor)[adapter], offset) for (factor, adapter), offset in offsets.items()]
+        try:
+            for module, offset in modules:
+                module.__dict__["weight"] = module.weight + offset.to(module.weight)  # found before the parameter
             yield
+        finally:
+            for module, _ in modules:
+                module.__dict__.pop("weight", None)
+
+    def parts(self) -> list[Any]:
+        """The flat layers whose forward this layer's forward is: itself, and what is adapted inside of it."""
+        return [self]
 
     def _is_plain_linear(self) -> bool:
         base = self.get_base_layer()

@@ -67,6 +67,9 @@ class AttentionLayer(MergedLayer):
         with _instead(self, merge=merge, unmerge=put_back):
             return plain(x, *args, **kwargs)
 
+    def parts(self) -> list[Any]:
+        return [self, self.get_base_layer().out_proj]
+
     def anchor(self) -> Any:
         return self.get_base_layer().in_proj_weight
 

@@ -22,16 +22,15 @@ from .ops.merged import Rows
 
 
 class FourBitRows:
-    """Rows of a 4-bit weight of bitsandbytes. Each block of `blocksize` numbers, counted through the rows, has a scale
-    of its own (absmax); with double quantisation the scales are stored in 8 bits, 256 to a scale of theirs."""
+    """Rows of a 4-bit weight of bitsandbytes. Each run of `blocksize` numbers has a scale of its own (absmax); with
+    double quantisation the scales are stored in 8 bits, 256 to a scale of theirs."""
 
     def __init__(self, base: Any) -> None:
         weight = base.weight
-        self.state = getattr(weight, "quant_state", None) or base.quant_state  # FSDP keeps the latter
-        self.packed = weight.data.contiguous().view(torch.uint8).view(-1)
-        self.shape, self.dtype = torch.Size(self.state.shape), self.state.dtype
+        self.packed, self.state = weight.data, getattr(weight, "quant_state", None) or base.quant_state  # FSDP's
         if getattr(self.state, "packing_format_for_cpu", False):
-            self.packed, self.state = _standard_packing(weight.data, self.state)
+            self.packed, self.state = _standard_packing(self.packed, self.state)
+        self.shape, self.dtype = torch.Size(self.state.shape), self.state.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -39,15 +38,15 @@ class FourBitRows:
     def __getitem__(self, rows: slice) -> Tensor:
         import bitsandbytes.functional as F
 
-        n, size = self.shape[1], self.state.blocksize
-        start, stop = rows.start * n, min(rows.stop, len(self)) * n
-        first, last = start // size, -(-stop // size)
-        length = min(last * size, self.shape.numel()) - first * size
+        (m, n), size = self.shape, self.state.blocksize
+        if n % size or (rows.start == 0 and rows.stop >= m):  # no run of numbers may go over the end of a row
+            return F.dequantize_4bit(self.packed, self.state)[rows]
+        start, stop = rows.start * n, min(rows.stop, m) * n
+        scales = self._scales(start // size, stop // size)
         state = F.QuantState(
-            self._scales(first, last), (length,), blocksize=size, quant_type=self.state.quant_type, dtype=self.dtype
+            scales, (stop // n - rows.start, n), blocksize=size, quant_type=self.state.quant_type, dtype=self.dtype
         )
-        flat = F.dequantize_4bit(self.packed[first * size // 2 : last * size // 2], state).view(-1)
-        return flat[start - first * size : stop - first * size].view(-1, n)
+        return F.dequantize_4bit(self.packed.view(torch.uint8).view(-1)[start // 2 : stop // 2], state)
 
     def _scales(self, first: int, last: int) -> Tensor:
         import bitsandbytes.functional as F
@@ -141,4 +140,4 @@ def _standard_packing(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
     state.original_nested = False
     packed, state = _convert_weight_packed_for_cpu_inverse(packed, state)
     state.absmax = state.absmax.T.reshape(-1).float()
-    return packed.view(torch.uint8).view(-1), state
+    return packed, state

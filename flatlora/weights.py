@@ -81,14 +81,13 @@ class EightBitRows:
 def rows_of(base: Any) -> Rows | None:
     """The rows of a quantised weight, or None where they are not at hand."""
     weight = base._parameters.get("weight")
-    kind = type(weight)
-    if kind.__name__ == "Params4bit":
+    if hasattr(base, "quant_state"):  # by what they have: a pickled weight comes back without its class
         return FourBitRows(base)
-    if kind.__name__ == "Int8Params" and weight.dtype == torch.int8:
+    if hasattr(base, "state") and weight.dtype == torch.int8:
         return EightBitRows(base)
     if hasattr(base, "W_q"):
         return base.dequantize()
-    if kind.__module__.startswith("torchao."):
+    if type(weight).__module__.startswith("torchao."):
         return weight.dequantize()
     return weight if weight is not None and weight.is_floating_point() else None
 

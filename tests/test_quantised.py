@@ -124,7 +124,7 @@ FROM_PEFT = [case for case in CASES if case.wrapper is None]
 every_case_from_peft = pytest.mark.parametrize("case", FROM_PEFT, ids=lambda case: case.name)
 
 
-def flat_model(case, kind=FlatLoraConfig, **config):
+def flat_model(case, **config):
     """(model, its layer); the factors are random, so that every term counts."""
     torch.manual_seed(1)
     holder = case.make()
@@ -136,7 +136,7 @@ def flat_model(case, kind=FlatLoraConfig, **config):
         model = attach(holder, **FLAT | {name: value for name, value in config.items() if name in FLAT})
         layer = model.layer
     else:
-        model = get_flat_peft_model(holder, kind(**FLAT | settings))
+        model = get_flat_peft_model(holder, FlatLoraConfig(**FLAT | settings))
         layer = model.base_model.model.layer
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -333,11 +333,12 @@ def test_a_copy_and_a_pickle_go_on_alike_and_detach_leaves_no_trace(case):
     model, layer = flat_model(case)
     x = torch.randn(3, N)
     expected = model(x)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert torch.equal(other(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    if case.name not in ("torchao", "nf4-dora"):  # they cannot be pickled without us either
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(x), expected)
     with unperturbed(model):
         expected = model(x)
     detach(model)
@@ -372,17 +373,15 @@ def test_the_saved_adapter_is_plain(case, tmp_path):
 
 @pytest.mark.parametrize("case", [c for c in FROM_PEFT if not c.config.get("use_dora")], ids=lambda c: c.name)
 def test_efmlora_on_a_quantised_base_is_efmlora_on_its_dequantised_weight(case):
-    settings = {"kind": EFMLoraConfig, "rho": 0.1, "seed": None}
-    settings.pop("seed")
-    FLAT_WITHOUT_SEED = {name: value for name, value in FLAT.items() if name != "seed"}
+    config = EFMLoraConfig(**SETTINGS, rho=0.1, schedule="constant")
     torch.manual_seed(1)
-    model = get_flat_peft_model(case.make(), EFMLoraConfig(**FLAT_WITHOUT_SEED | SETTINGS | {"rho": 0.1})).train()
+    model = get_flat_peft_model(case.make(), config).train()
     layer = model.base_model.model.layer
     twin = Holder(nn.Linear(N, M))
     with torch.no_grad():
         twin.layer.weight.copy_(merged_weight(model, layer))  # B = 0
         twin.layer.bias.copy_(clean(model, torch.zeros(1, N))[0])
-    twin = get_flat_peft_model(twin, EFMLoraConfig(**FLAT_WITHOUT_SEED | SETTINGS | {"rho": 0.1})).train()
+    twin = get_flat_peft_model(twin, config).train()
     for p, q in zip(trained(twin), trained(layer), strict=True):
         p.data.copy_(q)
     for one in (model, twin):

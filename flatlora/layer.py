@@ -31,12 +31,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .method import FlatLora
 from .ops import (
+    makes_norms,
     merged_row_norms,
     perturbed_conv,
     perturbed_linear,
     perturbed_lora_linear,
     row_noise,
     squared_row_norms,
+    sums_merged_rows,
 )
 from .ops.norms import grouped_row_norms, norm_dtype
 from .passes import tensors
@@ -157,27 +159,38 @@ class FlatLayer(_Layer):
 
     def _is_fusible(self) -> bool:
         """A linear layer with one adapter of two plain matrices, and nobody who watches their modules."""
-        if not isinstance(self.perturbation.settings.method, FlatLora) or self.lora_variant:
-            return False
         names = self._active()
-        if len(names) != 1 or names[0] not in self.lora_A:
+        if len(names) != 1 or self.lora_variant or not isinstance(self.perturbation.settings.method, FlatLora):
             return False
-        base, A, B = self.get_base_layer(), self.lora_A[names[0]], self.lora_B[names[0]]
+        base, A, B = self.base_layer, *(self._modules[f]._modules.get(names[0]) for f in ("lora_A", "lora_B"))
         plain = self.plain_class is lora.Linear and type(base) in (nn.Linear, Conv1D)
         plain = plain and type(A) is type(B) is nn.Linear and A.bias is B.bias is None
         return plain and not (_is_watched(base) or _is_watched(A) or _is_watched(B))
 
     def _fused(self, x: Tensor) -> Tensor:
         """peft's forward with noise in the merged weight, in one autograd node."""
-        base, (name,) = self.get_base_layer(), self._active()
-        row_std, key = self.noise()
-        A, dropout = self.lora_A[name].weight, self.lora_dropout[name]
+        state, base, (name,) = self.perturbation, self.get_base_layer(), self._active()
+        key, sample = state.draw(x.device)
+        weight, backend = _rows(base), state.settings.backend
+        method: Any = state.settings.method
+        A, B, scaling = self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name])
+        source = self._norms_are_of(sample)
+        norms = self._norms["merged"][1] if self._norms.get("merged", (None,))[0] == source else None
+        stale = norms is None and makes_norms(weight, backend) and type(method) is FlatLora
+        if stale:
+            norms = torch.empty(len(weight))
+        else:
+            norms = method.noise_norms(self._row_norms(sample))
+        dropout = self.lora_dropout[name]
         drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-        return perturbed_lora_linear(
-            x, _rows(base), base.bias, A, self.lora_B[name].weight, self.scaling[name], row_std, key, self.stream,
-            dropped=dropout(self._cast_input_dtype(x, A.dtype)) if drops else None,
-            backend=self.perturbation.settings.backend, began=self.perturbation.backward_began,
+        out = perturbed_lora_linear(
+            x, weight, base.bias, A, B, scaling, norms, self._relative(weight.shape[1]), key, self.stream, stale=stale,
+            dropped=dropout(self._cast_input_dtype(x, A.dtype)) if drops else None, backend=backend,
+            began=state.backward_began,
         )  # fmt: skip
+        if stale:
+            self._norms["merged"] = source, norms
+        return out
 
     def _compiled(self, x: Tensor) -> Tensor:
         """peft's forward of a plain linear layer, with operators that `torch.compile` can keep in one graph."""
@@ -197,7 +210,11 @@ class FlatLayer(_Layer):
 
     def _row_std(self, row_norms: Tensor, n: int) -> Tensor:
         method: Any = self.perturbation.settings.method
-        return method.noise_norms(row_norms) * (self._strength() * self.perturbation.ramp / math.sqrt(n))
+        return method.noise_norms(row_norms) * self._relative(n)
+
+    def _relative(self, n: int) -> float:
+        """rho_t / sqrt(n): the standard deviation of the noise in a row relative to the row's norm."""
+        return self._strength() * self.perturbation.ramp / math.sqrt(n)
 
     # ---- when ----
 
@@ -244,12 +261,15 @@ class FlatLayer(_Layer):
 
     def _row_norms(self, sample: int) -> Tensor:
         """``||W'_i||`` of the merged weight, (m,); with DoRA the absolute value of the magnitude vector."""
+        return self._cached("merged", self._norms_are_of(sample), self._merged_row_norms)
+
+    def _norms_are_of(self, sample: int) -> tuple:
+        """What the row norms depend on."""
         state, active = self.perturbation, self._active()
-        # parameters may change unseen: through .data (peft's hotswap), in a flattened copy (FSDP1)
-        when = (state.steps, state.passes.count, sample)
+        when = state.window() if state.sees_steps else (*state.window(), sample)
         versions = tuple((p.data_ptr(), p._version) for p in self._factors(active))
         scales = tuple(float(self.scaling[name]) for name in active)  # a tensor when peft is to swap hot
-        return self._cached("merged", (*when, *active, *scales, *versions), self._merged_row_norms)
+        return *when, *active, *scales, *versions
 
     def _cached(self, name: str, source: tuple, compute: Callable[[], Tensor]) -> Tensor:
         found = self._norms.get(name)
@@ -271,22 +291,27 @@ class FlatLayer(_Layer):
         dtype = norm_dtype(base.weight.dtype)
         if magnitudes is not None:
             return magnitudes.to(dtype)
-        weight = _rows(base)
-        source = (base.weight.data_ptr(), base.weight._version, base.weight.dtype, base.weight.device)
-        squared = self._cached("base", source, lambda: squared_row_norms(weight))
+        weight, groups = _rows(base), getattr(base, "groups", 1)
+        squared: Any = None if groups == 1 and sums_merged_rows(weight) else self._squared(weight)
         A, B = map(list, zip(*(self._dense_factors(name) for name in active), strict=True))
         scales = [float(self.scaling[name]) for name in active]
-        if getattr(base, "groups", 1) == 1 and len(active) == 1:
+        if groups == 1 and len(active) == 1:
             return merged_row_norms(weight, squared, B[0], A[0], scales[0])
         B = [b.to(dtype) * scale for b, scale in zip(B, scales, strict=True)]
-        if getattr(base, "groups", 1) > 1:
-            return grouped_row_norms(weight, squared, B, A, base.groups)
+        if groups > 1:
+            return grouped_row_norms(weight, squared, B, A, groups)
         return merged_row_norms(weight, squared, torch.cat(B, dim=1), torch.cat(A))
 
     def _magnitudes(self) -> Tensor | None:
         """With DoRA: the row norms, which are the magnitudes of the last adapter applied."""
         dora = [name for name in self._active() if self.use_dora.get(name)]
         return self.lora_magnitude_vector[dora[-1]].weight.detach().flatten().abs() if dora else None
+
+    def _squared(self, weight: Tensor) -> Tensor:
+        """``||W_i||^2`` of the base weight, which is computed once."""
+        base = self.get_base_layer().weight
+        source = (base.data_ptr(), base._version, base.dtype, base.device)
+        return self._cached("base", source, lambda: squared_row_norms(weight))
 
     def _dense_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A, (r, n), and B, (m, r), whose product this adapter adds, without its scale."""

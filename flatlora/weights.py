@@ -39,7 +39,7 @@ class FourBitRows:
         import bitsandbytes.functional as F
 
         (m, n), size = self.shape, self.state.blocksize
-        if n % size or (rows.start == 0 and rows.stop >= m):  # no run of numbers may go over the end of a row
+        if n % size or (not rows.start and rows.stop >= m):  # no run of numbers may go over the end of a row
             return F.dequantize_4bit(self.packed, self.state)[rows]
         start, stop = rows.start * n, min(rows.stop, m) * n
         scales = self._scales(start // size, stop // size)

@@ -3,13 +3,14 @@
 from . import library  # noqa: F401  (registers the operators)
 from .adapted import perturbed_lora_linear
 from .merged import add_noise_, rebuilt_linear
-from .norms import merged_row_norms, row_norms_of_sum, squared_row_norms
-from .perturb import BACKENDS, perturb_weight, resolve_backend, row_noise
+from .norms import merged_row_norms, row_norms_of_sum, squared_row_norms, sums_merged_rows
+from .perturb import BACKENDS, makes_norms, perturb_weight, resolve_backend, row_noise
 from .products import perturbed_conv, perturbed_linear
 
 __all__ = [
     "BACKENDS",
     "add_noise_",
+    "makes_norms",
     "merged_row_norms",
     "perturb_weight",
     "perturbed_conv",
@@ -20,4 +21,5 @@ __all__ = [
     "row_noise",
     "row_norms_of_sum",
     "squared_row_norms",
+    "sums_merged_rows",
 ]

@@ -29,24 +29,28 @@ def perturbed_lora_linear(
     A: Tensor,  # (r, n)
     B: Tensor,  # (m, r)
     scaling: float,
-    row_std: Tensor,  # (m,)
+    norms: Tensor,  # (m,)
+    relative: float,
     key: Tensor,  # (2,) int64
     layer: int,
     *,
+    stale: bool = False,
     dropped: Tensor | None = None,  # (..., n)
     backend: str = "auto",
     began: Callable[[], None] | None = None,
 ) -> Tensor:
-    """``x (W + eps)^T + b + s (x_d A^T) B^T`` with ``eps_ij = row_std_i * z(key, layer, i, j)``.
+    """``x (W + eps)^T + b + s (x_d A^T) B^T`` with ``eps_ij = relative * norms_i * z(key, layer, i, j)``.
 
     The base product is of the weight's dtype, the branch of A's; under autocast both are of the autocast dtype. The sum
     is made in the wider of the two and rounded once.
 
     Args:
         x: (..., n) of the weight's dtype (any floating dtype under autocast).
-        weight, bias, row_std, key, layer, backend: as in `perturbed_linear`.
+        weight, bias, key, layer, backend: as in `perturbed_linear`.
         A, B: (r, n) and (m, r), of one dtype.
         scaling: s.
+        norms, relative: (m,) float32, float64 for a float64 weight, and what the noise is of it.
+        stale: first write the row norms of W + s B A into `norms`; where `makes_norms` says that it can be done.
         dropped: x_d, of A's dtype; None if it is x.
         began: called when the backward of this product runs.
 
@@ -56,23 +60,24 @@ def perturbed_lora_linear(
     dtype, low = autocast_dtype(x.device.type, weight.dtype), autocast_dtype(x.device.type, A.dtype)
     if dtype != weight.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    settings = (layer, dtype, backend)
-    return _PerturbedLoraLinear.apply(x, dropped, weight, bias, A, B, row_std, key, scaling, low, settings, began)
+    settings = (layer, dtype, backend, relative)
+    return _PerturbedLoraLinear.apply(x, dropped, weight, bias, A, B, norms, key, scaling, low, settings, stale, began)
 
 
 class _PerturbedLoraLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x, dropped, weight, bias, A, B, row_std, key, scaling, low, settings, began):
+    def forward(ctx: Any, x, dropped, weight, bias, A, B, norms, key, scaling, low, settings, stale, began):
         source = x if dropped is None else dropped
         hidden = F.linear(source.to(low), A.to(low))  # (..., r)
-        out = linear_forward(x, weight, bias, row_std, key, *settings)
-        _add_product(out, hidden * scaling, B.to(low).T)
+        factors = (B, A, scaling) if stale else None
+        out = linear_forward(x, weight, bias, norms, key, *settings, factors=factors)
+        out = _plus_product(out, hidden * scaling, B.to(low).T)
         need_x, _, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
             x if need_weight else None,
             source if need_A or need_B else None,
             hidden if need_B else None,
-            weight, A, B, row_std, key,
+            weight, A, B, norms, key,
         )  # fmt: skip
         ctx.separate, ctx.scaling, ctx.low, ctx.settings, ctx.began = dropped is not None, scaling, low, settings, began
         return out
@@ -81,7 +86,7 @@ class _PerturbedLoraLinear(Function):
     def backward(ctx: Any, grad):
         if ctx.began is not None:
             ctx.began()
-        x, source, hidden, weight, A, B, row_std, key = ctx.saved_tensors
+        x, source, hidden, weight, A, B, norms, key = ctx.saved_tensors
         need_x, need_dropped, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         low, twice = ctx.low, torch.is_grad_enabled()  # twice: this backward is itself differentiated
         grad_low = grad.to(low)
@@ -93,25 +98,27 @@ class _PerturbedLoraLinear(Function):
             hidden = F.linear(source.to(low), A.to(low)) if twice else hidden  # what is saved knows no gradient
             grad_B = (_rows(grad_low).T @ _rows(hidden * ctx.scaling)).to(B.dtype)
         del grad_low
-        grad_x = linear_grad_x(grad, weight, row_std, key, *ctx.settings) if need_x else None
+        grad_x = None
+        if need_x:
+            grad_x = linear_grad_x(grad, weight, norms, key, *ctx.settings)
+            if not ctx.separate:
+                grad_x = _plus_product(grad_x, small, A.to(low), in_place=not twice)
         if need_dropped:
             grad_dropped = small @ A.to(low)
-        elif need_x and not ctx.separate and twice:
-            grad_x = (grad_x + small @ A.to(low)).to(grad_x.dtype)
-        elif need_x and not ctx.separate:
-            _add_product(grad_x, small, A.to(low))
         grad_weight = linear_grad_weight(grad, x, weight) if need_weight else None
         grad_bias = linear_grad_bias(grad) if need_bias else None
-        return grad_x, grad_dropped, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None, None, None
+        return grad_x, grad_dropped, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None, None, None, None
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out += left @ right`` in place, the sum in the wider precision of the two."""
-    if out.dtype == left.dtype:
-        out.view(-1, out.shape[-1]).addmm_(_rows(left), right)
-    else:
-        out.add_(left @ right)
+def _plus_product(out: Tensor, left: Tensor, right: Tensor, in_place: bool = True) -> Tensor:
+    """``out + left @ right``, the sum in the wider precision of the two, rounded to that of `out`."""
+    if not in_place:
+        return (out + left @ right).to(out.dtype)
+    if out.dtype != left.dtype:
+        return out.add_(left @ right)
+    out.view(-1, out.shape[-1]).addmm_(_rows(left), right)
+    return out

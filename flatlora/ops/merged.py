@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import blocks
 from .blocks import row_blocks, scratch
 from .norms import no_autocast
 from .perturb import perturb_weight
@@ -61,14 +62,21 @@ class _RebuiltLinear(Function):
     def forward(ctx: Any, x, bias, weight, row_std, key, settings):
         ctx.save_for_backward(row_std, key)
         ctx.weight, ctx.settings = weight, settings
-        return linear_forward(x, weight, bias, row_std, key, *settings)
+        return linear_forward(x, _at_hand(weight, x.dtype), bias, row_std, key, *settings)
 
     @staticmethod
     def backward(ctx: Any, grad):
         row_std, key = ctx.saved_tensors
         need_x, need_bias = ctx.needs_input_grad[:2]
-        grad_x = linear_grad_x(grad, ctx.weight, row_std, key, *ctx.settings) if need_x else None
+        weight = _at_hand(ctx.weight, grad.dtype)
+        grad_x = linear_grad_x(grad, weight, row_std, key, *ctx.settings) if need_x else None
         return grad_x, linear_grad_bias(grad) if need_bias else None, None, None, None, None
+
+
+def _at_hand(weight: Any, dtype: torch.dtype) -> Any:
+    """A weight that fits into one block as a tensor."""
+    m, n = weight.shape
+    return weight[:m] if m * n * dtype.itemsize <= blocks.BLOCK_BYTES else weight
 
 
 def add_noise_(

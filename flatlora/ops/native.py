@@ -55,13 +55,13 @@ def perturb(
     factors: tuple[Tensor, Tensor, float] | None = None,  # B (m, r), A (r, n), s
     kernel: int | None = None,
 ) -> None:
-    """Writes ``weight + relative * norms[:, None] * z`` into `out`, for rows `first_row`, `first_row` + 1, ..., or `rows`.
+    """Writes ``weight + relative * norms[:, None] * z`` into `out`: rows `first_row`, `first_row` + 1, ..., or `rows`.
 
     Args:
         weight, out: on the CPU, of a dtype in `DTYPES`, any strides.
         norms: float32, or float64 for a float64 weight. With `factors` its contents are not read but written.
-        factors: B, A and s of an adapter: the norms are to be those of the rows of ``weight + s B A``, for a weight that
-            `has_norms`.
+        factors: B, A and s of an adapter: the norms are to be those of the rows of ``weight + s B A``; for a weight
+            that `has_norms`.
         kernel: index into `KERNELS`; default the best one that this machine can run.
 
     Raises:

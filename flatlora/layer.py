@@ -32,10 +32,12 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.variants import BlockDiagonalLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 from transformers.pytorch_utils import Conv1D
 
 from .method import FlatLora
 from .ops import merged_row_norms, perturbed_conv, perturbed_linear, row_noise, squared_row_norms
+from .ops.library import OBSERVERS
 from .ops.norms import grouped_row_norms, norm_dtype
 from .state import Perturbation
 
@@ -86,9 +88,11 @@ def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsuppor
         if not isinstance(layer, FlatLayer):
             stream = state.stream_of(layer.get_base_layer().weight)
             layer.__dict__.update(perturbation=state, stream=stream, flat_adapters=set(), offsets={}, _norms={})
+            layer.__dict__.update(window=-1, strict=True)
             layer.__class__ = flat_class(type(layer))  # type: ignore[arg-type]
             layer._enrol()
         layer.flat_adapters.add(adapter)
+        layer.strict = on_unsupported == "error"
         state.rhos[adapter] = rho
         state.settings.method.adopt(layer, adapter)
         return True
@@ -104,7 +108,7 @@ def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsuppor
 def release(layer: Any) -> None:
     """Undo `adopt`: the layer is again what peft made, and nothing of ours stays on it."""
     plain = layer.plain_class
-    for name in ("perturbation", "stream", "number", "flat_adapters", "offsets", "_norms"):
+    for name in ("perturbation", "stream", "number", "flat_adapters", "offsets", "window", "strict", "_norms"):
         layer.__dict__.pop(name)
     layer.__class__ = plain
 
@@ -215,13 +219,19 @@ class FlatLayer(_Layer):
     number: int  # names the layer in compiled code
     flat_adapters: set[str]  # the adapters whose training is perturbed here
     offsets: dict[tuple[str, str], Tensor]  # what the method keeps here, by factor ("lora_B") and adapter
+    window: int  # the last one, between two optimizer steps, in which this layer has run
+    strict: bool  # kernels that pass this layer by are an error
     _norms: dict[str, tuple]  # cached norms, each with what it was computed from
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = super().forward
+        plain, compiling = super().forward, torch.compiler.is_compiling()
+        if compiling:
+            _compiling(self.perturbation.number)
         if self._rho(kwargs) == 0:
+            if not compiling and torch.is_grad_enabled():
+                self._reached()
             return plain(x, *args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             return self._perturbed(plain, x, *args, **kwargs)
         return self._compiled(x) if self._is_plain_linear() else self._graph_break(plain, x, *args, **kwargs)
 
@@ -232,8 +242,19 @@ class FlatLayer(_Layer):
     def _perturbed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = self.perturbation.settings.method.forward(self, plain, x, *args, **kwargs)
         if out.requires_grad:
-            out.register_hook(self.perturbation.backward_began)
+            out.register_hook(self._backward_began)
         return out
+
+    @unserializable_hook  # an output may be saved, and its hooks need not be
+    def _backward_began(self, _grad: Tensor) -> None:
+        self._reached()
+        self.perturbation.backward_began()
+
+    def _reached(self) -> None:
+        """This layer takes part in the coming optimizer step, see `steps.check_reached`."""
+        state = self.perturbation
+        if self.window != state.window:
+            self.__dict__["window"], state.reached = state.window, state.reached + 1
 
     def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """peft's forward with Gaussian noise in the merged weight, see `noise`."""
@@ -440,6 +461,12 @@ class FlatLayer(_Layer):
 
 LAYERS: weakref.WeakValueDictionary[int, FlatLayer] = weakref.WeakValueDictionary()  # by number
 _numbers = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def _compiling(number: int) -> None:
+    """Called while a flat layer of the perturbation of this number is compiled, not when its code runs."""
+    OBSERVERS[number].compiled = True
 
 
 @torch.library.custom_op("flatlora::layer_noise", mutates_args=())

@@ -142,7 +142,7 @@ def test_experts_that_are_not_chosen(set_to_none):
     assert perturbation(model).steps == 5
 
 
-def _experts_of_two_processes(rank):
+def _two_processes(rank):
     model = experts()
     wrapped, optimizer = DistributedDataParallel(model, find_unused_parameters=True), optimizer_of(model)
     for _ in range(2):
@@ -153,20 +153,14 @@ def _experts_of_two_processes(rank):
         optimizer.zero_grad()
     assert perturbation(model).steps == 2
 
-
-def test_experts_that_another_process_has_chosen():
-    processes.run(_experts_of_two_processes)
-
-
-def _kernels_in_two_processes(rank):
-    model = tiny.adapted(FlatLoraConfig(rho=0.2, schedule="constant", target_modules=["up_proj"]))
-    wrapped = DistributedDataParallel(patched(model))
+    mlp = {**tiny.LORA, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    model = patched(tiny.adapted(FlatLoraConfig(rho=0.2, schedule="constant", **mlp)))
     with pytest.raises(RuntimeError, match=PASSED_BY):
-        step(wrapped, optimizer_of(model))
+        step(DistributedDataParallel(model), optimizer_of(model))
 
 
-def test_kernels_in_two_processes():
-    processes.run(_kernels_in_two_processes)
+def test_experts_that_another_process_has_chosen_and_kernels_in_both():
+    processes.run(_two_processes)
 
 
 def unperturbed_loss(model):
@@ -193,17 +187,23 @@ def checkpointed(model):
 
 
 @pytest.mark.parametrize("loss", [unperturbed_loss, off, base_in_evaluation_mode, checkpointed], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
-def test_layers_that_run(loss, compiled):
-    if compiled and loss is checkpointed:
-        pytest.skip("as in test_compile.py")
+def test_layers_that_run(loss):
     model = tiny.flat_model()
-    if compiled:
-        for block in model.base_model.model.model.layers:
-            block.compile(backend="eager")
     optimizer = optimizer_of(model)
     for _ in range(3):
         step(model, optimizer, loss)
+
+
+def test_layers_that_run_compiled_without_noise():
+    """What is seen of a clean eager forward is not seen there."""
+    model = experts()
+    run, optimizer = torch.compile(model, backend="eager", fullgraph=True), optimizer_of(model)
+    for _ in range(2):
+        with unperturbed(model):
+            run(torch.randn(2, 4), 0).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert perturbation(model).compiled
 
 
 def test_a_copy_made_between_backward_and_step():

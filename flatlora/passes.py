@@ -68,11 +68,13 @@ class Passes:
             self._gradients = torch.is_grad_enabled()
             if not in_backward():
                 self.unused, self._backward_note = True, None
-            elif self._gradients and self._backward_note is None:
+            elif self._gradients and self._backward_note is None and not self.owner.forced:
                 raise RuntimeError(
-                    "the model as a whole runs under torch.utils.checkpoint with use_reentrant=True: its first pass "
-                    "cannot be told from an evaluation, so it was not perturbed. Use use_reentrant=False, or "
-                    "checkpoint the layers (model.gradient_checkpointing_enable())."
+                    "the model as a whole is computed again in a backward, and its first pass was under no_grad: that "
+                    "cannot be told from an evaluation, so it was not perturbed. Under torch.utils.checkpoint use "
+                    "use_reentrant=False, or checkpoint the layers (model.gradient_checkpointing_enable()). With a "
+                    "loss that caches gradients (sentence-transformers' Cached losses) make the whole training step "
+                    "inside `with flatlora.perturbed(model, sample=step):`."
                 )
         self._entered.append(id(module))
 

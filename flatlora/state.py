@@ -234,6 +234,11 @@ class Perturbation:
         if self.settings.resample == "forward":
             self._stale = True
 
+    @property
+    def forced(self) -> bool:
+        """Inside `perturbed(...)`, where every pass is perturbed."""
+        return self._forced is not None
+
     def backend(self, device: torch.device) -> str:
         """Name of the noise backend on this device."""
         return resolve_backend(self.settings.backend, device)
@@ -256,13 +261,12 @@ class Perturbation:
         recalled = self.passes.recalled()
         # the sample is not looked at here: compiled code would have to be compiled again for each
         enabled = self.enabled if recalled is None else recalled.enabled
-        forced = self._forced is not None if recalled is None else recalled.forced
+        forced = self.forced if recalled is None else recalled.forced
         return enabled and (forced or (training and self.passes.with_gradients()))
 
     def _note(self) -> PassNote:
-        forced = self._forced is not None
         sample = self._forced[0] if self._forced is not None and self._forced[0] is not None else self.sample
-        return PassNote(sample, forced, self.enabled)
+        return PassNote(sample, self.forced, self.enabled)
 
     def _take_new_sample(self) -> None:
         if self.passes.first_use() and self._stale:

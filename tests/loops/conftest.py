@@ -46,9 +46,10 @@ class Pass:
 
 @pytest.fixture
 def passes(monkeypatch):
-    """passes(model): the list to which each pass of a transformers model inside adds itself from now on."""
+    """passes(model): the list to which each pass of a transformers model (or of the given kind) inside adds itself from
+    now on."""
 
-    def watch(model):
+    def watch(model, kind=PreTrainedModel):
         seen, entered = [], []
         perturb = products.perturb_weight
 
@@ -73,7 +74,7 @@ def passes(monkeypatch):
             return perturb(weight, row_std, key, *args, **kwargs)
 
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):
+            if isinstance(module, kind):
                 module.register_forward_pre_hook(enter)
                 module.register_forward_hook(leave)
         monkeypatch.setattr(products, "perturb_weight", spy)

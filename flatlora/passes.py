@@ -70,7 +70,12 @@ class Passes:
             if not in_backward():
                 self.unused, self._backward_note = True, None
                 (self._without.discard if self._gradients else self._without.add)(id(module))
-            elif self._gradients and id(module) in self._without and self._backward_note is None and not self.owner.forced:
+            elif (
+                self._gradients
+                and id(module) in self._without
+                and self._backward_note is None
+                and not self.owner.forced
+            ):
                 raise RuntimeError(
                     f"{type(module).__name__} is computed again in a backward, and its first pass was under no_grad: "
                     "that cannot be told from an evaluation, so it was not perturbed. Under torch.utils.checkpoint use "

@@ -186,7 +186,9 @@ def checkpointed(model):
     return tiny.loss(model)
 
 
-@pytest.mark.parametrize("loss", [unperturbed_loss, off, base_in_evaluation_mode, checkpointed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "loss", [unperturbed_loss, off, base_in_evaluation_mode, checkpointed], ids=lambda f: f.__name__
+)
 def test_layers_that_run(loss):
     model = tiny.flat_model()
     optimizer = optimizer_of(model)

@@ -14,7 +14,9 @@ pytestmark = [
     # Lightning's advice on data loaders and loggers
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),  # its own, with torch 2.13
+    pytest.mark.filterwarnings(
+        "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"
+    ),  # its own, with torch 2.13
 ]
 
 
@@ -47,7 +49,9 @@ def fit(module, folder, *, data=None, validate=False, resume=None, **settings):
     settings = {"max_epochs": 3, "enable_checkpointing": False, "num_sanity_val_steps": 0, **quiet, **settings}
     run = lightning.Trainer(default_root_dir=folder, **settings)
     loaders = [DataLoader(batches(4) if data is None else data, batch_size=None)]
-    run.fit(module.train(), *loaders, *([DataLoader(batches(1), batch_size=None)] if validate else []), ckpt_path=resume)
+    run.fit(
+        module.train(), *loaders, *([DataLoader(batches(1), batch_size=None)] if validate else []), ckpt_path=resume
+    )
     return run
 
 

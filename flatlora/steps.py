@@ -17,7 +17,6 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-
 _watched: weakref.WeakSet = weakref.WeakSet()
 _handles: list = []  # one pair of hooks for all: torch goes through them while the collector may end a perturbation
 
@@ -64,9 +63,9 @@ def check_reached(state: Any) -> None:
     name, layer = passed_by[0]
     others = f" (and {len(passed_by) - 1} more)" if len(passed_by) > 1 else ""
     message = (
-        f"the layer {name!r} ({type(layer).__name__}){others} has gradients, but its forward has not run since the last "
-        "optimizer step: something reads the LoRA weights directly (fused kernels, such as Unsloth's, that replace the "
-        "forward of attention and MLP), and the adapter trains without noise."
+        f"the layer {name!r} ({type(layer).__name__}){others} has gradients, but its forward has not run since the "
+        "last optimizer step: something reads the LoRA weights directly (fused kernels, such as Unsloth's, that "
+        "replace the forward of attention and MLP), and the adapter trains without noise."
     )
     if any(layer.strict for _, layer in passed_by):
         raise RuntimeError(

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from loops import runs
 from loops.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -21,7 +22,6 @@ from flatlora import (
     perturbation,
     perturbed,
 )
-from loops import runs
 
 STEPS = 4
 FLAT = {"rho": RHO, "seed": 7, "total_steps": STEPS}

@@ -1,4 +1,4 @@
-"""Kernels that read the LoRA weights directly, so that no LoRA layer's forward runs: seen, and answered with an error."""
+"""Kernels that read the LoRA weights directly, so that no LoRA layer's forward runs: an error that names the layer."""
 
 import copy
 from types import MethodType
@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from loops.runs import batches, flat_model, trainer
+from loops.runs import flat_model, trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

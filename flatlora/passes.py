@@ -27,6 +27,7 @@ class Passes:
     def __init__(self, owner: Any, note: Callable[[], Any]) -> None:
         self.owner = owner
         self.unused = False  # a pass has begun, and nobody has called `first_use`
+        self.count = 0  # of the passes that have begun
         self._note = note
         self._entered: list[int] = []  # ids of the modules that are running, outermost first
         self._gradients = False  # were enabled where the outermost one was entered
@@ -68,7 +69,7 @@ class Passes:
         if not self._entered:
             self._gradients = torch.is_grad_enabled()
             if not in_backward():
-                self.unused, self._backward_note = True, None
+                self.unused, self._backward_note, self.count = True, None, self.count + 1
                 (self._without.discard if self._gradients else self._without.add)(id(module))
             elif (
                 self._gradients

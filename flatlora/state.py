@@ -118,13 +118,15 @@ class Perturbation:
         self.ascended = False  # a first pass of two has been made for the coming optimizer step
         self.climber: torch.optim.Optimizer | None = None  # of Bi-LoRA's second module
         self.climber_state: dict[str, Any] | None = None  # loaded, for when it is made
-        self.window = 0  # optimizer steps that ended here: what came since the last one is in this window
-        self.reached = 0  # flat layers that have run in this window
+        self.interval = 0  # optimizer steps that ended here: what came since the last one is in this interval
+        self.reached = 0  # flat layers that have run in this interval
         self.flat_layer_count: int | None = None  # as last counted
         self.compiled = False  # a flat layer has been compiled: whether it runs is not seen
         self.warned_of_kernels = False
         self._prepared = False  # the method has been told of the optimizer step that is being made
         self._stale = False  # a backward has used the sample: the next training forward takes a new one
+        self._window, self._pass_of_window = (0, 0), -1  # of unchanged factors, and the pass that was last asked about
+        self._backward_ran = False  # since that pass began
         self._forced: tuple[int | None] | None = None  # sample of `perturbed(...)`, which also forces the noise on
         self._key: tuple[tuple, Tensor] | None = None  # the last one; a key is never written again
         self._warned = False
@@ -229,8 +231,19 @@ class Perturbation:
         """Room for a key: where the kernel reads it, on the CPU for the backends that read it there."""
         return torch.empty(2, dtype=torch.int64, device=device if self.backend(device) == "triton" else "cpu")
 
+    def window(self) -> tuple:
+        """Another one whenever A and B can have changed, unseen as well (by `.data`, in FSDP1's flattened copy): at
+        each optimizer step and each pass, but for passes that follow a backward, which accumulate gradients."""
+        count = self.passes.count
+        if count != self._pass_of_window:
+            if not (self.sees_steps and self._backward_ran and self._window[0] == self.steps):
+                self._window = self.steps, count
+            self._pass_of_window, self._backward_ran = count, False
+        return self.steps, self._window
+
     def backward_began(self) -> None:
         """Told by every perturbed layer's gradient: the sample has been used."""
+        self._backward_ran = True
         if self.settings.resample == "forward":
             self._stale = True
 
@@ -300,7 +313,7 @@ class Perturbation:
                     "optimizer.step() and pass no closure"
                 )
             self.steps, self.sees_steps, self._prepared = self.steps + 1, True, False
-            self.window, self.reached = self.window + 1, 0
+            self.interval, self.reached = self.interval + 1, 0
             self._after_step()
             self.settings.method.after_step(self, optimizer)
 

@@ -57,7 +57,7 @@ def check_reached(state: Any) -> None:
     state.flat_layer_count = len(layers)
     if state.reached and _several_processes():
         return
-    passed_by = [(name, layer) for name, layer in layers if layer.window != state.window and _has_gradient(layer)]
+    passed_by = [(name, layer) for name, layer in layers if layer.interval != state.interval and _has_gradient(layer)]
     if not passed_by:
         return
     name, layer = passed_by[0]

@@ -240,4 +240,4 @@ def test_the_check_looks_at_no_layer_where_all_have_run(monkeypatch):
     monkeypatch.setattr(state, "flat_layers", lambda: walks.append(1) or walk())
     step(model, optimizer)
     assert len(walks) == 2  # for `anchor`, which stops at the first: before the step and after it
-    assert all(layer.window == state.window - 1 for _, layer in walk())
+    assert all(layer.interval == state.interval - 1 for _, layer in walk())

@@ -187,7 +187,8 @@ class FlatLayer(_Layer):
         """peft's forward with noise in the merged weight, in one autograd node."""
         state, base, (name,) = self.perturbation, self.get_base_layer(), self._active()
         key, sample = state.draw(x.device)
-        weight, backend, method = _rows(base), state.settings.backend, state.settings.method
+        weight, backend = _rows(base), state.settings.backend
+        method: Any = state.settings.method
         A, B, scaling = self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name])
         source = self._norms_are_of(sample)
         norms = self._norms["merged"][1] if self._norms.get("merged", (None,))[0] == source else None
@@ -294,19 +295,22 @@ class FlatLayer(_Layer):
         dora = [name for name in active if self.use_dora.get(name)]
         if dora:  # the magnitude of the last one applied is the norm of the merged row
             return self.lora_magnitude_vector[dora[-1]].weight.detach().flatten().abs().to(dtype)
-        weight = _rows(base)
-        squared = None
-        if not sums_merged_rows(weight) or getattr(base, "groups", 1) > 1:
-            source = (base.weight.data_ptr(), base.weight._version, base.weight.dtype, base.weight.device)
-            squared = self._cached("base", source, lambda: squared_row_norms(weight))
+        weight, groups = _rows(base), getattr(base, "groups", 1)
+        squared: Any = None if groups == 1 and sums_merged_rows(weight) else self._squared(weight)
         A, B = map(list, zip(*(self._dense_factors(name) for name in active), strict=True))
         scales = [float(self.scaling[name]) for name in active]
-        if getattr(base, "groups", 1) == 1 and len(active) == 1:
+        if groups == 1 and len(active) == 1:
             return merged_row_norms(weight, squared, B[0], A[0], scales[0])
         B = [b.to(dtype) * scale for b, scale in zip(B, scales, strict=True)]
-        if getattr(base, "groups", 1) > 1:
-            return grouped_row_norms(weight, squared, B, A, base.groups)
+        if groups > 1:
+            return grouped_row_norms(weight, squared, B, A, groups)
         return merged_row_norms(weight, squared, torch.cat(B, dim=1), torch.cat(A))
+
+    def _squared(self, weight: Tensor) -> Tensor:
+        """``||W_i||^2`` of the base weight, which is computed once."""
+        base = self.get_base_layer().weight
+        source = (base.data_ptr(), base._version, base.dtype, base.device)
+        return self._cached("base", source, lambda: squared_row_norms(weight))
 
     def _dense_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A, (r, n), and B, (m, r), whose product this adapter adds, without its scale."""

@@ -156,19 +156,25 @@ def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainabl
     """[`PeftModel.from_pretrained`] that brings an adapter back perturbed as it was trained.
 
     Args:
-        model: the base model.
+        model: the base model; or a `PeftModel`, which the adapter is then added to, not active.
         path: what `save_pretrained` wrote: a folder or a hub name.
         adapter_name: name of the adapter.
         is_trainable: as in peft; True here, since an adapter for inference needs no noise.
-        kwargs: passed on to `PeftModel.from_pretrained`.
+        kwargs: passed on to `PeftModel.from_pretrained` (of a `PeftModel`: to `load_adapter`).
 
     Raises:
-        ValueError: it was saved without noise settings.
+        ValueError: it was saved without noise settings, or the model has layers that a plain LoraConfig made.
     """
     where = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS | {"subfolder"}}
     own = load_own(path, **where)
     kind = FlatLoraConfig if own is None else config_class(own.get("config_class", "FlatLoraConfig"))
     config = kind.from_pretrained(path, **where)
+    if isinstance(model, PeftModel):
+        config.inference_mode = not is_trainable
+        model.add_adapter(adapter_name, config)
+        model.set_requires_grad(adapter_name, is_trainable)
+        model.load_adapter(path, adapter_name, is_trainable=is_trainable, **kwargs)
+        return model
     return PeftModel.from_pretrained(
         model, path, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **kwargs
     )

@@ -47,6 +47,11 @@ class Passes:
             handle.remove()
         self._handles = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # the handles of a tuner that is gone, as transformers' add_adapter leaves them, cannot be copied
+        alive = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
+        return {**self.__dict__, "_handles": alive}
+
     def with_gradients(self) -> bool:
         """Were gradients enabled where the outermost model was entered (or here, outside of any model)?"""
         return self._gradients if self._entered else torch.is_grad_enabled()

@@ -1,13 +1,15 @@
-"""What peft lets a user do with adapters: add, switch, weight, delete, rename, merge, swap, load; flat and plain ones."""
+"""What peft lets a user do with adapters: add, switch, weight, delete, merge, swap, load; flat and plain ones."""
 
 import copy
+from dataclasses import dataclass
 
 import peft
 import pytest
 import tiny
 import torch
-from dense import assert_dense, merged
+from dense import assert_dense, cross_entropy
 from peft import LoHaConfig, LoraConfig, PeftModel, XLoraConfig, inject_adapter_in_model
+from peft.utils import load_peft_weights
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 import flatlora
@@ -67,7 +69,12 @@ def saved(tmp_path):
 
 def test_each_adapter_keeps_its_strength_and_of_several_the_largest_counts():
     model = model_of(strong=flat_config(0.3), weak=flat_config(0.1, r=2), plain=plain_config())
-    for active, rho in [(["weak"], 0.1), (["strong"], 0.3), (["plain", "weak"], 0.1), (["weak", "strong", "plain"], 0.3)]:
+    for active, rho in [
+        (["weak"], 0.1),
+        (["strong"], 0.3),
+        (["plain", "weak"], 0.1),
+        (["weak", "strong", "plain"], 0.3),
+    ]:
         model.base_model.set_adapter(active)
         assert strengths(model) == {rho}
         assert_dense(model)
@@ -142,7 +149,10 @@ def test_a_batch_of_several_adapters_is_clean_in_evaluation_and_an_error_under_n
     model, plain = (model_of(first=kind(), second=kind()).eval() for kind in (flat_config, plain_config))
     batch = {"input_ids": tiny.tokens(), "adapter_names": ["first", "second"]}
     assert torch.equal(model(**batch).logits, plain(**batch).logits)
-    with perturbed(model), pytest.raises(ValueError, match="adapter_names gives each row .* a merged weight of its own"):
+    with (
+        perturbed(model),
+        pytest.raises(ValueError, match="adapter_names gives each row .* a merged weight of its own"),
+    ):
         model(**batch)
     with pytest.raises(ValueError, match="in training mode"):  # peft's own
         model.train()(**batch)
@@ -152,7 +162,10 @@ def test_a_batch_of_several_adapters_is_clean_in_evaluation_and_an_error_under_n
 
 
 def test_merged_unmerged_and_merged_for_good_it_is_peft():
-    flat, plain = model_of(default=flat_config(), second=flat_config()), model_of(default=plain_config(), second=plain_config())
+    flat, plain = (
+        model_of(default=flat_config(), second=flat_config()),
+        model_of(default=plain_config(), second=plain_config()),
+    )
     assert_dense(flat)
     for model in (flat, plain):
         model.merge_adapter(["default"])
@@ -199,7 +212,9 @@ def test_a_mixed_model_perturbs_the_layers_of_its_flat_adapter():
 
 def test_adapters_of_two_kinds_on_one_layer_are_refused():
     model = peft.get_peft_model(tiny.base_model(), LoHaConfig(r=2, target_modules=["q_proj"]), mixed=True)
-    with pytest.raises(ValueError, match="'.*q_proj' .* cannot be perturbed: it is wrapped around another adapter layer"):
+    with pytest.raises(
+        ValueError, match="'.*q_proj' .* cannot be perturbed: it is wrapped around another adapter layer"
+    ):
         model.add_adapter("flat", flat_config(target_modules=["q_proj"]))
 
 
@@ -216,6 +231,9 @@ def test_injected_and_added_by_transformers_as_by_peft(any_peft):
     randomised(added).set_adapter("second")
     assert strengths(added) == {0.1}
     assert_dense(added)
+    copied = copy.deepcopy(added)
+    assert torch.equal(cross_entropy(copied), cross_entropy(added))
+    assert_dense(copied)
     added.disable_adapters()
     assert torch.equal(tiny.loss(added), tiny.loss(added.eval()))
 
@@ -244,3 +262,86 @@ def test_a_copy_for_reference_is_clean_where_it_serves_and_leaves_the_first_alon
     model.train().set_adapter("default")
     assert torch.equal(tiny.loss(model), before)
     assert_dense(model)
+
+
+# ---- loaded ----
+
+
+def assert_loaded(model, path, name):
+    weights = load_peft_weights(path)
+    found = peft.get_peft_model_state_dict(model, adapter_name=name)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key].float(), weights[key].float()) for key in weights)
+
+
+def test_load_adds_to_a_flat_model_an_adapter_perturbed_as_it_was(saved):
+    model = flatlora.load(model_of(default=flat_config(0.1)), saved, "other")
+    assert perturbation(model).rhos == {"default": 0.1, "other": 0.3} and model.active_adapter == "default"
+    assert_loaded(model, saved, "other")
+    model.set_adapter("other")
+    assert_dense(model.double())
+    frozen = flatlora.load(model_of(default=flat_config()), saved, "other", is_trainable=False)
+    assert not any(p.requires_grad for name, p in frozen.named_parameters() if ".other." in name)
+
+
+def test_what_peft_loads_into_a_flat_model_is_plain_until_attach(saved):
+    model = model_of(default=flat_config(0.1))
+    model.load_adapter(saved, "other", is_trainable=True)
+    model.double().set_adapter("other")
+    assert strengths(model) == {0.0}
+    attach(model, adapter_names=["other"], rho=0.3, **SHARED)
+    assert_loaded(model, saved, "other")
+    assert_dense(model)
+
+
+def test_load_into_a_model_that_a_plain_config_made_names_the_way_out(saved):
+    with pytest.raises(ValueError, match="a plain LoraConfig made.*flatlora.attach"):
+        flatlora.load(model_of(default=plain_config()), saved, "other")
+
+
+def test_from_pretrained_with_our_config_is_flat(saved):
+    config = FlatLoraConfig.from_pretrained(saved)
+    model = PeftModel.from_pretrained(tiny.base_model(), saved, config=config, is_trainable=True)
+    assert type(model.peft_config["default"]) is FlatLoraConfig
+    assert_loaded(model, saved, "default")
+    assert_dense(model.double().train())
+
+
+def test_loaded_by_transformers_it_is_plain_until_attach(saved, any_peft):
+    model = tiny.base_model()
+    model.load_adapter(saved, is_trainable=True)
+    attach(model.double().train(), rho=0.3, **SHARED)
+    assert_dense(model)
+
+
+# ---- classes derived from ours and from peft's ----
+
+
+@dataclass
+class Derived(FlatLoraConfig):
+    rho: float = 0.3
+    note: str = "mine"
+
+
+@dataclass
+class DerivedPlain(LoraConfig):
+    note: str = "mine"
+
+
+def test_a_class_derived_from_our_config_is_flat_saved_and_loaded(tmp_path):
+    model = get_flat_peft_model(tiny.base_model(), Derived(**tiny.LORA, **SHARED, note="new"))
+    model.save_pretrained(tmp_path)
+    again = flatlora.load(tiny.base_model(), tmp_path)
+    assert type(again.peft_config["default"]) is Derived and again.peft_config["default"].note == "new"
+    assert type(PeftModel.from_pretrained(tiny.base_model(), tmp_path).peft_config["default"]) is LoraConfig
+    assert_dense(randomised(again))
+    with pytest.raises(ValueError, match="a plain LoraConfig made"):
+        model_of(default=plain_config(), second=Derived(**tiny.LORA, **SHARED))
+
+
+def test_a_class_derived_from_pefts_config_stays_plain():
+    model = model_of(flat=flat_config(), plain=DerivedPlain(**tiny.LORA))
+    assert type(model.peft_config["plain"]) is DerivedPlain
+    model.set_adapter("plain")
+    assert strengths(model) == {0.0}
+    assert_dense(attach(model_of(default=DerivedPlain(**tiny.LORA)), rho=0.3, **SHARED))

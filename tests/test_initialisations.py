@@ -11,7 +11,7 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 
-from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation
+from flatlora import FlatLoraConfig, perturbation
 
 LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
 INITIAL = {
@@ -52,9 +52,10 @@ def step(model):
     tiny.loss(model, seed=2).backward()
 
 
-def make(kind, settings, base=None, randomise=True):
+def make(kind, settings):
     """A tiny Llama with an adapter, by the steps that peft's documentation gives for its initialisation."""
-    model, config = base or tiny.base_model(attention_bias=True), kind(**{**tiny.LORA, "target_modules": LINEAR, **settings})
+    model = tiny.base_model(attention_bias=True)
+    config = kind(**{**tiny.LORA, "target_modules": LINEAR, **settings})
     way = config.init_lora_weights
     if way == "corda":
         preprocess_corda(model, config, lambda: run(model))
@@ -67,13 +68,13 @@ def make(kind, settings, base=None, randomise=True):
         initialize_lora_eva_weights(model, batches, show_progress_bar=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if randomise and "lora_" in name and ("B" in name or "bias" in name):
+            if "lora_" in name and ("B" in name or "bias" in name):
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return model.train()
 
 
-def flat(settings, **kwargs):
-    return make(FlatLoraConfig, {"rho": 0.2, "schedule": "constant", "seed": 7, **settings}, **kwargs)
+def flat(settings):
+    return make(FlatLoraConfig, {"rho": 0.2, "schedule": "constant", "seed": 7, **settings})
 
 
 @pytest.fixture(autouse=True)

@@ -71,7 +71,7 @@ class _PerturbedLoraLinear(Function):
         hidden = F.linear(source.to(low), A.to(low))  # (..., r)
         factors = (B, A, scaling) if stale else None
         out = linear_forward(x, weight, bias, norms, key, *settings, factors=factors)
-        _add_product(out, hidden * scaling, B.to(low).T)
+        out = _plus_product(out, hidden * scaling, B.to(low).T)
         need_x, _, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
             x if need_weight else None,
@@ -98,13 +98,13 @@ class _PerturbedLoraLinear(Function):
             hidden = F.linear(source.to(low), A.to(low)) if twice else hidden  # what is saved knows no gradient
             grad_B = (_rows(grad_low).T @ _rows(hidden * ctx.scaling)).to(B.dtype)
         del grad_low
-        grad_x = linear_grad_x(grad, weight, norms, key, *ctx.settings) if need_x else None
+        grad_x = None
+        if need_x:
+            grad_x = linear_grad_x(grad, weight, norms, key, *ctx.settings)
+            if not ctx.separate:
+                grad_x = _plus_product(grad_x, small, A.to(low), in_place=not twice)
         if need_dropped:
             grad_dropped = small @ A.to(low)
-        elif need_x and not ctx.separate and twice:
-            grad_x = (grad_x + small @ A.to(low)).to(grad_x.dtype)
-        elif need_x and not ctx.separate:
-            _add_product(grad_x, small, A.to(low))
         grad_weight = linear_grad_weight(grad, x, weight) if need_weight else None
         grad_bias = linear_grad_bias(grad) if need_bias else None
         return grad_x, grad_dropped, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None, None, None, None
@@ -114,9 +114,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out += left @ right`` in place, the sum in the wider precision of the two."""
-    if out.dtype == left.dtype:
-        out.view(-1, out.shape[-1]).addmm_(_rows(left), right)
-    else:
-        out.add_(left @ right)
+def _plus_product(out: Tensor, left: Tensor, right: Tensor, in_place: bool = True) -> Tensor:
+    """``out + left @ right``, the sum in the wider precision of the two, rounded to that of `out`."""
+    if not in_place:
+        return (out + left @ right).to(out.dtype)
+    if out.dtype != left.dtype:
+        return out.add_(left @ right)
+    out.view(-1, out.shape[-1]).addmm_(_rows(left), right)
+    return out

@@ -150,6 +150,7 @@ def _blocks(
     dtype: torch.dtype,
     backend: str,
     relative: float = 1.0,
+    *,
     factors: Factors | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Row blocks of W + eps, (rows, n) each, one alive at a time."""

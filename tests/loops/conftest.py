@@ -61,17 +61,18 @@ def passes(monkeypatch):
         def leave(module, args, output):
             entered.pop()
 
-        def spy(weight, row_std, key, *args, **kwargs):
+        def spy(weight, norms, key, *args, **kwargs):
+            made = perturb(weight, norms, key, *args, **kwargs)  # may write the norms
             layers = (m for m in model.modules() if isinstance(m, LoraLayer))  # asked for now: a trainer may make them
             layer = next((m for m in layers if m.get_base_layer().weight.data_ptr() == weight.data_ptr()), None)
             if layer is not None and torch._C._current_graph_task_id() == -1:
                 with torch.autocast(weight.device.type, enabled=False):
                     merged = weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
-                strength = row_std * weight.shape[1] ** 0.5 / merged.norm(dim=1)
+                strength = norms * kwargs.get("relative", 1.0) * weight.shape[1] ** 0.5 / merged.norm(dim=1)
                 assert strength.max() - strength.min() < 1e-5
                 seen[-1].strengths.append(strength.mean().item())
                 seen[-1].samples.add(key.tolist()[1])
-            return perturb(weight, row_std, key, *args, **kwargs)
+            return made
 
         for module in model.modules():
             if isinstance(module, kind):

@@ -22,15 +22,18 @@ COLUMNS = ("anchor", "positive", "negative")
 pytestmark = pytest.mark.usefixtures("any_peft")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny BERT as a user's own model."""
-    path = tmp_path_factory.mktemp("bert")
+def saved_bert(path):
+    """The folder of a tiny BERT, as of a user's own model."""
     torch.manual_seed(3)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     BertModel(BertConfig(vocab_size=tiny.TOKENS, **sizes)).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved_bert(tmp_path_factory.mktemp("bert"))
 
 
 def embedder(folder, kind=FlatLoraConfig, dropout=0.0, **settings):

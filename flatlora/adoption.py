@@ -158,6 +158,7 @@ class AdoptedLayer(FlatLayer):
     ) -> nn.Module:
         """peft's door for layers that unload in their own way; ours lets the model's hooks go with the last layer."""
         state, parts = self.perturbation, [layer for layer in self.modules() if isinstance(layer, FlatLayer)]
+        last = all(layer in parts for layer in flat_layers(state.model))  # asked while the model is still whole
         own = getattr(super(), "unload_and_optionally_merge_module", None)
         if own is not None:
             base = own(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
@@ -165,7 +166,7 @@ class AdoptedLayer(FlatLayer):
             if merge:
                 self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             base = self.get_base_layer()
-        if all(layer in parts for layer in flat_layers(state.model)):
+        if last:
             state.close()
         return base
 

@@ -53,6 +53,7 @@ def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsuppor
         for part in _parts(layer):
             _make_flat(part, state)
             part.flat_adapters.add(adapter)
+            part.strict = on_unsupported == "error"
             state.settings.method.adopt(part, adapter)
         return True
     message = f"the layer {name!r} ({type(layer).__name__}) cannot be perturbed: {reason}."
@@ -72,7 +73,7 @@ def _parts(layer: Any) -> list[Any]:
 
 def _make_flat(layer: Any, state: Perturbation) -> None:
     if not isinstance(layer, FlatLayer):
-        layer.__dict__.update(perturbation=state, flat_adapters=set(), offsets={}, _norms={})
+        layer.__dict__.update(perturbation=state, flat_adapters=set(), offsets={}, interval=-1, _norms={})
         layer.__class__ = flat_class(type(layer))  # type: ignore[arg-type]
         layer.__dict__["stream"] = state.stream_of(layer.anchor())
         layer._enrol()
@@ -88,7 +89,7 @@ def abandon(layer: Any, adapter: str) -> None:
 def release(layer: Any) -> None:
     """The layer is again what peft made, and nothing of ours stays on it."""
     plain = layer.plain_class
-    for name in ("perturbation", "stream", "number", "flat_adapters", "offsets", "_norms"):
+    for name in ("perturbation", "stream", "number", "flat_adapters", "offsets", "interval", "strict", "_norms"):
         layer.__dict__.pop(name)
     layer.__class__ = plain
 

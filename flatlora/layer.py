@@ -27,6 +27,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.variants import BlockDiagonalLinear, QALoraLinearVariant
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 from transformers.pytorch_utils import Conv1D
 
 from .method import FlatLora
@@ -40,6 +41,7 @@ from .ops import (
     squared_row_norms,
     sums_merged_rows,
 )
+from .ops.library import OBSERVERS
 from .ops.norms import grouped_row_norms, norm_dtype
 from .passes import tensors
 from .state import Perturbation
@@ -89,13 +91,19 @@ class FlatLayer(_Layer):
     number: int  # names the layer in compiled code
     flat_adapters: set[str]  # the adapters whose training is perturbed here
     offsets: dict[tuple[str, str], Tensor]  # what the method keeps here, by factor ("lora_B") and adapter
+    interval: int  # the last one, between two optimizer steps, in which this layer has run
+    strict: bool  # kernels that pass this layer by are an error
     _norms: dict[str, tuple]  # cached norms, each with what it was computed from
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = super().forward
+        plain, compiling = super().forward, torch.compiler.is_compiling()
+        if compiling:
+            _compiling(self.perturbation.number)
         if self._rho(kwargs) == 0:
+            if not compiling and torch.is_grad_enabled():
+                self._reached()
             return plain(x, *args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             return self._perturbed(plain, x, *args, **kwargs)
         return self._compiled(x) if self._is_plain_linear() else self._graph_break(plain, x, *args, **kwargs)
 
@@ -109,8 +117,19 @@ class FlatLayer(_Layer):
         out = self.perturbation.settings.method.forward(self, plain, x, *args, **kwargs)
         for tensor in tensors(out):
             if tensor.requires_grad:
-                tensor.register_hook(self.perturbation.backward_began)
+                tensor.register_hook(self._backward_began)
         return out
+
+    @unserializable_hook  # an output may be saved, and its hooks need not be
+    def _backward_began(self, _grad: Tensor | None = None) -> None:
+        self._reached()
+        self.perturbation.backward_began()
+
+    def _reached(self) -> None:
+        """This layer takes part in the coming optimizer step, see `steps.check_reached`."""
+        state = self.perturbation
+        if self.interval != state.interval:
+            self.__dict__["interval"], state.reached = state.interval, state.reached + 1
 
     def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """peft's forward with Gaussian noise in the merged weight, see `noise`."""
@@ -186,7 +205,7 @@ class FlatLayer(_Layer):
         out = perturbed_lora_linear(
             x, weight, base.bias, A, B, scaling, norms, self._relative(weight.shape[1]), key, self.stream, stale=stale,
             dropped=dropout(self._cast_input_dtype(x, A.dtype)) if drops else None, backend=backend,
-            began=state.backward_began,
+            began=self._backward_began,
         )  # fmt: skip
         if stale:
             self._norms["merged"] = source, norms
@@ -363,6 +382,12 @@ class FlatLayer(_Layer):
 
 LAYERS: weakref.WeakValueDictionary[int, FlatLayer] = weakref.WeakValueDictionary()  # by number
 _numbers = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def _compiling(number: int) -> None:
+    """Called while a flat layer of the perturbation of this number is compiled, not when its code runs."""
+    OBSERVERS[number].compiled = True
 
 
 @torch.library.custom_op("flatlora::layer_noise", mutates_args=())

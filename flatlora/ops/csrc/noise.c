@@ -208,8 +208,9 @@ static void share(team *t, int which) { t->work(t->job, t->m * which / t->thread
 
 static void perturb(const void *arg, int64_t begin, int64_t end) {
     const job *j = arg;
-    for (int64_t i = begin; i < end; i += PANEL) { /* W comes from the cache the second time */
-        int64_t stop = i + PANEL < end ? i + PANEL : end;
+    int64_t step = j->a ? PANEL : end - begin; /* after its norm a row of W comes from the cache */
+    for (int64_t i = begin; i < end; i += step) {
+        int64_t stop = i + step < end ? i + step : end;
         if (j->a) KERNELS[j->kernel].norms(j, i, stop);
         if (j->out) KERNELS[j->kernel].rows(j, i, stop);
     }

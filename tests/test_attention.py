@@ -153,6 +153,7 @@ def test_the_frozen_weights_are_put_back_bit_for_bit():
         assert all(weight is same for weight, same in zip(frozen(attention), before, strict=True))
         assert not attention.merged and not attention.base_layer.out_proj.merged
         optimizer.step()
+        optimizer.zero_grad()
     assert [name for name, _ in model.named_parameters()] == names
     assert all(torch.equal(weight, same) for weight, same in zip(frozen(attention), bits, strict=True))
 

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from layer_cases import RHO, SEED
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
@@ -90,6 +91,11 @@ def torchao():
     return holder
 
 
+def hqq():
+    config = BaseQuantizeConfig(nbits=4, group_size=64)
+    return Holder(HQQLinear(nn.Linear(N, M).requires_grad_(False), config, compute_dtype=torch.float32, device="cpu"))
+
+
 def packed():
     return Holder(Packed())
 
@@ -114,6 +120,8 @@ CASES = [
     Case("nf4-dora", four_bit(quant_type="nf4"), config={"use_dora": True}),
     Case("int8", eight_bit),
     Case("torchao", torchao),
+    Case("hqq", hqq),
+    Case("hqq-dora", hqq, config={"use_dora": True}),
     Case("gptq", packed, GPTQLoraLinear),
     Case("gptq-qalora", packed, GPTQLoraLinear, {"use_qalora": True, "qalora_group_size": 16}),
     Case("awq", packed, AwqLoraLinear),

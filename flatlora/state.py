@@ -17,7 +17,7 @@ from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .passes import Passes, entrances, in_backward, of_model
 from .settings import NEED_NO_LENGTH, RAMPS, Settings, check_integer, check_rho
-from .steps import check_reached, overflowed, unwatch, watch
+from .steps import check_mode, check_reached, overflowed, unwatch, watch
 
 _numbers = itertools.count(1)
 
@@ -68,7 +68,8 @@ class Perturbation:
         self.reached = 0  # flat layers that have run in this interval
         self.flat_layer_count: int | None = None  # as last counted
         self.compiled = False  # a flat layer has been compiled: whether it runs is not seen
-        self.warned_of_kernels = False
+        self.trained = self.evaluated = False  # perturbed and evaluating passes, with gradients, in this interval
+        self.warned_of: set[str] = set()
         self._prepared = False  # the method has been told of the optimizer step that is being made
         self._stale = False  # a backward has used the sample: the next training forward takes a new one
         self._window, self._pass_of_window = (0, 0), -1  # of unchanged factors, and the pass that was last asked about
@@ -244,6 +245,7 @@ class Perturbation:
             self._prepared = True
             if self.rho > 0:
                 check_reached(self)
+                check_mode(self)
             if self.settings.method.uses_gradients and self.rho > 0:
                 self._warn_once()
             self.settings.method.before_step(self, optimizer)
@@ -259,7 +261,7 @@ class Perturbation:
                     "optimizer.step() and pass no closure"
                 )
             self.steps, self.sees_steps, self._prepared = self.steps + 1, True, False
-            self.interval, self.reached = self.interval + 1, 0
+            self.interval, self.reached, self.trained, self.evaluated = self.interval + 1, 0, False, False
             self._after_step()
             self.settings.method.after_step(self, optimizer)
 

@@ -9,6 +9,7 @@ with it go on as before. A forward that is not to be perturbed is peft's own for
 | the same with DoRA                       | x eps^T is added: DoRA rescales the base product, and its magnitude |
 |                                          | would otherwise receive the gradient of the noise                   |
 | Embedding                                | the rows of eps that were looked up are added                       |
+| quantised layers, attention, experts     | see `quantised.py` and `merged.py`                                  |
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import layer as lora
-from peft.tuners.lora.variants import BlockDiagonalLinear
+from peft.tuners.lora.variants import BlockDiagonalLinear, QALoraLinearVariant
 from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
 from transformers.pytorch_utils import Conv1D
@@ -43,6 +43,7 @@ from .ops import (
 )
 from .ops.library import OBSERVERS
 from .ops.norms import grouped_row_norms, norm_dtype
+from .passes import tensors
 from .state import Perturbation
 from .support import CONVOLUTIONS
 
@@ -53,7 +54,7 @@ def flat_layers(model: nn.Module) -> Iterator[Any]:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """`module(x)` runs its hooks and then `forward`, for the time being. accelerate keeps the real one elsewhere."""
     slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     before = module.__dict__.get(slot)
@@ -65,13 +66,6 @@ def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) ->
             del module.__dict__[slot]
         else:
             module.__dict__[slot] = before
-
-
-def _moved_forward(module: Any, offset: Tensor, x: Tensor) -> Tensor:
-    weight = module.weight + offset.to(module.weight)
-    if isinstance(module, CONVOLUTIONS):
-        return module._conv_forward(x, weight, module.bias)
-    return F.linear(x, weight, module.bias)
 
 
 def _rows(base: Any) -> Tensor:
@@ -122,8 +116,9 @@ class FlatLayer(_Layer):
         if not args and not kwargs and self._is_fusible():
             return self._fused(x)
         out = self.perturbation.settings.method.forward(self, plain, x, *args, **kwargs)
-        if out.requires_grad:
-            out.register_hook(self._backward_began)
+        for tensor in tensors(out):
+            if tensor.requires_grad:
+                tensor.register_hook(self._backward_began)
         return out
 
     @unserializable_hook  # an output may be saved, and its hooks need not be
@@ -142,7 +137,7 @@ class FlatLayer(_Layer):
         if self.interval != state.interval:
             self.__dict__["interval"], state.reached = state.interval, state.reached + 1
 
-    def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """peft's forward with Gaussian noise in the merged weight, see `noise`."""
         base = self.get_base_layer()
         if isinstance(base, nn.Embedding):
@@ -159,18 +154,25 @@ class FlatLayer(_Layer):
                 out = self._product(x, base.weight, base.bias, row_std, key)
                 return out.clone() if in_place else out
 
-            with _replaced_forward(base, product):
+            with replaced_forward(base, product):
                 out = plain(x, *args, **kwargs)
         return out
 
     @contextmanager
     def moved(self, offsets: dict[tuple[str, str], Tensor]) -> Iterator[None]:
-        """lora_A and lora_B compute with weight + offset for the time being; the weights are not written."""
-        with ExitStack() as stack:
-            for (factor, adapter), offset in offsets.items():
-                module = getattr(self, factor)[adapter]
-                stack.enter_context(_replaced_forward(module, partial(_moved_forward, module, offset)))
+        """lora_A and lora_B have weight + offset for a weight, for the time being; the parameters are not written."""
+        modules = [(getattr(self, factor)[adapter], offset) for (factor, adapter), offset in offsets.items()]
+        try:
+            for module, offset in modules:
+                module.__dict__["weight"] = module.weight + offset.to(module.weight)  # found before the parameter
             yield
+        finally:
+            for module, _ in modules:
+                module.__dict__.pop("weight", None)
+
+    def parts(self) -> list[Any]:
+        """The flat layers whose forward this layer's forward is: itself, and what is adapted inside of it."""
+        return [self]
 
     def _is_plain_linear(self) -> bool:
         base = self.get_base_layer()
@@ -186,7 +188,8 @@ class FlatLayer(_Layer):
         if len(names) != 1 or self.lora_variant or not isinstance(self.perturbation.settings.method, FlatLora):
             return False
         base, A, B = self.base_layer, *(self._modules[f]._modules.get(names[0]) for f in ("lora_A", "lora_B"))
-        plain = type(base) in (nn.Linear, Conv1D) and type(A) is type(B) is nn.Linear and A.bias is B.bias is None
+        plain = self.plain_class is lora.Linear and type(base) in (nn.Linear, Conv1D)
+        plain = plain and type(A) is type(B) is nn.Linear and A.bias is B.bias is None
         return plain and not (_is_watched(base) or _is_watched(A) or _is_watched(B))
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -227,11 +230,12 @@ class FlatLayer(_Layer):
 
     def noise(self) -> tuple[Tensor, Tensor]:
         """Standard deviation of each row of eps, (m,), and the key of the noise, for the forward that asks."""
-        weight = self.get_base_layer().weight
-        key, sample = self.perturbation.draw(weight.device)
-        n = weight.numel() // self.out_features
+        key, sample = self.perturbation.draw(self._device())
+        return self._row_std(self._row_norms(sample), self._columns()), key
+
+    def _row_std(self, row_norms: Tensor, n: int) -> Tensor:
         method: Any = self.perturbation.settings.method
-        return method.noise_norms(self._row_norms(sample)) * self._relative(n), key
+        return method.noise_norms(row_norms) * self._relative(n)
 
     def _relative(self, n: int) -> float:
         """rho_t / sqrt(n): the standard deviation of the noise in a row relative to the row's norm."""
@@ -266,6 +270,18 @@ class FlatLayer(_Layer):
         """Names of the adapters that are active here and flat."""
         return [name for name in self._active() if name in self.flat_adapters]
 
+    # ---- the weight ----
+
+    def anchor(self) -> Any:
+        """What stands for the frozen weight: layers that share it share their noise."""
+        return self.get_base_layer().weight
+
+    def _device(self) -> torch.device:
+        return self.get_base_layer().weight.device
+
+    def _columns(self) -> int:
+        return self.get_base_layer().weight.numel() // self.out_features
+
     # ---- how strong ----
 
     def _row_norms(self, sample: int) -> Tensor:
@@ -296,11 +312,10 @@ class FlatLayer(_Layer):
 
     @torch.no_grad()
     def _merged_row_norms(self) -> Tensor:
-        active, base = self._active(), self.get_base_layer()
+        active, base, magnitudes = self._active(), self.get_base_layer(), self._magnitudes()
         dtype = norm_dtype(base.weight.dtype)
-        dora = [name for name in active if self.use_dora.get(name)]
-        if dora:  # the magnitude of the last one applied is the norm of the merged row
-            return self.lora_magnitude_vector[dora[-1]].weight.detach().flatten().abs().to(dtype)
+        if magnitudes is not None:
+            return magnitudes.to(dtype)
         weight, groups = _rows(base), getattr(base, "groups", 1)
         squared: Any = None if groups == 1 and sums_merged_rows(weight) else self._squared(weight)
         A, B = map(list, zip(*(self._dense_factors(name) for name in active), strict=True))
@@ -311,6 +326,11 @@ class FlatLayer(_Layer):
         if groups > 1:
             return grouped_row_norms(weight, squared, B, A, groups)
         return merged_row_norms(weight, squared, torch.cat(B, dim=1), torch.cat(A))
+
+    def _magnitudes(self) -> Tensor | None:
+        """With DoRA: the row norms, which are the magnitudes of the last adapter applied."""
+        dora = [name for name in self._active() if self.use_dora.get(name)]
+        return self.lora_magnitude_vector[dora[-1]].weight.detach().flatten().abs() if dora else None
 
     def _squared(self, weight: Tensor) -> Tensor:
         """``||W_i||^2`` of the base weight, which is computed once."""
@@ -327,6 +347,11 @@ class FlatLayer(_Layer):
             (f.weight_as_blockdiagonal_matrix() if isinstance(f, BlockDiagonalLinear) else f.weight).detach().flatten(1)
             for f in (self.lora_A[name], self.lora_B[name])
         )
+        if isinstance(
+            self.lora_variant.get(name), QALoraLinearVariant
+        ):  # x is averaged over groups, times their number
+            size = self.qalora_group_size[name]
+            A = A.repeat_interleave(size, dim=1) * (A.shape[1] / size)
         singular = getattr(self, "lora_diag", {})  # KaSA's learned singular values
         return (A * singular[name].detach()[:, None] if name in singular else A), B
 

@@ -104,7 +104,7 @@ class Passes:
         def recall(_grad: Tensor) -> None:
             self._backward_note = note
 
-        for tensor in _tensors(output):
+        for tensor in tensors(output):
             if tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(recall)
 
@@ -147,15 +147,16 @@ def _watcher(module: nn.Module) -> Passes | None:
     return None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a forward has returned."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
-            yield from _tensors(getattr(value, name))
+            yield from tensors(getattr(value, name))

@@ -37,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 from .method import FlatLora
 from .ops import merged_row_norms, perturbed_conv, perturbed_linear, row_noise, squared_row_norms
 from .ops.norms import grouped_row_norms, norm_dtype
+from .spread import is_dtensor, replaced_forward, whole_weight
 from .state import Perturbation
 
 # What they add to the base product is B A x, or tends to it; DoRA's is another matter, see above.
@@ -166,21 +167,6 @@ def _as_plain(config: Any) -> Iterator[None]:
         config.__class__, config._custom_modules = flat, custom
 
 
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """`module(x)` runs its hooks and then `forward`, for the time being. accelerate keeps the real one elsewhere."""
-    slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    before = module.__dict__.get(slot)
-    module.__dict__[slot] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__[slot]
-        else:
-            module.__dict__[slot] = before
-
-
 def _moved_forward(module: Any, offset: Tensor, x: Tensor) -> Tensor:
     weight = module.weight + offset.to(module.weight)
     if isinstance(module, CONVOLUTIONS):
@@ -244,14 +230,13 @@ class FlatLayer(_Layer):
             none = base.weight.new_zeros(1).expand_as(base.weight)  # W = 0 without its memory: eps alone
             out = plain(x, *args, **kwargs) + self._product(x, none, None, *self.noise())
         else:
-            row_std, key = self.noise()
             in_place = any(name in self.lora_variant for name in self._active())  # some add to the base product itself
 
-            def product(x: Tensor) -> Tensor:
-                out = self._product(x, base.weight, base.bias, row_std, key)
+            def product(x: Tensor) -> Tensor:  # the base layer's hooks have brought its weight by now
+                out = self._product(x, base.weight, base.bias, *self.noise())
                 return out.clone() if in_place else out
 
-            with _replaced_forward(base, product):
+            with replaced_forward(base, product):
                 out = plain(x, *args, **kwargs)
         return out
 
@@ -261,7 +246,8 @@ class FlatLayer(_Layer):
         with ExitStack() as stack:
             for (factor, adapter), offset in offsets.items():
                 module = getattr(self, factor)[adapter]
-                stack.enter_context(_replaced_forward(module, partial(_moved_forward, module, offset)))
+                module = getattr(module, "_fsdp_wrapped_module", module)
+                stack.enter_context(replaced_forward(module, partial(_moved_forward, module, offset)))
             yield
 
     def _is_plain_linear(self) -> bool:
@@ -342,7 +328,7 @@ class FlatLayer(_Layer):
         dtype = norm_dtype(base.weight.dtype)
         dora = [name for name in active if self.use_dora.get(name)]
         if dora:  # the magnitude of the last one applied is the norm of the merged row
-            return self.lora_magnitude_vector[dora[-1]].weight.detach().flatten().abs().to(dtype)
+            return whole_weight(self.lora_magnitude_vector[dora[-1]]).detach().flatten().abs().to(dtype)
         weight = _rows(base)
         source = (base.weight.data_ptr(), base.weight._version, base.weight.dtype, base.weight.device)
         squared = self._cached("base", source, lambda: squared_row_norms(weight))
@@ -358,7 +344,7 @@ class FlatLayer(_Layer):
     def _dense_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A, (r, n), and B, (m, r), whose product this adapter adds, without its scale."""
         A, B = (
-            (f.weight_as_blockdiagonal_matrix() if isinstance(f, BlockDiagonalLinear) else f.weight).detach().flatten(1)
+            (f.weight_as_blockdiagonal_matrix() if isinstance(f, BlockDiagonalLinear) else whole_weight(f)).detach().flatten(1)
             for f in (self.lora_A[name], self.lora_B[name])
         )
         singular = getattr(self, "lora_diag", {})  # KaSA's learned singular values

@@ -19,7 +19,7 @@ class Passes:
     """Watches the places where a pass of one model may begin.
 
     Args:
-        owner: whose passes these are; `of_model` finds it.
+        owner: whose passes these are; `of_model` finds it, and its `pass_begins()` is called for each.
         note: called when a pass with gradients ends; what it returns is `recalled` while the backward of that pass
             runs.
     """
@@ -68,6 +68,7 @@ class Passes:
             self._gradients = torch.is_grad_enabled()
             if not in_backward():
                 self.unused, self._backward_note = True, None
+                self.owner.pass_begins()
             elif self._gradients and self._backward_note is None:
                 raise RuntimeError(
                     "the model as a whole runs under torch.utils.checkpoint with use_reentrant=True: its first pass "

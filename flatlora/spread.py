@@ -1,0 +1,75 @@
+"""A model that is spread over processes or devices: what of it is elsewhere, and how it is seen."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def global_rank() -> int:
+    """The rank of this process in the default group; 0 without one."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Does this process hold a part of the parameter, outside of the forward (FSDP2, tensor parallelism, ZeRO-3, FSDP1)?"""
+    return is_dtensor(parameter) or hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened")
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")
+
+
+def calling_deepspeed() -> Any:
+    """The DeepSpeed engine in whose forward this is called, or None.
+
+    DeepSpeed puts an optimizer of its own in place of the user's, and nothing on the model leads to it. The engine
+    counts its steps, and a training forward is always called by it.
+    """
+    kind = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
+    frame: FrameType | None = None if kind is None else sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, kind):  # type: ignore[arg-type]
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def whole_weight(module: Any) -> Tensor:
+    """The weight of a module as its forward finds it: FSDP1, ZeRO-3 and offloading bring it for that time only."""
+    inner = getattr(module, "_fsdp_wrapped_module", module)
+    weight = inner.weight
+    if inner is module and weight.numel() > 0 and not weight.is_meta and not is_dtensor(weight):
+        return weight
+    found = []
+
+    def look(probe: Tensor) -> Tensor:
+        found.append(inner.weight.detach().clone())
+        return probe
+
+    with replaced_forward(inner, look), torch.no_grad():
+        module(torch.empty(0))
+    return found[0]
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """`module(x)` runs its hooks and then `forward`, for the time being. accelerate keeps the real one elsewhere."""
+    slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    before = module.__dict__.get(slot)
+    module.__dict__[slot] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__[slot]
+        else:
+            module.__dict__[slot] = before

@@ -319,18 +319,18 @@ class Perturbation:
         self._began[optimizer] = self.steps
         if not self._prepared and not _overflowed(optimizer) and self._holds_adapter(optimizer):
             self._prepared = True
-            self.refuse_shards()
             if self.settings.method.uses_gradients and self.rho > 0:
+                self.refuse_shards()
                 self._warn_once()
             self.settings.method.before_step(self, optimizer)
 
     def refuse_shards(self) -> None:
         """
         Raises:
-            RuntimeError: the method needs whole gradients, and the adapter is sharded (FSDP).
+            RuntimeError: the adapter is sharded (FSDP, ZeRO), and so are its gradients, which the method needs whole.
         """
         anchor = self.anchor()
-        if self.settings.method.uses_gradients and self.rho > 0 and anchor is not None and is_sharded(anchor):
+        if anchor is not None and is_sharded(anchor):
             raise RuntimeError(self._out_of_sight("the adapter is sharded (FSDP)"))
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -86,6 +86,8 @@ class Zero2(Run):
     def __init__(self, model):
         import deepspeed
 
+        # gloo will do, and this kernel would have to be compiled on the machine
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         config = {
             "train_micro_batch_size_per_gpu": 2,
             "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},

@@ -21,13 +21,14 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Trainer, TrainingArguments
 
 from flatlora import FlatLoraCallback, FlatLoraConfig, get_flat_peft_model, methods, perturbation
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="accelerate's configuration file, where accelerate is not the launcher")
     parser.add_argument("--cpu", action="store_true")
@@ -42,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--out", default="distributed_out")
     parser.add_argument("--resume", help="a checkpoint of an earlier run")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read_config(file: str) -> None:
@@ -83,6 +84,9 @@ def loop(args: argparse.Namespace) -> dict[str, Any]:
     set_seed(0)
     model = make_model(args)
     rows = make_rows(args, model, args.steps * args.batch_size * accelerator.num_processes)
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:  # adapters are wrapped by themselves, frozen layers together
+        plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=args.batch_size))
     state = perturbation(model)
@@ -127,6 +131,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     rows = make_rows(args, model, args.steps * args.batch_size * arguments.world_size)
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[FlatLoraCallback()])
     trainer.train(resume_from_checkpoint=args.resume)
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(f"{args.out}/adapter")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses, strengths = ([entry[name] for entry in logs] for name in ("loss", "flat_rho"))
@@ -134,17 +140,17 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return {"losses": losses, "strengths": strengths, "steps": perturbation(model).steps, "main": main}
 
 
-def main() -> None:
-    args = parse()
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     if args.config:
         read_config(args.config)
     found = (train if args.trainer else loop)(args)
     if found.pop("main"):
         Path(args.out, "run.json").write_text(json.dumps(found))
         print(found)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

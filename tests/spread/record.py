@@ -68,20 +68,29 @@ def noise():
         products.perturb_weight = perturb
 
 
-def alone(ranks=2, **settings):
-    """The same training in one process: one model stands for each rank, and their gradients are averaged by hand."""
-    models = [tiny.flat_model(**{**FLAT, **settings}) for _ in range(ranks)]
+def alone(rho):
+    """The same training in one process."""
+    models = [tiny.flat_model(**{**FLAT, "rho": rho}) for _ in range(2)]
     optimizers = [torch.optim.SGD(tiny.trainable(m), lr=LEARNING_RATE, momentum=0.9) for m in models]
+    train_together(models, optimizers, lambda model, step, rank: tiny.loss(model, seed=batch_seed(step, rank)))
+    return dict(models[0].named_parameters())
+
+
+def train_together(models, optimizers, loss):
+    """Equal models in one process, one for each rank, whose gradients are averaged by hand. Mean losses of the steps."""
+    losses = []
     for rank, model in enumerate(models):
         perturbation(model).rank = rank
     for step in range(STEPS):
-        for rank, model in enumerate(models):
-            tiny.loss(model, seed=batch_seed(step, rank)).backward()
+        found = [loss(model, step, rank) for rank, model in enumerate(models)]
+        losses.append(sum(value.item() for value in found) / len(found))
+        for value in found:
+            value.backward()
         for same in zip(*map(tiny.trainable, models), strict=True):
             mean = torch.stack([p.grad for p in same]).mean(dim=0)
             for p in same:
-                p.grad = mean
+                p.grad = mean.clone()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return dict(models[0].named_parameters())
+    return losses

@@ -55,6 +55,7 @@ VARIANTS = (
     variants.VeloraLinearVariant,
 )
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SPLIT = "its weight is split by tensor parallelism, and the row norms of a part are not those of the whole"
 STOCK_FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)}
 
 
@@ -124,8 +125,8 @@ def unsupported(layer: Any, adapter: str) -> str | None:
         return f"{type(base).__name__} has a forward of its own"
     if not base.weight.is_floating_point():
         return f"its weight is stored as {base.weight.dtype}"
-    if getattr(base, "_hf_tp_plan", None) is not None:
-        return "it is split by tensor parallelism, and the row norms of a part are not those of the whole"
+    if getattr(base, "_hf_tp_plan", None) is not None or is_dtensor(base.weight):
+        return f"{SPLIT}; FSDP2's fully_shard comes after the adapter"
     variant = type(layer.lora_variant.get(adapter))
     if adapter in layer.lora_variant and not issubclass(variant, VARIANTS):
         return f"{variant.__name__} of adapter {adapter!r} is not supported"
@@ -271,6 +272,8 @@ class FlatLayer(_Layer):
     def noise(self) -> tuple[Tensor, Tensor]:
         """Standard deviation of each row of eps, (m,), and the key of the noise, for the forward that asks."""
         weight = self.get_base_layer().weight
+        if is_dtensor(weight):
+            raise RuntimeError(f"{SPLIT}. Use DDP, FSDP or ZeRO.")
         key, sample = self.perturbation.draw(weight.device)
         n = weight.numel() // self.out_features
         method: Any = self.perturbation.settings.method

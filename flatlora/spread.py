@@ -19,12 +19,17 @@ def global_rank() -> int:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Does this process hold a part of the parameter, outside of the forward (FSDP2, tensor parallelism, ZeRO-3, FSDP1)?"""
+    """Outside of a forward: does this process hold but a part of it (FSDP2, tensor parallelism, ZeRO-3, FSDP1)?"""
     return is_dtensor(parameter) or hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened")
 
 
 def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
+
+
+def is_deepspeed(model: Any) -> bool:
+    kind = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
+    return kind is not None and isinstance(model, kind)
 
 
 def calling_deepspeed() -> Any:
@@ -33,11 +38,10 @@ def calling_deepspeed() -> Any:
     DeepSpeed puts an optimizer of its own in place of the user's, and nothing on the model leads to it. The engine
     counts its steps, and a training forward is always called by it.
     """
-    kind = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
-    frame: FrameType | None = None if kind is None else sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1) if "deepspeed" in sys.modules else None
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if isinstance(caller, kind):  # type: ignore[arg-type]
+        if is_deepspeed(caller):
             return caller
         frame = frame.f_back
     return None

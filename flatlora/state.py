@@ -21,7 +21,7 @@ from .ops import BACKENDS, resolve_backend
 from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .passes import Passes, entrances, in_backward, of_model
-from .spread import calling_deepspeed, global_rank, is_sharded
+from .spread import calling_deepspeed, global_rank, is_deepspeed, is_sharded
 
 RAMPS: dict[str, Callable[[float, int], float]] = {  # of the progress t in [0, 1] and of the steps made
     "cosine": lambda t, steps: 0.5 * (1 - math.cos(math.pi * t)),
@@ -303,17 +303,11 @@ class Perturbation:
         if engine is None:
             return
         if self.settings.method.uses_gradients and self.rho > 0:
-            raise RuntimeError(self._out_of_sight("DeepSpeed's own optimizer makes the steps"))
+            self.refuse_shards(engine)
         if engine is not self._engine:
             self._engine = engine
             self.steps = steps  # as many as before: from here on the engine counts
         self._after_step()
-
-    def _out_of_sight(self, why: str) -> str:
-        return (
-            f"{type(self.settings.method).__name__} needs whole gradients at the optimizer's step, and {why}. "
-            "Use DDP or one process, or FlatLoraConfig, which needs none."
-        )
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._began[optimizer] = self.steps
@@ -324,14 +318,19 @@ class Perturbation:
                 self._warn_once()
             self.settings.method.before_step(self, optimizer)
 
-    def refuse_shards(self) -> None:
+    def refuse_shards(self, model: nn.Module | None = None) -> None:
         """
         Raises:
-            RuntimeError: the adapter is sharded (FSDP, ZeRO), and so are its gradients, which the method needs whole.
+            RuntimeError: the method needs whole gradients, and the adapter is sharded (FSDP, ZeRO), or `model` is a
+                DeepSpeed engine.
         """
         anchor = self.anchor()
-        if anchor is not None and is_sharded(anchor):
-            raise RuntimeError(self._out_of_sight("the adapter is sharded (FSDP)"))
+        if is_deepspeed(model) or (anchor is not None and is_sharded(anchor)):
+            raise RuntimeError(
+                f"{type(self.settings.method).__name__} needs whole gradients at the optimizer's step on the adapter's "
+                "own parameters, and here they are sharded or replaced (FSDP, DeepSpeed). Use DDP or one process, or "
+                "FlatLoraConfig, which needs none."
+            )
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         inside = self._began.get(optimizer, self.steps) != self.steps  # an optimizer that this one wraps has counted it

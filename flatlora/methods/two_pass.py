@@ -74,7 +74,7 @@ def ascent(model: nn.Module) -> Iterator[None]:
     method = state.settings.method
     if not isinstance(method, TwoPass):
         raise TypeError(f"ascent is for methods with two passes, and {type(method).__name__} has one")
-    state.refuse_shards()
+    state.refuse_shards(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     kept = [p.grad for p in parameters]
     buffers = [b for m in model.modules() if isinstance(m, BATCH_NORMS) for b in m.buffers(recurse=False)]

@@ -7,16 +7,24 @@ import tiny
 import torch
 from spread.engines import ENGINES, LEARNING_RATE
 
-from flatlora import perturbation
+from flatlora import RwpConfig, perturbation
 from flatlora.ops import products
 
 STEPS, RHO = 4, 0.5
 FLAT = {"rho": RHO, "schedule": "linear", "total_steps": STEPS}
+
+
+def rwp_model(**settings):
+    """Noise in A and B."""
+    return tiny.adapted(RwpConfig(space="adapter", seed=7, **tiny.LORA, **settings))
+
+
 CHECKPOINTING = {"off": None, "non-reentrant": False, "reentrant": True}
 RUNS = {
     "plain": (tiny.plain_model, {}, "off"),
     "zero": (tiny.flat_model, {**FLAT, "rho": 0.0}, "off"),
     **{name: (tiny.flat_model, FLAT, name) for name in CHECKPOINTING},
+    "factors": (rwp_model, FLAT, "off"),
 }
 
 
@@ -68,9 +76,10 @@ def noise():
         products.perturb_weight = perturb
 
 
-def alone(rho):
+def alone(run):
     """The same training in one process."""
-    models = [tiny.flat_model(**{**FLAT, "rho": rho}) for _ in range(2)]
+    make, settings, _ = RUNS[run]
+    models = [make(**settings) for _ in range(2)]
     optimizers = [torch.optim.SGD(tiny.trainable(m), lr=LEARNING_RATE, momentum=0.9) for m in models]
     train_together(models, optimizers, lambda model, step, rank: tiny.loss(model, seed=batch_seed(step, rank)))
     return dict(models[0].named_parameters())

@@ -48,7 +48,11 @@ def calling_deepspeed() -> Any:
 
 
 def whole_weight(module: Any) -> Tensor:
-    """The weight of a module as its forward finds it: FSDP1, ZeRO-3 and offloading bring it for that time only."""
+    """The weight of a module as its forward finds it: FSDP1, ZeRO-3 and offloading bring it for that time only.
+
+    Raises:
+        RuntimeError: it is nowhere.
+    """
     inner = getattr(module, "_fsdp_wrapped_module", module)
     weight = inner.weight
     if inner is module and weight.numel() > 0 and not weight.is_meta and not is_dtensor(weight):
@@ -61,6 +65,12 @@ def whole_weight(module: Any) -> Tensor:
 
     with replaced_forward(inner, look), torch.no_grad():
         module(torch.empty(0))
+    if found[0].is_meta:
+        raise RuntimeError(
+            "an adapter has no memory (device 'meta'): peft makes it so for a layer that is offloaded. Keep that layer "
+            "on a device, or give the adapter memory: lora_A.to_empty(device=...), lora_B.to_empty(device=...), "
+            "reset_lora_parameters."
+        )
     return found[0]
 
 

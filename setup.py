@@ -39,7 +39,10 @@ source = "flatlora/ops/csrc/"
 setup(
     ext_modules=[
         Extension(
-            "flatlora.ops._noise", [source + "noise.c"], depends=[source + "noise_kernel.h", "setup.py"], optional=True
+            "flatlora.ops._noise",
+            [source + "noise.c"],
+            depends=[source + "noise_kernel.h", source + "avx512.h", "setup.py"],
+            optional=True,
         )
     ],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},

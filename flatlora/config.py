@@ -12,12 +12,30 @@ from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from .layer import create_layer
+from .adoption import create_layer
 from .method import FlatLora, Method
 from .state import Settings, check_rho
 
 CONFIG_NAME = "flatlora_config.json"
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
+
+
+class OnlyOurLayers(dict):
+    """Metadata of a field of ours: an error where peft would hand our configuration to a layer that is not flat.
+
+    An adapter that is added to layers which a plain LoraConfig made is made by those layers; no code of ours runs, and
+    it would train unperturbed without a word. But peft asks each field of the configuration there whether it declares
+    a variant of LoRA. Our layers and our factory show peft a plain LoraConfig, so it asks nowhere else.
+    """
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key == "is_lora_variant":
+            raise ValueError(
+                "a flat adapter cannot be added to layers that a plain LoraConfig made: they would train it without "
+                "noise. Add it as a LoraConfig and call flatlora.attach(model, adapter_names=[its name], rho=...), or "
+                "make the flat adapter first and add the plain one to it."
+            )
+        return super().get(key, default)
 
 
 @dataclass
@@ -38,12 +56,7 @@ class PerturbedLoraConfig(LoraConfig):
             What to do with a targeted layer that cannot be perturbed: refuse, or warn and train it unperturbed.
     """
 
-    # peft refuses to add an adapter with an unknown variant to an existing plain LoRA layer. That is what is wanted:
-    # no factory of ours runs there, and the adapter would silently train unperturbed
-    rho: float = field(
-        default=0.05,
-        metadata={"help": "Strength of the perturbation; 0 is LoRA.", "is_lora_variant": True},
-    )
+    rho: float = field(default=0.05, metadata={"help": "Strength of the perturbation; 0 is LoRA."})
     schedule: Literal["cosine", "linear", "constant", "cosine_decay", "linear_decay", "inverse_sqrt"] = field(
         default="constant", metadata={"help": "How the strength rho_t follows from rho over the run."}
     )
@@ -51,7 +64,7 @@ class PerturbedLoraConfig(LoraConfig):
         default=None, metadata={"help": "Length of the run in optimizer steps; FlatLoraCallback fills it in."}
     )
     on_unsupported: Literal["error", "warn"] = field(
-        default="error", metadata={"help": "Refuse a targeted layer that cannot be perturbed, or warn."}
+        default="error", metadata=OnlyOurLayers(help="Refuse a targeted layer that cannot be perturbed, or warn.")
     )
 
     def __post_init__(self) -> None:

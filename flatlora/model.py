@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from . import state
+from .adoption import abandon, adopt, release
 from .config import HUB_OPTIONS, FlatLoraConfig, PerturbedLoraConfig, config_class, load_own, plain_copy
-from .layer import adopt, flat_layers, release
+from .layer import flat_layers
 from .passes import of_model
 from .state import Perturbation, Settings, check_rho
 
@@ -62,19 +64,22 @@ def attach(
     seed: int | None = None,
     backend: str = "auto",
     on_unsupported: str = "error",
+    adapter_names: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Perturb the training of a model whose LoRA adapters peft has already made. All its adapters become flat.
+    """Perturb the training of a model whose LoRA or AdaLoRA adapters peft has already made.
 
     Args:
         model: a `PeftModel`, or any model with LoRA layers in it.
+        adapter_names: the adapters that become flat; default all of them. With names the model may have flat adapters
+            already, whose settings other than rho must then be given again.
         rho, schedule, total_steps, resample, seed, backend, on_unsupported: see [`FlatLoraConfig`].
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: it has no LoRA layer, it is flat already, or a layer cannot be perturbed. The model is then as it
-            was.
+        ValueError: it has no LoRA layer or no adapter of that name, it is flat already, or a layer cannot be
+            perturbed. The model is then as it was.
     """
     rho, settings = check_rho(rho), Settings(schedule, total_steps, resample, seed, backend)
     if on_unsupported not in ("error", "warn"):
@@ -82,18 +87,21 @@ def attach(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layer: make one with get_flat_peft_model")
-    if any(flat_layers(model)):
-        raise ValueError(
-            "the model is flat already: set flatlora.perturbation(model).rho, or call flatlora.detach(model) first"
-        )
-    perturbation = Perturbation(_root(model), settings)
-    perturbation.passes.watch(model)
+    chosen = _choose(model, layers.values(), adapter_names)
+    before = perturbation(model) if any(flat_layers(model)) else None
+    state = Perturbation.shared(_root(model), settings)
+    state.passes.watch(model)
+    adopted = []
     try:
         for name, layer in layers.items():
-            for adapter in layer.scaling:
-                adopt(layer, adapter, perturbation, rho, on_unsupported, name)
+            for adapter in chosen & layer.scaling.keys():
+                if adopt(layer, adapter, state, rho, on_unsupported, name):
+                    adopted.append((layer, adapter))
     except ValueError:
-        _strip(model, perturbation)
+        for layer, adapter in adopted:
+            abandon(layer, adapter)
+        if before is None:
+            state.close()
         raise
     return model
 
@@ -148,22 +156,45 @@ def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainabl
     """[`PeftModel.from_pretrained`] that brings an adapter back perturbed as it was trained.
 
     Args:
-        model: the base model.
+        model: the base model; or a `PeftModel`, which the adapter is then added to, not active.
         path: what `save_pretrained` wrote: a folder or a hub name.
         adapter_name: name of the adapter.
         is_trainable: as in peft; True here, since an adapter for inference needs no noise.
-        kwargs: passed on to `PeftModel.from_pretrained`.
+        kwargs: passed on to `PeftModel.from_pretrained` (of a `PeftModel`: to `load_adapter`).
 
     Raises:
-        ValueError: it was saved without noise settings.
+        ValueError: it was saved without noise settings, or the model has layers that a plain LoraConfig made.
     """
     where = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS | {"subfolder"}}
     own = load_own(path, **where)
     kind = FlatLoraConfig if own is None else config_class(own.get("config_class", "FlatLoraConfig"))
     config = kind.from_pretrained(path, **where)
+    if isinstance(model, PeftModel):
+        config.inference_mode = not is_trainable
+        model.add_adapter(adapter_name, config)
+        model.set_requires_grad(adapter_name, is_trainable)
+        model.load_adapter(path, adapter_name, is_trainable=is_trainable, **kwargs)
+        return model
     return PeftModel.from_pretrained(
         model, path, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **kwargs
     )
+
+
+def _choose(model: nn.Module, layers: Iterable[Any], names: Sequence[str] | None) -> set[str]:
+    """The adapters that `attach` is to make flat."""
+    known = {adapter for layer in layers for adapter in layer.scaling}
+    flat = {adapter for layer in flat_layers(model) for adapter in layer.flat_adapters}
+    if isinstance(names, str):
+        raise TypeError(f"adapter_names must be a list of names, got the string {names!r}")
+    chosen = known if names is None else set(names)
+    if not chosen or chosen - known:
+        raise ValueError(f"adapter_names must be among the LoRA adapters {sorted(known)}, got {names!r}")
+    if chosen & flat or (names is None and flat):
+        raise ValueError(
+            "the model is flat already: set flatlora.perturbation(model).rho, name the adapters that are not flat in "
+            f"adapter_names (flat are {sorted(flat)}), or call flatlora.detach(model) first"
+        )
+    return chosen
 
 
 def _root(model: nn.Module) -> nn.Module:

@@ -27,6 +27,7 @@ class Passes:
     def __init__(self, owner: Any, note: Callable[[], Any]) -> None:
         self.owner = owner
         self.unused = False  # a pass has begun, and nobody has called `first_use`
+        self.count = 0  # of the passes that have begun
         self._note = note
         self._entered: list[int] = []  # ids of the modules that are running, outermost first
         self._gradients = False  # were enabled where the outermost one was entered
@@ -44,6 +45,11 @@ class Passes:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the handles of a tuner that is gone, as transformers' add_adapter leaves them, cannot be copied
+        alive = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
+        return {**self.__dict__, "_handles": alive}
 
     def with_gradients(self) -> bool:
         """Were gradients enabled where the outermost model was entered (or here, outside of any model)?"""
@@ -67,7 +73,7 @@ class Passes:
         if not self._entered:
             self._gradients = torch.is_grad_enabled()
             if not in_backward():
-                self.unused, self._backward_note = True, None
+                self.unused, self._backward_note, self.count = True, None, self.count + 1
                 self.owner.pass_begins()
             elif self._gradients and self._backward_note is None:
                 raise RuntimeError(

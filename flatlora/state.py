@@ -126,6 +126,8 @@ class Perturbation:
         self.climber_state: dict[str, Any] | None = None  # loaded, for when it is made
         self._prepared = False  # the method has been told of the optimizer step that is being made
         self._stale = False  # a backward has used the sample: the next training forward takes a new one
+        self._window, self._pass_of_window = (0, 0), -1  # of unchanged factors, and the pass that was last asked about
+        self._backward_ran = False  # since that pass began
         self._forced: tuple[int | None] | None = None  # sample of `perturbed(...)`, which also forces the noise on
         self._key: tuple[tuple, Tensor] | None = None  # the last one; a key is never written again
         self._warned = False
@@ -247,9 +249,20 @@ class Perturbation:
         """Room for a key: where the kernel reads it, on the CPU for the backends that read it there."""
         return torch.empty(2, dtype=torch.int64, device=device if self.backend(device) == "triton" else "cpu")
 
+    def window(self) -> tuple:
+        """Another one whenever A and B can have changed, unseen as well (by `.data`, in FSDP1's flattened copy): at
+        each optimizer step and each pass, but for passes that follow a backward, which accumulate gradients."""
+        count = self.passes.count
+        if count != self._pass_of_window:
+            if not (self.sees_steps and self._backward_ran and self._window[0] == self.steps):
+                self._window = self.steps, count
+            self._pass_of_window, self._backward_ran = count, False
+        return self.steps, self._window
+
     @unserializable_hook  # an output may be saved, and its hooks need not be
     def backward_began(self, _grad: Tensor | None = None) -> None:
         """Told by every perturbed layer's gradient: the sample has been used."""
+        self._backward_ran = True
         if self.settings.resample == "forward":
             self._stale = True
 
@@ -481,4 +494,3 @@ def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
     """Has GradScaler called a fused optimizer for a step that it is to skip by itself?"""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.item())
-

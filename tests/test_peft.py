@@ -105,37 +105,10 @@ def test_a_step_of_the_optimizer_renews_the_norms():
         optimizer.step()
 
 
-def test_adapters_are_switched_and_each_keeps_its_strength():
-    model = fresh(config(rho=0.3), get_flat_peft_model)
-    model.add_adapter("weak", config(rho=0.1))
-    model.add_adapter("plain", LoraConfig(**tiny.LORA))
-    rho = {"default": 0.3, "weak": 0.1, "plain": 0.0}
-    for name in ("weak", "plain", "default"):
-        model.set_adapter(name)
-        layer = model.base_model.model.model.layers[0].mlp.up_proj
-        assert layer._rho({}) == rho[name]
-    model.delete_adapter("weak")
-    assert perturbation(model).rho == 0.3 and perturbation(model).rhos == {"default": 0.3}
-
-
 def test_a_second_adapter_with_another_schedule_is_refused():
     model = fresh(config(), get_flat_peft_model)
     with pytest.raises(ValueError, match="schedule is 'constant' for the flat adapters .* got 'linear'"):
         model.add_adapter("second", config(schedule="linear"))
-
-
-def test_a_flat_adapter_on_layers_that_a_plain_config_made_is_refused():
-    model = fresh(LoraConfig(**tiny.LORA), peft.get_peft_model)
-    with pytest.raises(ValueError, match="variant"):
-        model.add_adapter("flat", config())
-
-
-def test_weighted_adapters_stay_flat():
-    model = fresh(config(), get_flat_peft_model)
-    model.add_adapter("second", config())
-    model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
-    model.set_adapter("both")
-    assert model.base_model.model.model.layers[0].mlp.up_proj._rho({}) == 0.2
 
 
 def test_wrong_configs_and_models_are_refused():
@@ -191,9 +164,3 @@ def test_attach_refuses_a_layer_it_cannot_perturb_and_leaves_the_model_as_it_was
     with pytest.raises(ValueError, match="'base_model.model.attention' .* cannot be perturbed"):
         attach(model, schedule="constant")
     assert {key: type(module) for key, module in model.named_modules()} == before
-
-
-def test_a_mixed_model_is_perturbed():
-    model = peft.get_peft_model(tiny.base_model(), config(), mixed=True).train()
-    x = tiny.tokens()
-    assert not torch.equal(model(input_ids=x).logits, model.eval()(input_ids=x).logits)

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from flatlora import FlatLoraConfig, attach, get_flat_peft_model, perturbation, perturbed
+from flatlora.ops import products
 
 SHAPES = {
     "cosine": lambda t: 0.5 * (1 - math.cos(math.pi * t)),
@@ -178,3 +179,25 @@ def test_a_bad_progress_is_refused(value):
 def test_a_bad_sample_is_refused(value):
     with pytest.raises(ValueError, match="sample must be None or an integer"):
         perturbed(tiny.flat_model(), sample=value)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_row_norms_are_made_once_for_each_optimizer_step(monkeypatch, accumulation):
+    made, perturb = [], products.perturb_weight
+
+    def spy(*args, factors=None, **kwargs):
+        made.append(factors is not None)
+        return perturb(*args, factors=factors, **kwargs)
+
+    monkeypatch.setattr(products, "perturb_weight", spy)
+    model = tiny.flat_model()
+    layers = sum(hasattr(module, "perturbation") for module in model.modules())
+    optimizer = torch.optim.SGD(tiny.trainable(model), lr=0.1)
+    for step in range(4):
+        for micro in range(accumulation):
+            tiny.loss(model, seed=micro).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step > 0:  # once the optimizer has been seen, no other way is looked for
+            assert sum(made) == layers
+        made.clear()

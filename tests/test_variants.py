@@ -120,6 +120,6 @@ def test_methods_of_the_factors_refuse_it(variant):
 def test_arrow_is_an_error_that_names_it():
     _, layer = flat_layer({})
     layer.lora_variant["default"] = peft.tuners.lora.variants.ArrowLinearVariant()
-    from flatlora.layer import unsupported
+    from flatlora.support import unsupported
 
     assert unsupported(layer, "default") == "ArrowLinearVariant of adapter 'default' is not supported"

@@ -34,9 +34,7 @@ class BarConfig(PerturbedLoraConfig):
             Balance by the norms of the factors, or by those of their gradients.
     """
 
-    rho: float = field(
-        default=0.25, metadata={"help": "Strength alpha of the rescaling; 0 is LoRA.", "is_lora_variant": True}
-    )
+    rho: float = field(default=0.25, metadata={"help": "Strength alpha of the rescaling; 0 is LoRA."})
     schedule: Literal["cosine", "linear", "constant", "cosine_decay", "linear_decay", "inverse_sqrt"] = field(
         default="linear_decay", metadata={"help": "How the strength follows from rho over the run."}
     )

@@ -1,17 +1,21 @@
 """The mathematics on tensors; imports torch only."""
 
 from . import library  # noqa: F401  (registers the operators)
-from .norms import merged_row_norms, squared_row_norms
-from .perturb import BACKENDS, perturb_weight, resolve_backend, row_noise
+from .adapted import perturbed_lora_linear
+from .norms import merged_row_norms, squared_row_norms, sums_merged_rows
+from .perturb import BACKENDS, makes_norms, perturb_weight, resolve_backend, row_noise
 from .products import perturbed_conv, perturbed_linear
 
 __all__ = [
     "BACKENDS",
+    "makes_norms",
     "merged_row_norms",
     "perturb_weight",
     "perturbed_conv",
     "perturbed_linear",
+    "perturbed_lora_linear",
     "resolve_backend",
     "row_noise",
     "squared_row_norms",
+    "sums_merged_rows",
 ]

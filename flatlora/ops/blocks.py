@@ -29,13 +29,20 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
     keeps its own. While gradients are recorded (a backward that is itself differentiated) autograd keeps what it is
     given, so nothing is shared then.
     """
-    size = shape.numel() * dtype.itemsize
-    if device.type != "cpu" or torch.is_grad_enabled() or size > BLOCK_BYTES:
+    if device.type != "cpu" or torch.is_grad_enabled():
         return None
-    buffer: Tensor | None = getattr(_local, "buffer", None)
-    if buffer is None or buffer.numel() < size:
-        buffer = _local.buffer = torch.empty(size, dtype=torch.uint8)
-    return buffer[:size].view(dtype).view(shape)
+    views = _local.__dict__.setdefault("views", {})
+    found: Tensor | None = views.get((shape, dtype))
+    if found is None:
+        size = shape.numel() * dtype.itemsize
+        if size > BLOCK_BYTES:
+            return None
+        buffer: Tensor | None = _local.__dict__.get("buffer")
+        if buffer is None or buffer.numel() < size:
+            buffer = _local.buffer = torch.empty(size, dtype=torch.uint8)
+            views.clear()
+        found = views[shape, dtype] = buffer[:size].view(dtype).view(shape)
+    return found
 
 
 _local = threading.local()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the enum of noise.c
-KERNELS = ("baseline", "avx2", "avx512")  # the order of KERNELS in noise.c
+KERNELS = ("baseline", "avx2", "avx512", "avx512bf16")  # the order of KERNELS in noise.c
 SERIAL = 1 << 16  # weights (about 0.06 ms) below which waking other threads costs more than it saves
 
 
@@ -26,14 +26,12 @@ def _load() -> Any:
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     operand: list[Any] = [pointer, integer, long, long]
     library.flatlora_perturb.argtypes = [
-        *operand, *operand, pointer, pointer, long, pointer, long, long, long, integer, integer
+        *operand, *operand, pointer, ctypes.c_double, pointer, long, pointer, *[long] * 3,
+        pointer, pointer, ctypes.c_float, long, integer, integer,
     ]  # fmt: skip
     library.flatlora_words.argtypes = [pointer, pointer, long, long, long, pointer, long, integer]
     library.flatlora_normals.argtypes = [pointer, pointer, long, integer]
-    library.flatlora_norms.argtypes = [
-        pointer, pointer, integer, long, *[pointer] * 4, ctypes.c_float, *[long] * 3, integer, integer
-    ]  # fmt: skip
-    for name in ("perturb", "words", "normals", "norms"):
+    for name in ("perturb", "words", "normals"):
         getattr(library, f"flatlora_{name}").restype = None
     return library
 
@@ -46,69 +44,86 @@ BEST = LIBRARY.flatlora_best() if LIBRARY is not None else 0
 
 def perturb(
     weight: Tensor,  # (m, n)
-    row_std: Tensor,  # (m,)
+    norms: Tensor,  # (m,)
     key: Tensor,  # (2,) int64
     layer: int,
     out: Tensor,  # (m, n)
     *,
+    relative: float = 1.0,
     first_row: int = 0,
     rows: Tensor | None = None,  # (m,) int64
+    factors: tuple[Tensor, Tensor, float] | None = None,  # B (m, r), A (r, n), s
     kernel: int | None = None,
 ) -> None:
-    """Writes ``weight + row_std[:, None] * z`` into `out`, for rows `first_row`, `first_row` + 1, ..., or `rows`.
+    """Writes ``weight + relative * norms[:, None] * z`` into `out`: rows `first_row`, `first_row` + 1, ..., or `rows`.
 
     Args:
         weight, out: on the CPU, of a dtype in `DTYPES`, any strides.
+        norms: float32, or float64 for a float64 weight. With `factors` its contents are not read but written.
+        factors: B, A and s of an adapter: the norms are to be those of the rows of ``weight + s B A``; for a weight
+            that `has_norms`.
         kernel: index into `KERNELS`; default the best one that this machine can run.
 
     Raises:
         TypeError: a dtype that the kernel does not know.
     """
-    m, n = weight.shape
     for name, tensor in (("weight", weight), ("out", out)):
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be of one of {list(DTYPES)} for backend 'c', got {tensor.dtype}")
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    row_std, key = row_std.to(wide).contiguous(), key.contiguous()
+    norms, key = norms.to(wide).contiguous(), key.contiguous()
     if rows is not None:
         rows = rows.to(torch.int64).contiguous()
-    LIBRARY.flatlora_perturb(
-        out.data_ptr(), DTYPES[out.dtype], *out.stride(),
-        weight.data_ptr(), DTYPES[weight.dtype], *weight.stride(),
-        row_std.data_ptr(), key.data_ptr(), layer,
-        None if rows is None else rows.data_ptr(), first_row,
-        m, n,
-        torch.get_num_threads() if m * n >= SERIAL else 1,
-        BEST if kernel is None else kernel,
-    )  # fmt: skip
+    _call(weight, norms, factors, kernel, out, relative, key, layer, rows, first_row)
 
 
 def has_norms(weight: Tensor) -> bool:
-    """Can `merged_row_norms` serve this weight?"""
-    known = weight.dtype in (torch.float32, torch.bfloat16)
-    return LIBRARY is not None and known and weight.device.type == "cpu" and weight.stride(1) == 1
+    """Can the kernel compute norms of this weight's rows?"""
+    known = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16
+    return known and LIBRARY is not None and weight.device.type == "cpu" and weight.stride(1) == 1
 
 
 def merged_row_norms(
     weight: Tensor,  # (m, n)
-    squared: Tensor,  # (m,)
     B: Tensor,  # (m, r)
     A: Tensor,  # (r, n)
     scaling: float,
     *,
     kernel: int | None = None,
 ) -> Tensor:
-    """`norms.merged_row_norms` in one pass over W, for a weight that `has_norms`; products in float32."""
-    A, B = A.to(torch.float32).contiguous(), B.to(torch.float32).contiguous()
-    gram, out = A @ A.T, torch.empty_like(squared)
+    """``||W_i + s (B A)_i||`` of each row, (m,) float32, for a weight that `has_norms`; summed in float32."""
+    norms = torch.empty(weight.shape[0])
+    _call(weight, norms, (B, A, scaling), kernel)
+    return norms
+
+
+def _call(
+    weight: Tensor,
+    norms: Tensor,
+    factors: tuple[Tensor, Tensor, float] | None,
+    kernel: int | None,
+    out: Tensor | None = None,
+    relative: float = 0.0,
+    key: Tensor | None = None,
+    layer: int = 0,
+    rows: Tensor | None = None,
+    first_row: int = 0,
+) -> None:
     m, n = weight.shape
-    LIBRARY.flatlora_norms(
-        out.data_ptr(), weight.data_ptr(), DTYPES[weight.dtype], weight.stride(0), squared.data_ptr(),
-        B.data_ptr(), A.data_ptr(), gram.data_ptr(), scaling, m, n, A.shape[0],
+    B = A = None
+    scaling, r = 0.0, 0
+    if factors is not None:
+        B, A, scaling = factors
+        B, A, r = B.to(torch.float32).contiguous(), A.to(torch.float32).contiguous(), A.shape[0]
+    LIBRARY.flatlora_perturb(
+        *((None, 0, 0, 0) if out is None else (out.data_ptr(), DTYPES[out.dtype], *out.stride())),
+        weight.data_ptr(), DTYPES[weight.dtype], *weight.stride(),
+        norms.data_ptr(), relative, None if key is None else key.data_ptr(), layer,
+        None if rows is None else rows.data_ptr(), first_row, m, n,
+        None if B is None else B.data_ptr(), None if A is None else A.data_ptr(), scaling, r,
         torch.get_num_threads() if m * n >= SERIAL else 1,
         BEST if kernel is None else kernel,
     )  # fmt: skip
-    return out
 
 
 def words(

@@ -38,10 +38,15 @@ def squared_row_norms(weight: Tensor) -> Tensor:
     return torch.cat([weight[rows].to(dtype).square().sum(dim=1) for rows in blocks])
 
 
+def sums_merged_rows(weight: Tensor) -> bool:
+    """Can `merged_row_norms` do without `squared` for this weight? The C kernel forms the merged rows themselves."""
+    return native.has_norms(weight)
+
+
 @torch.no_grad()
 def merged_row_norms(
     weight: Tensor,  # (m, n)
-    squared: Tensor,  # (m,)
+    squared: Tensor | None,  # (m,)
     B: Tensor,  # (m, r)
     A: Tensor,  # (r, n)
     scaling: float = 1.0,
@@ -51,19 +56,20 @@ def merged_row_norms(
 
     Args:
         weight: (m, n).
-        squared: (m,) from `squared_row_norms(weight)`.
+        squared: (m,) from `squared_row_norms(weight)`; None for a weight that `sums_merged_rows`.
         B: (m, r).
         A: (r, n).
         scaling: s.
         whole: (r, N), the factor of which A is a part, if it is one (grouped convolutions); ``A A^T`` is then its own.
 
     Returns:
-        (m,) of the dtype of `squared`.
+        (m,) float32, or float64 for a float64 weight.
     """
+    if whole is None and sums_merged_rows(weight):
+        return native.merged_row_norms(weight, B, A, scaling)
+    assert squared is not None
     dtype = squared.dtype
     with _no_autocast(weight.device.type):
-        if whole is None and native.has_norms(weight):
-            return native.merged_row_norms(weight, squared, B, A, scaling)
         Bt = (scaling * B.to(dtype)).T.contiguous()  # (r, m): r long rows are quicker to work on than m short ones
         whole = (A if whole is None else whole).to(dtype)
         cross = (A.to(weight.dtype) @ weight.T).to(dtype)  # (r, m)

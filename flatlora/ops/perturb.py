@@ -27,6 +27,7 @@ from . import native, philox
 
 logger = logging.getLogger(__name__)
 
+Factors = tuple[Tensor, Tensor, float]  # B (m, r), A (r, n) and s of an adapter s B A
 ROW_BLOCK = 64  # rows that share one generator in the `torch` backend
 
 
@@ -40,8 +41,10 @@ def perturb_weight(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     out: Tensor | None = None,  # (m, n)
+    relative: float = 1.0,
+    factors: Factors | None = None,
 ) -> Tensor:
-    """The perturbed weight ``W + row_std[:, None] * z`` of a block of rows.
+    """The perturbed weight ``W + relative * row_std[:, None] * z`` of a block of rows.
 
     The sum is made in float32 (float64 for a float64 weight) and rounded once. The weight is only read.
 
@@ -54,6 +57,9 @@ def perturb_weight(
         dtype: of the result; default the weight's.
         backend: one of `BACKENDS`, or "auto".
         out: where to write the result, any strides; it must not overlap the weight. Its dtype is that of the result.
+        relative: what `row_std` is a multiple of.
+        factors: ``(B, A, s)`` with B (m, r) and A (r, n): first write ``||W_i + s (B A)_i||`` into `row_std`, in the
+            same pass over W. For a weight and a backend that `makes_norms`.
 
     Returns:
         `out`, or a new (m, n) contiguous tensor of `dtype`.
@@ -68,8 +74,18 @@ def perturb_weight(
             f"out must be of shape {tuple(weight.shape)} and dtype {dtype or out.dtype} on {weight.device}, "
             f"got {tuple(out.shape)}, {out.dtype}, {out.device}"
         )
-    BACKENDS[resolve_backend(backend, weight.device)](weight, row_std, key, layer, first_row, out)
+    backend = resolve_backend(backend, weight.device)
+    if backend == "c":
+        native.perturb(weight, row_std, key, layer, out, relative=relative, first_row=first_row, factors=factors)
+    else:
+        assert factors is None, "ask makes_norms first"
+        BACKENDS[backend](weight, row_std if relative == 1 else row_std * relative, key, layer, first_row, out)
     return out
+
+
+def makes_norms(weight: Tensor, backend: str) -> bool:
+    """Can `perturb_weight` compute the row norms of W + s B A on its way?"""
+    return resolve_backend(backend, weight.device) == "c" and native.has_norms(weight)
 
 
 def row_noise(

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from . import blocks
 from .blocks import row_blocks, scratch
-from .perturb import perturb_weight
+from .perturb import Factors, perturb_weight
 
 
 def perturbed_linear(
@@ -51,7 +52,7 @@ def perturbed_linear(
     Returns:
         (..., m).
     """
-    dtype = _autocast_dtype(x.device.type, weight.dtype)
+    dtype = autocast_dtype(x.device.type, weight.dtype)
     if dtype != weight.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if torch.compiler.is_compiling():  # the registered operator; eager calls are spared its overhead
@@ -80,7 +81,7 @@ def perturbed_conv(
     Returns:
         (batch, m, *spatial).
     """
-    dtype = _autocast_dtype(x.device.type, weight.dtype)
+    dtype = autocast_dtype(x.device.type, weight.dtype)
     if dtype != weight.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     batched = x.ndim == weight.ndim
@@ -90,19 +91,30 @@ def perturbed_conv(
     return out if batched else out.squeeze(0)
 
 
-def _autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    # autocast leaves float64 alone
+def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a product with a weight of this dtype is made: autocast leaves float64 alone."""
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return dtype
 
 
 def linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, row_std: Tensor, key: Tensor, *settings: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_std: Tensor,
+    key: Tensor,
+    *settings: Any,
+    factors: Factors | None = None,
 ) -> Tensor:
-    """``x (W + eps)^T + b``, a block of rows at a time. `settings`: layer, dtype, backend."""
+    """``x (W + eps)^T + b``, a block of rows at a time.
+
+    Args:
+        settings: layer, dtype, backend, and what `row_std` is a multiple of if it is not 1.
+        factors: see `perturb_weight`.
+    """
     out = None
-    for rows, block in _blocks(weight, row_std, key, *settings):
+    for rows, block in _blocks(weight, row_std, key, *settings, factors=factors):
         part = F.linear(x, block, None if bias is None else bias[rows])
         if len(block) == len(weight):
             return part
@@ -114,7 +126,10 @@ def linear_forward(
 
 def linear_grad_x(grad: Tensor, weight: Tensor, row_std: Tensor, key: Tensor, *settings: Any) -> Tensor:
     """``dL/dy (W + eps)``, a block of rows at a time."""
-    return _sum(grad[..., rows] @ block for rows, block in _blocks(weight, row_std, key, *settings))
+    return _sum(
+        (grad if len(block) == len(weight) else grad[..., rows]) @ block
+        for rows, block in _blocks(weight, row_std, key, *settings)
+    )
 
 
 def linear_grad_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -128,13 +143,34 @@ def linear_grad_bias(grad: Tensor) -> Tensor:
 
 
 def _blocks(
-    weight: Tensor, row_std: Tensor, key: Tensor, layer: int, dtype: torch.dtype, backend: str
+    weight: Tensor,
+    row_std: Tensor,
+    key: Tensor,
+    layer: int,
+    dtype: torch.dtype,
+    backend: str,
+    relative: float = 1.0,
+    *,
+    factors: Factors | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Row blocks of W + eps, (rows, n) each, one alive at a time."""
-    for rows in row_blocks(weight.shape[0], weight.shape[1], dtype.itemsize):
+    m, n = weight.shape
+    if m * n * dtype.itemsize <= blocks.BLOCK_BYTES:  # the usual case, without slices
+        out = scratch(weight.shape, dtype, weight.device)
+        yield (
+            slice(0, m),
+            perturb_weight(
+                weight, row_std, key, layer, dtype=dtype, backend=backend, out=out, relative=relative, factors=factors
+            ),
+        )
+        return
+    for rows in row_blocks(m, n, dtype.itemsize):
         part = weight[rows]
-        out = scratch(part.shape, dtype, part.device)
-        yield rows, perturb_weight(part, row_std[rows], key, layer, rows.start, dtype=dtype, backend=backend, out=out)
+        out, here = scratch(part.shape, dtype, part.device), factors and (factors[0][rows], *factors[1:])
+        yield rows, perturb_weight(
+            part, row_std[rows], key, layer, rows.start,
+            dtype=dtype, backend=backend, out=out, relative=relative, factors=here,
+        )  # fmt: skip
 
 
 class _PerturbedLinear(Function):

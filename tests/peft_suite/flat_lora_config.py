@@ -8,7 +8,6 @@ import os
 from dataclasses import dataclass
 
 import peft
-import peft.tuners.lora
 
 import flatlora
 from flatlora.config import FlatLoraConfig
@@ -25,4 +24,3 @@ class LoraConfig(FlatLoraConfig):
 flatlora.config.FlatLoraConfig = LoraConfig  # what was saved by this class is loaded by it
 peft.LoraConfig = LoraConfig
 peft.tuners.LoraConfig = LoraConfig
-peft.tuners.lora.LoraConfig = LoraConfig

@@ -1,7 +1,6 @@
 """Ways to spread a model over the processes of the default group, with one face: see `Run`."""
 
 import torch
-import torch.distributed as dist
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel

@@ -66,7 +66,9 @@ def noise():
     seen, perturb = [], products.perturb_weight
 
     def spy(weight, row_std, key, layer, *args, **kwargs):
-        seen.append({"key": key.tolist(), "layer": layer, "row_std": row_std.clone(), "weight": weight.detach().clone()})
+        seen.append(
+            {"key": key.tolist(), "layer": layer, "row_std": row_std.clone(), "weight": weight.detach().clone()}
+        )
         return perturb(weight, row_std, key, layer, *args, **kwargs)
 
     products.perturb_weight = spy

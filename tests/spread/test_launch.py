@@ -50,7 +50,9 @@ def launch(launcher, engine, jobs, folder, timeout=500):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-@pytest.fixture(scope="module", params=[(launcher, engine) for launcher in LAUNCHERS for engine in ENGINES], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[(launcher, engine) for launcher in LAUNCHERS for engine in ENGINES], ids="-".join
+)
 def runs(request, base, tmp_path_factory):
     """Folders of a whole run and of one that went on from the middle of it."""
     launcher, engine = request.param
@@ -100,7 +102,9 @@ def test_the_training_is_that_of_one_process(runs, expected):
     if launcher == "accelerate":  # the Trainer shuffles the rows
         assert found(whole)["losses"] == pytest.approx(losses, abs=1e-5)
         for name, weight in adapter(whole).items():
-            torch.testing.assert_close(weight, parameters[name.replace(".weight", ".default.weight")], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                weight, parameters[name.replace(".weight", ".default.weight")], rtol=1e-4, atol=1e-5
+            )
 
 
 def test_the_schedule_follows_the_optimizer_steps(runs):

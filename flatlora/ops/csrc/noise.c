@@ -1,4 +1,5 @@
-/* out = W + std * z in one pass over W, with the z of the noise contract (see ../philox.py), and the row norms of W + BA.
+/* out = W + std * z in one pass over W, with the z of the noise contract (see ../philox.py). Before it, if asked for, the
+ * row norms of W + s B A, which std is relative to.
  *
  * A plain shared library, called from Python through ctypes (see ../native.py): no Python.h, no torch headers, no
  * libraries beyond libc, libm and the threads. The kernel is compiled once per instruction set and chosen at run time.
@@ -44,24 +45,16 @@ typedef struct {
     int64_t o0, o1;       /* strides of out, in bytes */
     int64_t w0, w1;       /* strides of W, in bytes */
     int o_type, w_type;
-    const void *std;      /* (m,) double where W is, else float */
+    void *norms;          /* (m,) double where W is, else float */
+    double relative;      /* std_i = relative norm_i */
     const int64_t *index; /* (m,) rows of the whole weight, or NULL: first_row, first_row + 1, ... */
     int64_t first_row, m, n;
     stream s;
+    const float *b, *a;   /* (m, r) and (r, n): the norms are those of W + s B A, and written; NULL: they are given */
+    float scaling;        /* s */
+    int64_t r;
+    int noisy;            /* 0: nothing but the norms */
 } job;
-
-typedef struct {
-    float *out;           /* (m,) norms of the rows of W + s B A */
-    const char *weight;   /* (m, n), the elements of a row next to each other */
-    int64_t w0;           /* row stride of W, in bytes */
-    int w_type;           /* FLOAT32 or BFLOAT16 */
-    const float *squared; /* (m,) squared row norms of W */
-    const float *b;       /* (m, r) */
-    const float *a;       /* (r, n) */
-    const float *gram;    /* (r, r), A A^T */
-    float scaling;
-    int64_t m, n, r;
-} norm_job;
 
 static inline float as_float(uint32_t bits) {
     float f;
@@ -76,6 +69,22 @@ static inline int32_t as_int(float f) {
 }
 
 static inline uint32_t row_of(const job *j, int64_t i) { return (uint32_t)(j->index ? j->index[i] : j->first_row + i); }
+
+static inline double std_of(const job *j, int64_t i) {
+    return j->relative * (j->w_type == FLOAT64 ? ((const double *)j->norms)[i] : ((const float *)j->norms)[i]);
+}
+
+/* Squares of the elements c, c + 1, ... of row i of W + s B A. */
+static float rest_of_row(const job *j, int64_t i, int64_t c) {
+    const char *row = j->weight + i * j->w0;
+    float sum = 0;
+    for (; c < j->n; c++) {
+        float x = j->w_type == FLOAT32 ? ((const float *)row)[c] : as_float((uint32_t)((const uint16_t *)row)[c] << 16);
+        for (int64_t k = 0; k < j->r; k++) x += j->scaling * j->b[i * j->r + k] * j->a[k * j->n + c];
+        sum += x * x;
+    }
+    return sum;
+}
 
 /* A block of elements from one layout to another: down the columns where those are the contiguous side. */
 #define COPY(T)                                                                                     \
@@ -102,20 +111,40 @@ static void copy(char *to, int64_t to0, int64_t to1, const char *from, int64_t f
 #define DISPATCH 1
 #include <immintrin.h>
 
-#define NAME(x) x##_avx512
+#include "avx512.h"
+
 #if defined(__clang__)
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define WIDE
 #else
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define WIDE ",prefer-vector-width=512"
 #endif
+#define NAME(x) x##_avx512
+#define AT_ONCE 4
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma" WIDE)))
 #define VECTOR 64
 #define MULTIPLY(a, b) ((lanes_avx512)_mm512_mul_epu32((__m512i)(a), _mm512_set1_epi64(b)))
 #define TOGETHER 2
+#define INTERLEAVE(a, b) ((lanes_avx512)interleave((__m512i)(a), (__m512i)(b)))
+#define BOX_MULLER box_muller_16
 #define HALF_TO_FLOAT(x, h) _mm512_storeu_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h))))
 #define FLOAT_TO_HALF(h, x) _mm256_storeu_si256((__m256i *)(h), _mm512_cvtps_ph(_mm512_loadu_ps(x), 0))
 #include "noise_kernel.h"
 
+#define NAME(x) x##_avx512bf16
+#define AT_ONCE 4
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx512bf16,avx2,fma" WIDE)))
+#define VECTOR 64
+#define MULTIPLY(a, b) ((lanes_avx512bf16)_mm512_mul_epu32((__m512i)(a), _mm512_set1_epi64(b)))
+#define TOGETHER 2
+#define INTERLEAVE(a, b) ((lanes_avx512bf16)interleave((__m512i)(a), (__m512i)(b)))
+#define BOX_MULLER box_muller_16
+#define HALF_TO_FLOAT(x, h) _mm512_storeu_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h))))
+#define FLOAT_TO_HALF(h, x) _mm256_storeu_si256((__m256i *)(h), _mm512_cvtps_ph(_mm512_loadu_ps(x), 0))
+#define FLOAT_TO_BFLOAT to_bfloat16
+#include "noise_kernel.h"
+
 #define NAME(x) x##_avx2
+#define AT_ONCE 2
 #define TARGET __attribute__((target("avx2,fma")))
 #define VECTOR 32
 #define MULTIPLY(a, b) ((lanes_avx2)_mm256_mul_epu32((__m256i)(a), _mm256_set1_epi64x(b)))
@@ -124,6 +153,7 @@ static void copy(char *to, int64_t to0, int64_t to1, const char *from, int64_t f
 #endif
 
 #define NAME(x) x##_baseline
+#define AT_ONCE 2
 #define TARGET
 #include "noise_kernel.h"
 
@@ -131,12 +161,13 @@ static const struct {
     void (*rows)(const job *, int64_t, int64_t);
     void (*words)(uint32_t *, uint32_t, int64_t, int64_t, const stream *);
     void (*normals)(float *, const uint32_t *, int64_t);
-    void (*norms)(const norm_job *, int64_t, int64_t);
+    void (*norms)(const job *, int64_t, int64_t);
 } KERNELS[] = {
     {rows_baseline, words_baseline, normals_baseline, norms_baseline},
 #ifdef DISPATCH
     {rows_avx2, words_avx2, normals_avx2, norms_avx2},
     {rows_avx512, words_avx512, normals_avx512, norms_avx512},
+    {rows_avx512bf16, words_avx512bf16, normals_avx512bf16, norms_avx512bf16},
 #endif
 };
 
@@ -145,9 +176,9 @@ EXPORT int flatlora_best(void) {
 #ifdef DISPATCH
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            return 2;
+            return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
         return 1;
     }
 #endif
@@ -156,16 +187,17 @@ EXPORT int flatlora_best(void) {
 
 /* Threads: thread t of T does the rows m t / T ... m (t + 1) / T - 1. A row is the same whoever makes it. */
 typedef struct {
-    const job *j;       /* one of the two, the other is NULL */
-    const norm_job *norms;
-    int64_t m;
+    const job *j;
     int kernel, threads, next;
 } team;
 
 static void share(team *t, int which) {
-    int64_t begin = t->m * which / t->threads, end = t->m * (which + 1) / t->threads;
-    if (t->j) KERNELS[t->kernel].rows(t->j, begin, end);
-    else KERNELS[t->kernel].norms(t->norms, begin, end);
+    int64_t begin = t->j->m * which / t->threads, end = t->j->m * (which + 1) / t->threads;
+    for (int64_t i = begin; i < end; i += PANEL) { /* W comes from the cache the second time */
+        int64_t stop = i + PANEL < end ? i + PANEL : end;
+        if (t->j->a) KERNELS[t->kernel].norms(t->j, i, stop);
+        if (t->j->noisy) KERNELS[t->kernel].rows(t->j, i, stop);
+    }
 }
 
 #if defined(_WIN32)
@@ -210,29 +242,25 @@ static void run(team *t) {
 
 static void start(team *t, int threads) {
     if (threads > MAX_THREADS) threads = MAX_THREADS;
-    if (threads > t->m) threads = (int)t->m;
+    if (threads > t->j->m) threads = (int)t->j->m;
     t->threads = threads > 1 ? threads : 1;
     if (t->threads > 1) run(t);
     else share(t, 0);
 }
 
-/* out = W + std z. Strides in elements; key: (2,) seed and sample. */
+/* out = W + relative norm z, after norm_i = ||W_i + s (B A)_i|| if A is not NULL (then W is float32 or bfloat16, its rows
+ * contiguous). Nothing but the norms if out is NULL. Strides in elements; key: (2,) seed and sample. */
 EXPORT void flatlora_perturb(void *out, int out_type, int64_t o0, int64_t o1, const void *weight, int weight_type,
-                             int64_t w0, int64_t w1, const void *std, const int64_t *key, int64_t layer,
-                             const int64_t *index, int64_t first_row, int64_t m, int64_t n, int threads, int kernel) {
+                             int64_t w0, int64_t w1, void *norms, double relative, const int64_t *key, int64_t layer,
+                             const int64_t *index, int64_t first_row, int64_t m, int64_t n, const float *b, const float *a,
+                             float scaling, int64_t r, int threads, int kernel) {
+    static const int64_t none[2];
     int64_t o = SIZE[out_type], w = SIZE[weight_type];
-    job j = {out, weight, o0 * o, o1 * o, w0 * w, w1 * w, out_type, weight_type, std, index, first_row, m, n,
-             {{(uint32_t)key[0], (uint32_t)((uint64_t)key[0] >> 32)}, (uint32_t)layer, (uint32_t)key[1]}};
-    team t = {&j, NULL, m, kernel, 0, 0};
-    start(&t, threads);
-}
-
-/* out_i = || W_i + s (B A)_i || by the formula in ../norms.py. W: float32 or bfloat16, its rows contiguous. */
-EXPORT void flatlora_norms(float *out, const void *weight, int weight_type, int64_t w0, const float *squared,
-                           const float *b, const float *a, const float *gram, float scaling, int64_t m, int64_t n,
-                           int64_t r, int threads, int kernel) {
-    norm_job j = {out, weight, w0 * SIZE[weight_type], weight_type, squared, b, a, gram, scaling, m, n, r};
-    team t = {NULL, &j, m, kernel, 0, 0};
+    if (!key) key = none;
+    job j = {out, weight, o0 * o, o1 * o, w0 * w, w1 * w, out_type, weight_type, norms, relative, index, first_row, m, n,
+             {{(uint32_t)key[0], (uint32_t)((uint64_t)key[0] >> 32)}, (uint32_t)layer, (uint32_t)key[1]},
+             b, a, scaling, r, out != NULL};
+    team t = {&j, kernel, 0, 0};
     start(&t, threads);
 }
 

@@ -1,16 +1,23 @@
 /* The kernel for one instruction set. noise.c includes this file once per set, with
  *   NAME(x)   x with a suffix of the set,
  *   TARGET    the function attribute that turns the set on,
+ *   AT_ONCE   rows whose norms are made at the same time,
  * and where the compiler alone does not find the best code for it
  *   VECTOR    bytes of a vector of 64-bit lanes,
  *   MULTIPLY  the product of the low 32 bits of each lane with a constant,
  *   TOGETHER  pairs of vectors that go through the rounds at the same time, to hide their latency,
- *   HALF_TO_FLOAT, FLOAT_TO_HALF    sixteen conversions between pointers.
+ *   INTERLEAVE  the low 32 bits of the lanes of two vectors, in turn,
+ *   BOX_MULLER  sixteen times the two normals of two words,
+ *   HALF_TO_FLOAT, FLOAT_TO_HALF    sixteen conversions between pointers,
+ *   FLOAT_TO_BFLOAT                 64 of them; 0 if they are to be made again, in the ordinary way.
  * The loops over lanes are written for the compiler to vectorise: fixed lengths, no branches, no calls.
  */
 
 /* words[k][lane] of the column blocks first, first + 1, ..., first + SPAN - 1. */
 #ifdef VECTOR
+#ifndef INTERLEAVE
+#define INTERLEAVE(a, b) (((a) & 0xFFFFFFFFu) | ((b) << 32))
+#endif
 typedef uint64_t NAME(lanes) __attribute__((vector_size(VECTOR), may_alias));
 
 static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, uint32_t row, const stream *s) {
@@ -20,7 +27,7 @@ static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, 
     for (int start = 0; start < SPAN; start += 2 * WIDTH * TOGETHER) {
         /* A counter word sits in the low half of a 64-bit lane. The multiplication does not read the high half, so it
          * may hold anything until the end: the low half of a product needs no mask. Vectors 2p and 2p + 1 hold the
-         * even and the odd blocks of a pair, so that a shift and an or put their words next to each other. */
+         * even and the odd blocks of a pair. */
         NAME(lanes) c0[2 * TOGETHER], c1[2 * TOGETHER], c2[2 * TOGETHER], c3[2 * TOGETHER];
         for (int v = 0; v < 2 * TOGETHER; v++) {
             c0[v] = step + (first + start + v / 2 * 2 * WIDTH + v % 2);
@@ -42,10 +49,10 @@ static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, 
         }
         for (int v = 0; v < 2 * TOGETHER; v += 2) {
             int at = start + WIDTH * v;
-            *(NAME(lanes) *)&words[0][at] = (c0[v] & 0xFFFFFFFFu) | (c0[v + 1] << 32);
-            *(NAME(lanes) *)&words[1][at] = (c1[v] & 0xFFFFFFFFu) | (c1[v + 1] << 32);
-            *(NAME(lanes) *)&words[2][at] = (c2[v] & 0xFFFFFFFFu) | (c2[v + 1] << 32);
-            *(NAME(lanes) *)&words[3][at] = (c3[v] & 0xFFFFFFFFu) | (c3[v + 1] << 32);
+            *(NAME(lanes) *)&words[0][at] = INTERLEAVE(c0[v], c0[v + 1]);
+            *(NAME(lanes) *)&words[1][at] = INTERLEAVE(c1[v], c1[v + 1]);
+            *(NAME(lanes) *)&words[2][at] = INTERLEAVE(c2[v], c2[v + 1]);
+            *(NAME(lanes) *)&words[3][at] = INTERLEAVE(c3[v], c3[v + 1]);
         }
     }
 }
@@ -68,6 +75,10 @@ static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, 
 
 /* z[TILE] of one tile: sqrt(-2 ln u) times the cosine and the sine of t. */
 static inline TARGET void NAME(box_muller)(float *restrict z, uint32_t words[4][SPAN], int at) {
+#ifdef BOX_MULLER
+    for (int pair = 0; pair < 2; pair++)
+        BOX_MULLER(z + 32 * pair, z + 32 * pair + 16, words[2 * pair] + at, words[2 * pair + 1] + at);
+#else
     for (int pair = 0; pair < 2; pair++)
         for (int i = 0; i < LANES; i++) {
             /* u = (k + 1/2) / 2^24 = m 2^e with m in [sqrt(1/2), sqrt(2)), f = m - 1, -2 ln u = -2 ln(2) e - 2 ln(1 + f) */
@@ -109,6 +120,7 @@ static inline TARGET void NAME(box_muller)(float *restrict z, uint32_t words[4][
             z[32 * pair + i] = radius * as_float(as_int(a) ^ (uint32_t)((quarter + 1) & 2) << 30);
             z[32 * pair + 16 + i] = radius * as_float(as_int(b) ^ (uint32_t)(quarter & 2) << 30);
         }
+#endif
 }
 
 static inline TARGET void NAME(load)(float *restrict x, const void *weight, int type) {
@@ -142,6 +154,9 @@ static inline TARGET void NAME(store)(void *out, const float *restrict x, int ty
         for (int j = 0; j < TILE; j++) o[j] = x[j];
     } else if (type == BFLOAT16) {
         uint16_t *o = out;
+#ifdef FLOAT_TO_BFLOAT
+        if (FLOAT_TO_BFLOAT(o, x)) return;
+#endif
         for (int j = 0; j < TILE; j++) { /* round to nearest, ties to even */
             uint32_t bits = as_int(x[j]);
             o[j] = x[j] == x[j] ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0;
@@ -165,19 +180,18 @@ static inline TARGET void NAME(store)(void *out, const float *restrict x, int ty
 }
 
 static inline TARGET void NAME(add)(
-    void *out, int out_type, const void *weight, int weight_type, const void *std, int64_t i, const float *restrict z) {
+    void *out, int out_type, const void *weight, int weight_type, double std, const float *restrict z) {
     ALIGNED float x[TILE];
     if (weight_type == FLOAT64) {
         const double *w = weight;
-        double s = ((const double *)std)[i];
         if (out_type == FLOAT64) {
             double *o = out;
-            for (int j = 0; j < TILE; j++) o[j] = w[j] + s * z[j];
+            for (int j = 0; j < TILE; j++) o[j] = w[j] + std * z[j];
             return;
         }
-        for (int j = 0; j < TILE; j++) x[j] = (float)(w[j] + s * z[j]);
+        for (int j = 0; j < TILE; j++) x[j] = (float)(w[j] + std * z[j]);
     } else {
-        float s = ((const float *)std)[i];
+        float s = (float)std;
         NAME(load)(x, weight, weight_type);
         for (int j = 0; j < TILE; j++) x[j] = x[j] + s * z[j];
     }
@@ -208,10 +222,11 @@ static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
                 char *to = o_copy ? out_buffer + i * COLUMNS * o_size : o + i * j->o0;
                 ALIGNED uint32_t words[4][SPAN];
                 ALIGNED float z[TILE];
+                double std = std_of(j, i0 + i);
                 NAME(philox)(words, (uint32_t)(j0 / TILE * LANES), row_of(j, i0 + i), &j->s);
                 for (int t = 0; t * TILE < columns; t++) {
                     NAME(box_muller)(z, words, t * LANES);
-                    NAME(add)(to + t * TILE * o_size, j->o_type, from + t * TILE * w_size, j->w_type, j->std, i0 + i, z);
+                    NAME(add)(to + t * TILE * o_size, j->o_type, from + t * TILE * w_size, j->w_type, std, z);
                 }
             }
             if (o_copy) copy(o, j->o0, j->o1, out_buffer, COLUMNS * o_size, o_size, rows, columns, o_size);
@@ -219,91 +234,61 @@ static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
     }
 }
 
-/* cross_i = 2 s sum_k B_ik sum_j W_ij A_kj for `COUNT` rows of A from `k` on and two rows of W: vectors of LANES columns,
- * one accumulator for each pair of rows, and a single sum over lanes at the end. */
+/* norm_i = || W_i + s sum_k B_ik A_k || of the rows begin ... end - 1, the merged row in registers only: AT_ONCE rows and
+ * two vectors of columns at a time, so that there are enough sums to hide the latency of one. */
 #if defined(__GNUC__)
 typedef float NAME(floats) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t NAME(ints) __attribute__((vector_size(4 * LANES)));
 typedef uint16_t NAME(halves) __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-static inline __attribute__((always_inline)) TARGET void NAME(cross)(
-    const norm_job *j, const char *w0, const char *w1, int64_t i0, int64_t i1, int64_t k, const int count, float out[2]) {
-    NAME(floats) sum0[8] = {{0}}, sum1[8] = {{0}}, total0 = {0}, total1 = {0};
-    int64_t c = 0;
-    for (; c + LANES <= j->n; c += LANES) {
-        NAME(floats) x0, x1;
-        if (j->w_type == FLOAT32) {
-            x0 = *(const NAME(floats) *)((const float *)w0 + c);
-            x1 = *(const NAME(floats) *)((const float *)w1 + c);
-        } else {
-            NAME(halves) h0 = *(const NAME(halves) *)((const uint16_t *)w0 + c);
-            NAME(halves) h1 = *(const NAME(halves) *)((const uint16_t *)w1 + c);
-            x0 = (NAME(floats))(__builtin_convertvector(h0, NAME(ints)) << 16);
-            x1 = (NAME(floats))(__builtin_convertvector(h1, NAME(ints)) << 16);
-        }
-#pragma GCC unroll 8
-        for (int q = 0; q < count; q++) {
-            NAME(floats) a = *(const NAME(floats) *)(j->a + (k + q) * j->n + c);
-            sum0[q] += x0 * a;
-            sum1[q] += x1 * a;
-        }
+/* Adds the squares of AT_ONCE rows to the sums, from column c on in steps of `vectors` vectors; returns where it ends. */
+static inline __attribute__((always_inline)) TARGET int64_t NAME(squares)(
+    const job *j, const int64_t *i, int64_t c, const int vectors, const int type, NAME(floats) sum[AT_ONCE]) {
+    const float *b[AT_ONCE];
+    for (int p = 0; p < AT_ONCE; p++) b[p] = j->b + i[p] * j->r;
+    for (; c + vectors * LANES <= j->n; c += vectors * LANES) {
+        NAME(floats) low_rank[AT_ONCE][2] = {{{0}}};
+        const float *a = j->a + c;
+        for (int64_t k = 0; k < j->r; k++, a += j->n)
+            for (int p = 0; p < AT_ONCE; p++)
+                for (int v = 0; v < vectors; v++) low_rank[p][v] += b[p][k] * *(const NAME(floats) *)(a + v * LANES);
+        for (int p = 0; p < AT_ONCE; p++)
+            for (int v = 0; v < vectors; v++) {
+                const char *w = j->weight + i[p] * j->w0 + (c + v * LANES) * SIZE[type];
+                NAME(floats) merged = j->scaling * low_rank[p][v];
+                if (type == FLOAT32) merged += *(const NAME(floats) *)w;
+                else merged += (NAME(floats))(__builtin_convertvector(*(const NAME(halves) *)w, NAME(ints)) << 16);
+                sum[p] += merged * merged;
+            }
     }
-#pragma GCC unroll 8
-    for (int q = 0; q < count; q++) {
-        total0 += sum0[q] * j->b[i0 * j->r + k + q];
-        total1 += sum1[q] * j->b[i1 * j->r + k + q];
-    }
-    for (int lane = 0; lane < LANES; lane++) out[0] += total0[lane], out[1] += total1[lane];
-    for (; c < j->n; c++)
-        for (int q = 0; q < count; q++) {
-            float a = j->a[(k + q) * j->n + c];
-            float x0 = j->w_type == FLOAT32 ? ((const float *)w0)[c] : as_float((uint32_t)((const uint16_t *)w0)[c] << 16);
-            float x1 = j->w_type == FLOAT32 ? ((const float *)w1)[c] : as_float((uint32_t)((const uint16_t *)w1)[c] << 16);
-            out[0] += x0 * a * j->b[i0 * j->r + k + q];
-            out[1] += x1 * a * j->b[i1 * j->r + k + q];
-        }
+    return c;
 }
 
-static TARGET void NAME(norms)(const norm_job *j, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += 2) {
-        int64_t both[2] = {i, i + 1 < end ? i + 1 : i}; /* a last odd row is done twice */
-        const char *w0 = j->weight + both[0] * j->w0, *w1 = j->weight + both[1] * j->w0;
-        float cross[2] = {0};
-        int64_t k = 0;
-        for (; k + 8 <= j->r; k += 8) NAME(cross)(j, w0, w1, both[0], both[1], k, 8, cross);
-        for (; k + 2 <= j->r; k += 2) NAME(cross)(j, w0, w1, both[0], both[1], k, 2, cross);
-        for (; k < j->r; k++) NAME(cross)(j, w0, w1, both[0], both[1], k, 1, cross);
-        for (int which = 0; which < 2; which++) {
-            const float *b = j->b + both[which] * j->r;
-            float quadratic = 0;
-            for (int64_t p = 0; p < j->r; p++) {
-                float row = 0;
-                for (int64_t q = 0; q < j->r; q++) row += j->gram[p * j->r + q] * b[q];
-                quadratic += row * b[p];
-            }
-            float s = j->scaling, square = j->squared[both[which]] + s * (2 * cross[which] + s * quadratic);
-            j->out[both[which]] = square > 0 ? sqrtf(square) : 0; /* rounding can leave a vanishing row below zero */
+static inline __attribute__((always_inline)) TARGET void NAME(norms_of)(
+    const job *j, int64_t begin, int64_t end, const int type) {
+    for (int64_t first = begin; first < end; first += AT_ONCE) {
+        NAME(floats) sum[AT_ONCE] = {{0}};
+        int64_t i[AT_ONCE]; /* the last row is done again where there are not enough */
+        for (int p = 0; p < AT_ONCE; p++) i[p] = first + p < end ? first + p : end - 1;
+        int64_t c = NAME(squares)(j, i, 0, 2, type, sum);
+        c = NAME(squares)(j, i, c, 1, type, sum);
+        for (int p = 0; p < AT_ONCE; p++) {
+            ALIGNED float lanes[LANES];
+            *(NAME(floats) *)lanes = sum[p];
+            for (int half = LANES / 2; half > 0; half /= 2)
+                for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+            ((float *)j->norms)[i[p]] = sqrtf(lanes[0] + (c < j->n ? rest_of_row(j, i[p], c) : 0));
         }
     }
 }
+
+static TARGET void NAME(norms)(const job *j, int64_t begin, int64_t end) {
+    if (j->w_type == FLOAT32) NAME(norms_of)(j, begin, end, FLOAT32);
+    else NAME(norms_of)(j, begin, end, BFLOAT16);
+}
 #else
-static TARGET void NAME(norms)(const norm_job *j, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-        const float *b = j->b + i * j->r;
-        float low_rank = 0;
-        for (int64_t p = 0; p < j->r; p++) {
-            float cross = 0, row = 0;
-            for (int64_t c = 0; c < j->n; c++) {
-                const char *w = j->weight + i * j->w0;
-                float x = j->w_type == FLOAT32 ? ((const float *)w)[c] : as_float((uint32_t)((const uint16_t *)w)[c] << 16);
-                cross += x * j->a[p * j->n + c];
-            }
-            for (int64_t q = 0; q < j->r; q++) row += j->gram[p * j->r + q] * b[q];
-            low_rank += b[p] * (2 * cross + j->scaling * row);
-        }
-        float square = j->squared[i] + j->scaling * low_rank;
-        j->out[i] = square > 0 ? sqrtf(square) : 0;
-    }
+static void NAME(norms)(const job *j, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) ((float *)j->norms)[i] = sqrtf(rest_of_row(j, i, 0));
 }
 #endif
 
@@ -333,7 +318,11 @@ static TARGET void NAME(normals)(float *out, const uint32_t *in, int64_t blocks)
 #undef NAME
 #undef TARGET
 #undef VECTOR
+#undef AT_ONCE
 #undef MULTIPLY
 #undef TOGETHER
+#undef INTERLEAVE
+#undef BOX_MULLER
 #undef HALF_TO_FLOAT
 #undef FLOAT_TO_HALF
+#undef FLOAT_TO_BFLOAT

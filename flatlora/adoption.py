@@ -1,0 +1,168 @@
+"""How a layer that peft made becomes flat, and what it does when peft merges, extends or unloads it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import FrameType
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .layer import FlatLayer, flat_layers
+from .state import Perturbation
+from .support import unsupported
+
+
+def create_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module:
+    """The layer that peft would have made for `target`, made flat: `FlatLoraConfig` registers this with peft.
+
+    Raises:
+        ValueError: the layer cannot be perturbed and `config.on_unsupported` is "error".
+    """
+    tuner = _calling_tuner()
+    with _as_plain(config):
+        layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+    state = Perturbation.shared(tuner.model, config.settings())
+    state.passes.watch(tuner)
+    adopt(layer, adapter_name, state, config.rho, config.on_unsupported, kwargs.get("target_name", adapter_name))
+    return layer
+
+
+def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsupported: str, name: str) -> bool:
+    """Make `adapter` flat in a LoRA layer, in place; where that cannot be done, answer as `on_unsupported` says.
+
+    Returns:
+        True if the layer is perturbed from now on.
+
+    Raises:
+        ValueError: it cannot be, and `on_unsupported` is "error".
+    """
+    reason = unsupported(layer, adapter) or state.settings.method.unsupported(layer, adapter)
+    if reason is None:
+        if not isinstance(layer, FlatLayer):
+            stream = state.stream_of(layer.get_base_layer().weight)
+            layer.__dict__.update(perturbation=state, stream=stream, flat_adapters=set(), offsets={}, _norms={})
+            layer.__class__ = flat_class(type(layer))  # type: ignore[arg-type]
+            layer._enrol()
+        layer.flat_adapters.add(adapter)
+        state.rhos[adapter] = rho
+        state.settings.method.adopt(layer, adapter)
+        return True
+    message = f"the layer {name!r} ({type(layer).__name__}) cannot be perturbed: {reason}."
+    if on_unsupported == "error":
+        raise ValueError(
+            f"{message} Leave it out of target_modules, or set on_unsupported='warn' to train it without noise."
+        )
+    warnings.warn(f"{message} It is trained without noise (on_unsupported='warn').", stacklevel=2)
+    return False
+
+
+def abandon(layer: Any, adapter: str) -> None:
+    """Undo `adopt` of this adapter: with the last one the layer is again what peft made."""
+    layer.forget(adapter)
+    if not layer.flat_adapters:
+        release(layer)
+
+
+def release(layer: Any) -> None:
+    """The layer is again what peft made, and nothing of ours stays on it."""
+    plain = layer.plain_class
+    for name in ("perturbation", "stream", "number", "flat_adapters", "offsets", "_norms"):
+        layer.__dict__.pop(name)
+    layer.__class__ = plain
+
+
+def _calling_tuner() -> BaseTuner:
+    """The tuner that is injecting layers just now.
+
+    peft hands a custom-module factory the target and no more, but the layers of a model share their state, and where
+    a pass begins is seen on the model. So the caller is asked: the one frame up the stack whose `self` is a tuner.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        tuner = frame.f_locals.get("self")
+        if isinstance(tuner, BaseTuner):
+            return tuner
+        frame = frame.f_back
+    raise RuntimeError("FlatLoraConfig makes layers only for a peft tuner (get_peft_model, inject_adapter_in_model)")
+
+
+@contextmanager
+def _as_plain(config: Any) -> Iterator[None]:
+    """A FlatLoraConfig as the LoraConfig that it extends, for as long as peft builds a layer from it."""
+    flat, custom = type(config), config._custom_modules
+    if not hasattr(config, "make_method"):
+        yield
+        return
+    config.__class__ = LoraConfig
+    config._custom_modules = {key: value for key, value in (custom or {}).items() if value is not create_layer}
+    try:
+        yield
+    finally:
+        config.__class__, config._custom_modules = flat, custom
+
+
+class AdoptedLayer(FlatLayer):
+    """A flat layer in peft's hands."""
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        self._norms.clear()  # peft writes through .data, which no version counter sees
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        self._norms.clear()
+        super().unmerge()
+
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        self._norms.clear()
+        with _as_plain(config):
+            super().update_layer(adapter_name, *args, config=config, **kwargs)
+        if hasattr(config, "rho"):
+            state = Perturbation.shared(self.perturbation.model, config.settings())
+            adopt(self, adapter_name, state, config.rho, config.on_unsupported, kwargs.get("target_name", "?"))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.forget(adapter_name)
+
+    def forget(self, adapter: str) -> None:
+        """Keep nothing more of this adapter's perturbation."""
+        self.flat_adapters.discard(adapter)
+        self.offsets = {key: offset for key, offset in self.offsets.items() if key[1] != adapter}
+        self.perturbation.rhos.pop(adapter, None)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """peft's door for layers that unload in their own way; ours lets the model's hooks go with the last layer."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        base = self.get_base_layer()
+        state = self.perturbation
+        if all(layer is self for layer in flat_layers(state.model)):
+            state.close()
+        return base
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._enrol()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _rebuild, (self.plain_class,), self.__dict__  # the class is made at run time, so by its recipe
+
+
+@cache
+def flat_class(plain: type) -> type:
+    """The class of a flat layer over the class that peft gave it."""
+    return type(f"Flat{plain.__name__}", (AdoptedLayer, plain), {"plain_class": plain, "__module__": __name__})
+
+
+def _rebuild(plain: type) -> nn.Module:
+    return object.__new__(flat_class(plain))

@@ -1,0 +1,124 @@
+"""An adapted linear layer in one autograd node: the perturbed base product and the low-rank branch together.
+
+    y      = x (W + eps)^T + b + s (x_d A^T) B^T        x_d: x after dropout, or x itself
+    dL/dx  = dL/dy (W + eps) [+ dL/dx_d where x_d is x]    dL/dx_d = s (dL/dy B) A
+    dL/dB  = s dL/dy^T (x_d A^T)                           dL/dA   = s (dL/dy B)^T x_d
+
+The same mathematics as a base product and two small modules after one another, in less traffic: s is applied to the r
+columns between A and B, the branch is added in place, and x is saved as it came, not as a copy in the precision of A.
+That more than pays for the noise. eps and what is saved for it: see `products`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from .products import autocast_dtype, linear_forward, linear_grad_bias, linear_grad_weight, linear_grad_x
+
+
+def perturbed_lora_linear(
+    x: Tensor,  # (..., n)
+    weight: Tensor,  # (m, n)
+    bias: Tensor | None,  # (m,)
+    A: Tensor,  # (r, n)
+    B: Tensor,  # (m, r)
+    scaling: float,
+    norms: Tensor,  # (m,)
+    relative: float,
+    key: Tensor,  # (2,) int64
+    layer: int,
+    *,
+    stale: bool = False,
+    dropped: Tensor | None = None,  # (..., n)
+    backend: str = "auto",
+    began: Callable[[], None] | None = None,
+) -> Tensor:
+    """``x (W + eps)^T + b + s (x_d A^T) B^T`` with ``eps_ij = relative * norms_i * z(key, layer, i, j)``.
+
+    The base product is of the weight's dtype, the branch of A's; under autocast both are of the autocast dtype. The sum
+    is made in the wider of the two and rounded once.
+
+    Args:
+        x: (..., n) of the weight's dtype (any floating dtype under autocast).
+        weight, bias, key, layer, backend: as in `perturbed_linear`.
+        A, B: (r, n) and (m, r), of one dtype.
+        scaling: s.
+        norms, relative: (m,) float32, float64 for a float64 weight, and what the noise is of it.
+        stale: first write the row norms of W + s B A into `norms`; where `makes_norms` says that it can be done.
+        dropped: x_d, of A's dtype; None if it is x.
+        began: called when the backward of this product runs.
+
+    Returns:
+        (..., m) of the dtype of the base product.
+    """
+    dtype, low = autocast_dtype(x.device.type, weight.dtype), autocast_dtype(x.device.type, A.dtype)
+    if dtype != weight.dtype:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    settings = (layer, dtype, backend, relative)
+    return _PerturbedLoraLinear.apply(x, dropped, weight, bias, A, B, norms, key, scaling, low, settings, stale, began)
+
+
+class _PerturbedLoraLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x, dropped, weight, bias, A, B, norms, key, scaling, low, settings, stale, began):
+        source = x if dropped is None else dropped
+        hidden = F.linear(source.to(low), A.to(low))  # (..., r)
+        factors = (B, A, scaling) if stale else None
+        out = linear_forward(x, weight, bias, norms, key, *settings, factors=factors)
+        out = _plus_product(out, hidden * scaling, B.to(low).T)
+        need_x, _, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
+        ctx.save_for_backward(
+            x if need_weight else None,
+            source if need_A or need_B else None,
+            hidden if need_B else None,
+            weight, A, B, norms, key,
+        )  # fmt: skip
+        ctx.separate, ctx.scaling, ctx.low, ctx.settings, ctx.began = dropped is not None, scaling, low, settings, began
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad):
+        if ctx.began is not None:
+            ctx.began()
+        x, source, hidden, weight, A, B, norms, key = ctx.saved_tensors
+        need_x, need_dropped, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
+        low, twice = ctx.low, torch.is_grad_enabled()  # twice: this backward is itself differentiated
+        grad_low = grad.to(low)
+        small = (grad_low @ B.to(low)) * ctx.scaling  # (..., r): dL/d(x_d A^T)
+        grad_A = grad_B = grad_dropped = None
+        if need_A:
+            grad_A = (_rows(small).T @ _rows(source.to(low))).to(A.dtype)
+        if need_B:
+            hidden = F.linear(source.to(low), A.to(low)) if twice else hidden  # what is saved knows no gradient
+            grad_B = (_rows(grad_low).T @ _rows(hidden * ctx.scaling)).to(B.dtype)
+        del grad_low
+        grad_x = None
+        if need_x:
+            grad_x = linear_grad_x(grad, weight, norms, key, *ctx.settings)
+            if not ctx.separate:
+                grad_x = _plus_product(grad_x, small, A.to(low), in_place=not twice)
+        if need_dropped:
+            grad_dropped = small @ A.to(low)
+        grad_weight = linear_grad_weight(grad, x, weight) if need_weight else None
+        grad_bias = linear_grad_bias(grad) if need_bias else None
+        return grad_x, grad_dropped, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _plus_product(out: Tensor, left: Tensor, right: Tensor, in_place: bool = True) -> Tensor:
+    """``out + left @ right``, the sum in the wider precision of the two, rounded to that of `out`."""
+    if not in_place:
+        return (out + left @ right).to(out.dtype)
+    if out.dtype != left.dtype:
+        return out.add_(left @ right)
+    out.view(-1, out.shape[-1]).addmm_(_rows(left), right)
+    return out

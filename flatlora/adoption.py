@@ -12,12 +12,15 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .layer import FlatLayer, flat_layers
+from .merged import AttentionLayer, ExpertsLayer
+from .quantised import QuantisedLayer
 from .state import Perturbation
-from .support import unsupported
+from .support import is_quantised, unsupported
 
 
 def create_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module:
@@ -46,14 +49,12 @@ def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsuppor
     """
     reason = unsupported(layer, adapter) or state.settings.method.unsupported(layer, adapter)
     if reason is None:
-        if not isinstance(layer, FlatLayer):
-            stream = state.stream_of(layer.get_base_layer().weight)
-            layer.__dict__.update(perturbation=state, stream=stream, flat_adapters=set(), offsets={}, _norms={})
-            layer.__class__ = flat_class(type(layer))  # type: ignore[arg-type]
-            layer._enrol()
-        layer.flat_adapters.add(adapter)
         state.rhos[adapter] = rho
-        state.settings.method.adopt(layer, adapter)
+        for part in _parts(layer):
+            _make_flat(part, state)
+            part.flat_adapters.add(adapter)
+            part.strict = on_unsupported == "error"
+            state.settings.method.adopt(part, adapter)
         return True
     message = f"the layer {name!r} ({type(layer).__name__}) cannot be perturbed: {reason}."
     if on_unsupported == "error":
@@ -62,6 +63,20 @@ def adopt(layer: Any, adapter: str, state: Perturbation, rho: float, on_unsuppor
         )
     warnings.warn(f"{message} It is trained without noise (on_unsupported='warn').", stacklevel=2)
     return False
+
+
+def _parts(layer: Any) -> list[Any]:
+    """The layer, and what becomes flat with it: attention adapts its out_proj by a layer inside."""
+    attention = isinstance(layer, lora.MultiheadAttention)
+    return [layer, layer.get_base_layer().out_proj] if attention else [layer]
+
+
+def _make_flat(layer: Any, state: Perturbation) -> None:
+    if not isinstance(layer, FlatLayer):
+        layer.__dict__.update(perturbation=state, flat_adapters=set(), offsets={}, interval=-1, _norms={})
+        layer.__class__ = flat_class(type(layer))  # type: ignore[arg-type]
+        layer.__dict__["stream"] = state.stream_of(layer.anchor())
+        layer._enrol()
 
 
 def abandon(layer: Any, adapter: str) -> None:
@@ -74,7 +89,7 @@ def abandon(layer: Any, adapter: str) -> None:
 def release(layer: Any) -> None:
     """The layer is again what peft made, and nothing of ours stays on it."""
     plain = layer.plain_class
-    for name in ("perturbation", "stream", "number", "flat_adapters", "offsets", "_norms"):
+    for name in ("perturbation", "stream", "number", "flat_adapters", "offsets", "interval", "strict", "_norms"):
         layer.__dict__.pop(name)
     layer.__class__ = plain
 
@@ -124,7 +139,7 @@ class AdoptedLayer(FlatLayer):
         self._norms.clear()
         with _as_plain(config):
             super().update_layer(adapter_name, *args, config=config, **kwargs)
-        if hasattr(config, "rho"):
+        if hasattr(config, "make_method"):  # not so in a layer inside of this one, which is adopted with it
             state = Perturbation.shared(self.perturbation.model, config.settings())
             adopt(self, adapter_name, state, config.rho, config.on_unsupported, kwargs.get("target_name", "?"))
 
@@ -142,11 +157,15 @@ class AdoptedLayer(FlatLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """peft's door for layers that unload in their own way; ours lets the model's hooks go with the last layer."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        base = self.get_base_layer()
-        state = self.perturbation
-        if all(layer is self for layer in flat_layers(state.model)):
+        state, parts = self.perturbation, [layer for layer in self.modules() if isinstance(layer, FlatLayer)]
+        own = getattr(super(), "unload_and_optionally_merge_module", None)
+        if own is not None:
+            base = own(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            if merge:
+                self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            base = self.get_base_layer()
+        if all(layer in parts for layer in flat_layers(state.model)):
             state.close()
         return base
 
@@ -161,7 +180,11 @@ class AdoptedLayer(FlatLayer):
 @cache
 def flat_class(plain: type) -> type:
     """The class of a flat layer over the class that peft gave it."""
-    return type(f"Flat{plain.__name__}", (AdoptedLayer, plain), {"plain_class": plain, "__module__": __name__})
+    kinds: dict[type, type] = {lora.MultiheadAttention: AttentionLayer, lora.ParamWrapper: ExpertsLayer}
+    kind: type = QuantisedLayer if is_quantised(plain) else kinds.get(plain, FlatLayer)
+    bases = (AdoptedLayer, plain) if kind is FlatLayer else (AdoptedLayer, kind, plain)
+    name = plain.__name__ if plain is lora.ParamWrapper else f"Flat{plain.__name__}"  # peft knows wrappers by that name
+    return type(name, bases, {"plain_class": plain, "__module__": __name__})
 
 
 def _rebuild(plain: type) -> nn.Module:

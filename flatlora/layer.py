@@ -9,6 +9,7 @@ with it go on as before. A forward that is not to be perturbed is peft's own for
 | the same with DoRA                       | x eps^T is added: DoRA rescales the base product, and its magnitude |
 |                                          | would otherwise receive the gradient of the noise                   |
 | Embedding                                | the rows of eps that were looked up are added                       |
+| quantised layers, attention, experts     | see `quantised.py` and `merged.py`                                  |
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import layer as lora
-from peft.tuners.lora.variants import BlockDiagonalLinear
+from peft.tuners.lora.variants import BlockDiagonalLinear, QALoraLinearVariant
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 from transformers.pytorch_utils import Conv1D
 
 from .method import FlatLora
@@ -40,8 +41,10 @@ from .ops import (
     squared_row_norms,
     sums_merged_rows,
 )
+from .ops.library import OBSERVERS
 from .ops.norms import grouped_row_norms, norm_dtype
-from .spread import is_dtensor, replaced_forward, whole_weight
+from .passes import tensors
+from .spread import is_dtensor, moved_weight, replaced_forward, whole_weight
 from .state import Perturbation
 from .support import CONVOLUTIONS, SPLIT
 
@@ -49,13 +52,6 @@ from .support import CONVOLUTIONS, SPLIT
 def flat_layers(model: nn.Module) -> Iterator[Any]:
     """The flat layers of a model."""
     return (module for module in model.modules() if isinstance(module, FlatLayer))
-
-
-def _moved_forward(module: Any, offset: Tensor, x: Tensor) -> Tensor:
-    weight = module.weight + offset.to(module.weight)
-    if isinstance(module, CONVOLUTIONS):
-        return module._conv_forward(x, weight, module.bias)
-    return F.linear(x, weight, module.bias)
 
 
 def _rows(base: Any) -> Tensor:
@@ -81,13 +77,19 @@ class FlatLayer(_Layer):
     number: int  # names the layer in compiled code
     flat_adapters: set[str]  # the adapters whose training is perturbed here
     offsets: dict[tuple[str, str], Tensor]  # what the method keeps here, by factor ("lora_B") and adapter
+    interval: int  # the last one, between two optimizer steps, in which this layer has run
+    strict: bool  # kernels that pass this layer by are an error
     _norms: dict[str, tuple]  # cached norms, each with what it was computed from
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = super().forward
+        plain, compiling = super().forward, torch.compiler.is_compiling()
+        if compiling:
+            _compiling(self.perturbation.number)
         if self._rho(kwargs) == 0:
+            if not compiling and torch.is_grad_enabled():
+                self._reached()
             return plain(x, *args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             return self._perturbed(plain, x, *args, **kwargs)
         return self._compiled(x) if self._is_plain_linear() else self._graph_break(plain, x, *args, **kwargs)
 
@@ -99,11 +101,23 @@ class FlatLayer(_Layer):
         if not args and not kwargs and self._is_fusible():
             return self._fused(x)
         out = self.perturbation.settings.method.forward(self, plain, x, *args, **kwargs)
-        if out.requires_grad:
-            out.register_hook(self.perturbation.backward_began)
+        for tensor in tensors(out):
+            if tensor.requires_grad:
+                tensor.register_hook(self._backward_began)
         return out
 
-    def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    @unserializable_hook  # an output may be saved, and its hooks need not be
+    def _backward_began(self, _grad: Tensor | None = None) -> None:
+        self._reached()
+        self.perturbation.backward_began()
+
+    def _reached(self) -> None:
+        """This layer takes part in the coming optimizer step, see `steps.check_reached`."""
+        state = self.perturbation
+        if self.interval != state.interval:
+            self.__dict__["interval"], state.reached = state.interval, state.reached + 1
+
+    def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """peft's forward with Gaussian noise in the merged weight, see `noise`."""
         base = self.get_base_layer()
         if isinstance(base, nn.Embedding):
@@ -125,13 +139,15 @@ class FlatLayer(_Layer):
 
     @contextmanager
     def moved(self, offsets: dict[tuple[str, str], Tensor]) -> Iterator[None]:
-        """lora_A and lora_B compute with weight + offset for the time being; the weights are not written."""
+        """lora_A and lora_B have weight + offset for a weight, for the time being; the parameters are not written."""
         with ExitStack() as stack:
             for (factor, adapter), offset in offsets.items():
-                module = getattr(self, factor)[adapter]
-                module = getattr(module, "_fsdp_wrapped_module", module)
-                stack.enter_context(replaced_forward(module, partial(_moved_forward, module, offset)))
+                stack.enter_context(moved_weight(getattr(self, factor)[adapter], offset))
             yield
+
+    def parts(self) -> list[Any]:
+        """The flat layers whose forward this layer's forward is: itself, and what is adapted inside of it."""
+        return [self]
 
     def _is_plain_linear(self) -> bool:
         base = self.get_base_layer()
@@ -147,7 +163,8 @@ class FlatLayer(_Layer):
         if len(names) != 1 or self.lora_variant or not isinstance(self.perturbation.settings.method, FlatLora):
             return False
         base, A, B = self.base_layer, *(self._modules[f]._modules.get(names[0]) for f in ("lora_A", "lora_B"))
-        plain = type(base) in (nn.Linear, Conv1D) and type(A) is type(B) is nn.Linear and A.bias is B.bias is None
+        plain = self.plain_class is lora.Linear and type(base) in (nn.Linear, Conv1D)
+        plain = plain and type(A) is type(B) is nn.Linear and A.bias is B.bias is None
         return plain and not (_is_watched(base) or _is_watched(A) or _is_watched(B) or is_dtensor(base.weight))
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -169,7 +186,7 @@ class FlatLayer(_Layer):
         out = perturbed_lora_linear(
             x, weight, base.bias, A, B, scaling, norms, self._relative(weight.shape[1]), key, self.stream, stale=stale,
             dropped=dropout(self._cast_input_dtype(x, A.dtype)) if drops else None, backend=backend,
-            began=state.backward_began,
+            began=self._backward_began,
         )  # fmt: skip
         if stale:
             self._norms["merged"] = source, norms
@@ -188,13 +205,14 @@ class FlatLayer(_Layer):
 
     def noise(self) -> tuple[Tensor, Tensor]:
         """Standard deviation of each row of eps, (m,), and the key of the noise, for the forward that asks."""
-        weight = self.get_base_layer().weight
-        if is_dtensor(weight):
-            raise RuntimeError(f"{SPLIT}. Use DDP, FSDP or ZeRO.")
-        key, sample = self.perturbation.draw(weight.device)
-        n = weight.numel() // self.out_features
+        if is_dtensor(getattr(self.get_base_layer(), "weight", None)):
+            raise RuntimeError(f"the layer cannot be perturbed: {SPLIT}. Use DDP, FSDP or ZeRO.")
+        key, sample = self.perturbation.draw(self._device())
+        return self._row_std(self._row_norms(sample), self._columns()), key
+
+    def _row_std(self, row_norms: Tensor, n: int) -> Tensor:
         method: Any = self.perturbation.settings.method
-        return method.noise_norms(self._row_norms(sample)) * self._relative(n), key
+        return method.noise_norms(row_norms) * self._relative(n)
 
     def _relative(self, n: int) -> float:
         """rho_t / sqrt(n): the standard deviation of the noise in a row relative to the row's norm."""
@@ -229,6 +247,18 @@ class FlatLayer(_Layer):
         """Names of the adapters that are active here and flat."""
         return [name for name in self._active() if name in self.flat_adapters]
 
+    # ---- the weight ----
+
+    def anchor(self) -> Any:
+        """What stands for the frozen weight: layers that share it share their noise."""
+        return self.get_base_layer().weight
+
+    def _device(self) -> torch.device:
+        return self.get_base_layer().weight.device
+
+    def _columns(self) -> int:
+        return self.get_base_layer().weight.numel() // self.out_features
+
     # ---- how strong ----
 
     def _row_norms(self, sample: int) -> Tensor:
@@ -259,11 +289,10 @@ class FlatLayer(_Layer):
 
     @torch.no_grad()
     def _merged_row_norms(self) -> Tensor:
-        active, base = self._active(), self.get_base_layer()
+        active, base, magnitudes = self._active(), self.get_base_layer(), self._magnitudes()
         dtype = norm_dtype(base.weight.dtype)
-        dora = [name for name in active if self.use_dora.get(name)]
-        if dora:  # the magnitude of the last one applied is the norm of the merged row
-            return whole_weight(self.lora_magnitude_vector[dora[-1]]).detach().flatten().abs().to(dtype)
+        if magnitudes is not None:
+            return magnitudes.to(dtype)
         weight, groups = _rows(base), getattr(base, "groups", 1)
         squared: Any = None if groups == 1 and sums_merged_rows(weight) else self._squared(weight)
         A, B = map(list, zip(*(self._dense_factors(name) for name in active), strict=True))
@@ -274,6 +303,11 @@ class FlatLayer(_Layer):
         if groups > 1:
             return grouped_row_norms(weight, squared, B, A, groups)
         return merged_row_norms(weight, squared, torch.cat(B, dim=1), torch.cat(A))
+
+    def _magnitudes(self) -> Tensor | None:
+        """With DoRA: the row norms, which are the magnitudes of the last adapter applied."""
+        dora = [name for name in self._active() if self.use_dora.get(name)]
+        return whole_weight(self.lora_magnitude_vector[dora[-1]]).detach().flatten().abs() if dora else None
 
     def _squared(self, weight: Tensor) -> Tensor:
         """``||W_i||^2`` of the base weight, which is computed once."""
@@ -292,6 +326,11 @@ class FlatLayer(_Layer):
             .flatten(1)
             for f in (self.lora_A[name], self.lora_B[name])
         )
+        if isinstance(
+            self.lora_variant.get(name), QALoraLinearVariant
+        ):  # x is averaged over groups, times their number
+            size = self.qalora_group_size[name]
+            A = A.repeat_interleave(size, dim=1) * (A.shape[1] / size)
         singular = getattr(self, "lora_diag", {})  # KaSA's learned singular values
         return (A * singular[name].detach()[:, None] if name in singular else A), B
 
@@ -328,6 +367,12 @@ class FlatLayer(_Layer):
 
 LAYERS: weakref.WeakValueDictionary[int, FlatLayer] = weakref.WeakValueDictionary()  # by number
 _numbers = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def _compiling(number: int) -> None:
+    """Called while a flat layer of the perturbation of this number is compiled, not when its code runs."""
+    OBSERVERS[number].compiled = True
 
 
 @torch.library.custom_op("flatlora::layer_noise", mutates_args=())

@@ -31,6 +31,7 @@ class Passes:
         self._note = note
         self._entered: list[int] = []  # ids of the modules that are running, outermost first
         self._gradients = False  # were enabled where the outermost one was entered
+        self._without: set[int] = set()  # ids of modules that were outermost last without them
         self._backward_note: Any = None
         self._handles: list = []
 
@@ -75,11 +76,19 @@ class Passes:
             if not in_backward():
                 self.unused, self._backward_note, self.count = True, None, self.count + 1
                 self.owner.pass_begins()
-            elif self._gradients and self._backward_note is None:
+                (self._without.discard if self._gradients else self._without.add)(id(module))
+            elif (
+                self._gradients
+                and id(module) in self._without
+                and self._backward_note is None
+                and not self.owner.forced
+            ):
                 raise RuntimeError(
-                    "the model as a whole runs under torch.utils.checkpoint with use_reentrant=True: its first pass "
-                    "cannot be told from an evaluation, so it was not perturbed. Use use_reentrant=False, or "
-                    "checkpoint the layers (model.gradient_checkpointing_enable())."
+                    f"{type(module).__name__} is computed again in a backward, and its first pass was under no_grad: "
+                    "that cannot be told from an evaluation, so it was not perturbed. Under torch.utils.checkpoint use "
+                    "use_reentrant=False, or checkpoint the layers (model.gradient_checkpointing_enable()). With a "
+                    "loss that caches gradients (sentence-transformers' Cached losses) make the whole training step "
+                    "inside `with flatlora.perturbed(model, sample=step):`."
                 )
         self._entered.append(id(module))
 
@@ -96,7 +105,7 @@ class Passes:
         def recall(_grad: Tensor) -> None:
             self._backward_note = note
 
-        for tensor in _tensors(output):
+        for tensor in tensors(output):
             if tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(recall)
 
@@ -108,12 +117,22 @@ def of_model(module: nn.Module) -> Any:
 
 
 def entrances(model: nn.Module) -> list[nn.Module]:
-    """The modules that user code enters: the model, and each transformers model inside it (the backbone, which fused
-    losses and TRL call directly)."""
+    """The modules that user code enters: the model, each transformers model inside it (the backbone, which fused losses
+    and TRL call directly), and the parts of these, for those who call `model.forward` (sentence-transformers) and so no
+    hook of the model itself."""
     from transformers import PreTrainedModel
 
-    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return [model, *(module for module in inner if module is not model)]
+    whole = [model, *(module for module in model.modules() if isinstance(module, PreTrainedModel))]
+    return list(dict.fromkeys([*whole, *(part for module in whole for part in _parts(module))]))
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """What the forward of a module calls, as far as it has parts of its own; a list of modules is not called."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _parts(child)
+        elif any(True for _ in child.children()):
+            yield child
 
 
 def in_backward() -> bool:
@@ -129,15 +148,16 @@ def _watcher(module: nn.Module) -> Passes | None:
     return None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a forward has returned."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
-            yield from _tensors(getattr(value, name))
+            yield from tensors(getattr(value, name))

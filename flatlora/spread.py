@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -23,7 +24,7 @@ def is_sharded(parameter: Tensor) -> bool:
     return is_dtensor(parameter) or hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened")
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor | None) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
@@ -47,17 +48,24 @@ def calling_deepspeed() -> Any:
     return None
 
 
+def _inner(module: Any) -> Any:
+    return getattr(module, "_fsdp_wrapped_module", module)
+
+
+def _is_here(module: Any) -> bool:
+    weight = module.weight
+    return _inner(module) is module and weight.numel() > 0 and not weight.is_meta and not is_dtensor(weight)
+
+
 def whole_weight(module: Any) -> Tensor:
     """The weight of a module as its forward finds it: FSDP1, ZeRO-3 and offloading bring it for that time only.
 
     Raises:
         RuntimeError: it is nowhere.
     """
-    inner = getattr(module, "_fsdp_wrapped_module", module)
-    weight = inner.weight
-    if inner is module and weight.numel() > 0 and not weight.is_meta and not is_dtensor(weight):
-        return weight
-    found = []
+    if _is_here(module):
+        return module.weight
+    inner, found = _inner(module), []
 
     def look(probe: Tensor) -> Tensor:
         found.append(inner.weight.detach().clone())
@@ -72,6 +80,26 @@ def whole_weight(module: Any) -> Tensor:
             "reset_lora_parameters."
         )
     return found[0]
+
+
+@contextmanager
+def moved_weight(module: Any, offset: Tensor) -> Iterator[None]:
+    """A linear or convolution module has weight + offset for a weight, for the time being; nothing is written."""
+    inner = _inner(module)
+
+    def moved(x: Tensor) -> Tensor:
+        weight = inner.weight + offset.to(inner.weight)
+        return F.linear(x, weight, inner.bias) if weight.ndim == 2 else inner._conv_forward(x, weight, inner.bias)
+
+    if not _is_here(module):  # it comes when the module is called
+        with replaced_forward(inner, moved):
+            yield
+        return
+    try:
+        module.__dict__["weight"] = module.weight + offset.to(module.weight)  # found before the parameter
+        yield
+    finally:
+        module.__dict__.pop("weight", None)
 
 
 @contextmanager

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import unserializable_hook
 
 from .method import FlatLora, Method
 from .ops import BACKENDS, resolve_backend
@@ -22,6 +20,7 @@ from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .passes import Passes, entrances, in_backward, of_model
 from .spread import calling_deepspeed, global_rank, is_deepspeed, is_sharded
+from .steps import check_reached, overflowed, unwatch, watch
 
 RAMPS: dict[str, Callable[[float, int], float]] = {  # of the progress t in [0, 1] and of the steps made
     "cosine": lambda t, steps: 0.5 * (1 - math.cos(math.pi * t)),
@@ -124,6 +123,11 @@ class Perturbation:
         self.ascended = False  # a first pass of two has been made for the coming optimizer step
         self.climber: torch.optim.Optimizer | None = None  # of Bi-LoRA's second module
         self.climber_state: dict[str, Any] | None = None  # loaded, for when it is made
+        self.interval = 0  # optimizer steps that ended here: what came since the last one is in this interval
+        self.reached = 0  # flat layers that have run in this interval
+        self.flat_layer_count: int | None = None  # as last counted
+        self.compiled = False  # a flat layer has been compiled: whether it runs is not seen
+        self.warned_of_kernels = False
         self._prepared = False  # the method has been told of the optimizer step that is being made
         self._stale = False  # a backward has used the sample: the next training forward takes a new one
         self._window, self._pass_of_window = (0, 0), -1  # of unchanged factors, and the pass that was last asked about
@@ -259,12 +263,16 @@ class Perturbation:
             self._pass_of_window, self._backward_ran = count, False
         return self.steps, self._window
 
-    @unserializable_hook  # an output may be saved, and its hooks need not be
-    def backward_began(self, _grad: Tensor | None = None) -> None:
+    def backward_began(self) -> None:
         """Told by every perturbed layer's gradient: the sample has been used."""
         self._backward_ran = True
         if self.settings.resample == "forward":
             self._stale = True
+
+    @property
+    def forced(self) -> bool:
+        """Inside `perturbed(...)`, where every pass is perturbed."""
+        return self._forced is not None
 
     def backend(self, device: torch.device) -> str:
         """Name of the noise backend on this device."""
@@ -288,13 +296,12 @@ class Perturbation:
         recalled = self.passes.recalled()
         # the sample is not looked at here: compiled code would have to be compiled again for each
         enabled = self.enabled if recalled is None else recalled.enabled
-        forced = self._forced is not None if recalled is None else recalled.forced
+        forced = self.forced if recalled is None else recalled.forced
         return enabled and (forced or (training and self.passes.with_gradients()))
 
     def _note(self) -> PassNote:
-        forced = self._forced is not None
         sample = self._forced[0] if self._forced is not None and self._forced[0] is not None else self.sample
-        return PassNote(sample, forced, self.enabled)
+        return PassNote(sample, self.forced, self.enabled)
 
     def _take_new_sample(self) -> None:
         if self.passes.first_use() and self._stale:
@@ -322,10 +329,16 @@ class Perturbation:
             self.steps = steps  # as many as before: from here on the engine counts
         self._after_step()
 
-    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def step_began(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of this process begins a step."""
         self._began[optimizer] = self.steps
-        if not self._prepared and not _overflowed(optimizer) and self._holds_adapter(optimizer):
+
+    def gradients_are_there(self, optimizer: torch.optim.Optimizer) -> None:
+        """What the optimizer is about to use: from before the step, or from the closure that it has just called."""
+        if not self._prepared and not overflowed(optimizer) and self._holds_adapter(optimizer):
             self._prepared = True
+            if self.rho > 0:
+                check_reached(self)
             if self.settings.method.uses_gradients and self.rho > 0:
                 self.refuse_shards()
                 self._warn_once()
@@ -345,12 +358,38 @@ class Perturbation:
                 "FlatLoraConfig, which needs none."
             )
 
-    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def step_ended(self, optimizer: torch.optim.Optimizer) -> None:
+        """It has been made: count it, if it is a step of the adapter's own optimizer."""
         inside = self._began.get(optimizer, self.steps) != self.steps  # an optimizer that this one wraps has counted it
-        if self._engine is None and self._holds_adapter(optimizer) and not inside and not _overflowed(optimizer):
+        if self._engine is None and self._holds_adapter(optimizer) and not inside and not overflowed(optimizer):
+            if self.settings.method.uses_gradients and not self._prepared and self.rho > 0:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} was given a closure and did not call it, so "
+                    f"{type(self.settings.method).__name__} has not seen the gradients: call backward before "
+                    "optimizer.step() and pass no closure"
+                )
             self.steps, self.sees_steps, self._prepared = self.steps + 1, True, False
+            self.interval, self.reached = self.interval + 1, 0
             self._after_step()
             self.settings.method.after_step(self, optimizer)
+
+    def noise_position(self) -> tuple[int, bool]:
+        """Where the noise is, for `repeat_noise`."""
+        return self.sample, self._stale
+
+    def repeat_noise(self, position: tuple[int, bool], optimizer: torch.optim.Optimizer) -> None:
+        """The closure of a step runs once more: from the same noise again.
+
+        Raises:
+            RuntimeError: the method makes its perturbation from the gradients of a step, and there are several.
+        """
+        method = self.settings.method
+        if method.uses_gradients and self.rho > 0 and self._holds_adapter(optimizer):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} calls its closure several times in a step, and {type(method).__name__} is "
+                "defined for one gradient a step. Use an optimizer that calls it once, or FlatLoraConfig."
+            )
+        self.sample, self._stale = position
 
     def _after_step(self) -> None:
         if self.settings.resample == "step":
@@ -435,29 +474,16 @@ class Perturbation:
     def _enrol(self) -> None:
         self.number = next(_numbers)  # names this object in compiled code
         OBSERVERS[self.number] = self
-        me = weakref.ref(self)
-
-        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            state = me()
-            if state is not None:
-                state._before_optimizer_step(optimizer)
-
-        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            state = me()
-            if state is not None:
-                state._after_optimizer_step(optimizer)
-
-        handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        self._unregister = weakref.finalize(self, _remove, handles)
+        watch(self)
 
     def close(self) -> None:
         """Take every hook away."""
         self.passes.close()
-        self._unregister()
+        unwatch(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # these hold weak references, and are made anew
-        dropped: dict[str, Any] = {"_unregister": None, "_began": None, "_engine": None, "_weights": []}
+        dropped: dict[str, Any] = {"_began": None, "_engine": None, "_weights": []}
         dropped["_counted"] = self.steps
         return {**self.__dict__, **dropped}
 
@@ -483,14 +509,3 @@ def forced(perturbation: Perturbation, sample: int | None) -> Iterator[None]:
         yield
     finally:
         perturbation._forced = before
-
-
-def _remove(handles: list) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
-    """Has GradScaler called a fused optimizer for a step that it is to skip by itself?"""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found.item())

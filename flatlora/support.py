@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.adalora.layer import SVDConv2d, SVDLinear
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .spread import is_dtensor
 
-# What they add to the base product is B A x, or tends to it; DoRA's is another matter, see above.
+# What they add to the base product is B A x, or tends to it; DoRA's is another matter, see `layer.py`.
 VARIANTS = (
     variants.ALoraLinearVariant,  # merged from the invocation on: the row norm is that of the merged weight
     variants.BdLoraLinearVariant,
@@ -25,33 +26,72 @@ VARIANTS = (
     variants.MiCAEmbeddingVariant,
     variants.MiCALinearVariant,
     variants.MontecloraLinearVariant,  # its own noise in A has mean zero, and is not in the row norm
+    variants.QALoraLinearVariant,
     variants.VeloraLinearVariant,
 )
 LAYERS_OF_PEFT = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, SVDLinear, SVDConv2d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-SPLIT = "its weight is split by tensor parallelism, and the row norms of a part are not those of the whole"
 STOCK_FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)}
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+QUANTISED = (  # by name: peft defines some of them only where their package is installed
+    "AqlmLoraLinear",
+    "AwqLoraLinear",
+    "EetqLoraLinear",
+    "GPTQLoraLinear",
+    "HqqLoraLinear",
+    "IncLoraLinear",
+    "Linear4bit",
+    "Linear8bitLt",
+    "TorchaoLoraLinear",
+)
+SPLIT = "its weight is split by tensor parallelism, and the row norms of a part are not those of the whole"
+REASONS = {
+    "LoraParallelLinear": SPLIT,
+    "TeLinear": "Transformer Engine may normalise x inside the layer, and the noise must multiply what W multiplies",
+    "ArrowLinearVariant": "Arrow mixes the adapters anew for each token, so that there is no one merged weight",
+}
+
+
+def is_quantised(plain: type) -> bool:
+    """Is this a class of peft for layers whose base layer is quantised?"""
+    return plain.__module__.startswith("peft.tuners.lora.") and plain.__name__ in QUANTISED
 
 
 def unsupported(layer: Any, adapter: str) -> str | None:
     """Why this adapter of a LoRA layer cannot be perturbed, or None if it can."""
-    plain = getattr(type(layer), "plain_class", type(layer))
-    if plain not in LAYERS_OF_PEFT:
-        return f"peft adapts it with {plain.__name__}, which is not supported"
+    plain, base = getattr(type(layer), "plain_class", type(layer)), layer.base_layer
+    if getattr(base, "_hf_tp_plan", None) is not None or is_dtensor(getattr(base, "weight", None)):
+        return f"{SPLIT}; FSDP2's fully_shard comes after the adapter"
     if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):
         return "its forward was replaced, as X-LoRA does, whose mixture of adapters is another one for each token"
-    base = layer.base_layer
-    if isinstance(base, BaseTunerLayer):
+    if isinstance(base, BaseTunerLayer) and not isinstance(base, lora.ParamWrapper):
         return f"it is wrapped around another adapter layer ({type(base).__name__})"
-    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "torch's MultiheadAttention reads its weight without calling it"
-    if type(base).forward not in STOCK_FORWARDS and not hasattr(base, "embed_scale"):
-        return f"{type(base).__name__} has a forward of its own"
-    if not base.weight.is_floating_point():
-        return f"its weight is stored as {base.weight.dtype}"
-    if getattr(base, "_hf_tp_plan", None) is not None or is_dtensor(base.weight):
-        return f"{SPLIT}; FSDP2's fully_shard comes after the adapter"
     variant = type(layer.lora_variant.get(adapter))
     if adapter in layer.lora_variant and not issubclass(variant, VARIANTS):
-        return f"{variant.__name__} of adapter {adapter!r} is not supported"
-    return None
+        return REASONS.get(variant.__name__, f"{variant.__name__} of adapter {adapter!r} is not supported")
+    if plain in LAYERS_OF_PEFT:
+        return _unsupported_base(layer, base)
+    if plain is lora.MultiheadAttention:
+        return _unsupported_dtype(base.in_proj_weight)
+    if plain is lora.ParamWrapper:
+        return _unsupported_dtype(layer.get_param())
+    if is_quantised(plain):
+        return None
+    return REASONS.get(plain.__name__, f"peft adapts it with {plain.__name__}, which is not supported")
+
+
+def _unsupported_base(layer: Any, base: Any) -> str | None:
+    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        # flat already where the attention as a whole is adapted
+        return (
+            None if hasattr(layer, "perturbation") else "torch's MultiheadAttention reads its weight without calling it"
+        )
+    if type(base).forward not in STOCK_FORWARDS and not hasattr(base, "embed_scale"):
+        return f"{type(base).__name__} has a forward of its own"
+    return _unsupported_dtype(base.weight)
+
+
+def _unsupported_dtype(weight: Tensor) -> str | None:
+    return None if weight.dtype in FLOATS else f"its weight is stored as {weight.dtype}"

@@ -1,6 +1,7 @@
 """The pages of the documentation: their code runs, and every public name is in the reference."""
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import tiny
 import torch
 from datasets import Dataset
 from loops.runs import batches, rows
-from loops.test_trl import tokenizer
+from loops.test_diffusers import unet, unet_inputs
+from loops.test_sentence_transformers import saved_bert
+from loops.test_trl import texts, tokenizer
 from torch.utils.data import DataLoader
 
 PAGES = Path(__file__).parents[1] / ".docs" / "pages"
 WITH_CODE = [page for page in sorted(PAGES.rglob("*.md")) if "```python" in page.read_text()]
 
 
-def known():
-    """What the pages take as given: a base model, data, a tokenizer."""
+def known(folder):
+    """What the pages take as given: a base model, data, a tokenizer, a UNet."""
+    prompts = [unet_inputs(seed) for seed in range(3)]
     return {
         "torch": torch,
         "LoraConfig": peft.LoraConfig,
@@ -28,6 +32,11 @@ def known():
         "loader": DataLoader(rows(8), batch_size=2),
         "rows": rows(8),
         "held_out": batches(2),
+        "embedder": saved_bert(folder / "bert"),
+        "pairs": texts("anchor", "positive"),
+        "unet": unet(),
+        "fresh_unet": unet,
+        "latents": [(*inputs.values(), torch.randn(2, 4, 8, 8)) for inputs in prompts],
         "texts": Dataset.from_dict({"text": ["one two three", "four five six"] * 4}),
         "tokenizer": tokenizer(),
     }
@@ -35,11 +44,15 @@ def known():
 
 # the pages show what a user writes, and on a machine with an accelerator there is no such warning
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")  # advice on loaders
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")  # Lightning's own
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`")
+@pytest.mark.usefixtures("any_peft")
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
-    exec(compile(code, str(page), "exec"), known())
+    exec(compile(code, str(page), "exec"), known(tmp_path))
 
 
 @pytest.mark.parametrize("module", ["flatlora", "analysis", "methods", "ops", "plotting"])
@@ -52,6 +65,18 @@ def test_every_public_name_is_in_the_reference(module):
         re.findall(rf"::: {re.escape(name)}\.(\w+)$", (PAGES / "reference" / f"{module}.md").read_text(), re.M)
     )
     assert public == listed - {"config", "state"}
+
+
+def has_docstring(thing):
+    doc = inspect.getdoc(thing)
+    return bool(doc) and not doc.startswith(f"{thing.__name__}(")  # what `dataclass` writes where nobody did
+
+
+@pytest.mark.parametrize("module", ["flatlora", "analysis", "methods", "ops", "plotting"])
+def test_every_public_name_has_a_docstring(module):
+    module = importlib.import_module(module if module == "flatlora" else f"flatlora.{module}")
+    public = {name: getattr(module, name) for name in module.__all__}
+    assert [name for name, thing in public.items() if callable(thing) and not has_docstring(thing)] == []
 
 
 def test_every_page_is_in_the_menu():

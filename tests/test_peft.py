@@ -1,5 +1,7 @@
 """A flat model among peft's own: made, attached, switched, merged, deleted, refused."""
 
+import weakref
+
 import peft
 import pytest
 import tiny
@@ -8,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from torch import nn
 
+import flatlora.steps
 from flatlora import FlatLoraConfig, attach, detach, get_flat_peft_model, perturbation
 
 
@@ -66,12 +69,14 @@ def test_nothing_outlives_unload(merge):
     assert tiny.same(*(list(model.state_dict().values()) for model in results))
 
 
-def test_the_optimizer_hook_goes_with_the_model():
+def test_the_optimizer_hooks_go_with_the_last_model(monkeypatch):
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
+    monkeypatch.setattr(flatlora.steps, "_watched", weakref.WeakSet())  # models of other tests may still be there
+    monkeypatch.setattr(flatlora.steps, "_handles", [])
     before = len(hooks)
     models = [tiny.flat_model(), attach(tiny.plain_model(), schedule="constant")]
-    assert len(hooks) == before + 2
+    assert len(hooks) == before + 1
     detach(models[1])
     assert len(hooks) == before + 1
     models[0].unload()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
@@ -60,6 +61,8 @@ class BiLora(FactorMethod):
         reason = super().unsupported(layer, adapter)
         if reason is None and not isinstance(layer.lora_A[adapter], torch.nn.Linear):
             reason = "Bi-LoRA is not defined for convolutions"
+        elif reason is None and isinstance(layer, (MultiheadAttention, ParamWrapper)):
+            reason = "Bi-LoRA adds its product to the output, which must be linear in the input"
         return reason
 
     def adopt(self, layer: Any, adapter: str) -> None:

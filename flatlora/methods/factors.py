@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,7 +57,9 @@ class FactorMethod(Method):
         return None
 
     def forward(self, layer: Any, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with layer.moved(self.offsets(layer)):
+        with ExitStack() as stack:
+            for part in layer.parts():
+                stack.enter_context(part.moved(self.offsets(part)))
             return plain(x, *args, **kwargs)
 
     def offsets(self, layer: Any) -> dict[tuple[str, str], Tensor]:

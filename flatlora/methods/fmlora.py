@@ -142,5 +142,7 @@ def _of_equal_shape(factors: Iterable[Factors]) -> Iterator[list[Factors]]:
 
 
 def _of_groups(layer: Any, adapter: str) -> str | None:
-    groups = getattr(layer.get_base_layer(), "groups", 1)
-    return None if groups == 1 else f"the transfer to B is not defined for a convolution with {groups} groups"
+    groups, experts = getattr(layer.get_base_layer(), "groups", 1), getattr(layer, "num_experts", 1)
+    if groups > 1:
+        return f"the transfer to B is not defined for a convolution with {groups} groups"
+    return None if experts == 1 else f"the transfer to B is not defined for factors that {experts} experts share out"

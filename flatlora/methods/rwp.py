@@ -9,7 +9,6 @@ Both have the expected size of Flat-LoRA's noise, E ||eps||_F^2 = rho_t^2 ||.||_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,10 +62,9 @@ class MergedRwp(FlatLora):
 class FactorRwp(FactorMethod):
     uses_gradients = False
 
-    def forward(self, layer: Any, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        key, _ = layer.perturbation.draw(x.device)
-        with layer.moved(self.noise(layer, key)):
-            return plain(x, *args, **kwargs)
+    def offsets(self, layer: Any) -> dict[tuple[str, str], Tensor]:
+        key, _ = layer.perturbation.draw(next(layer.lora_A.parameters()).device)
+        return self.noise(layer, key)
 
     @torch.no_grad()
     def noise(self, layer: Any, key: Tensor) -> dict[tuple[str, str], Tensor]:

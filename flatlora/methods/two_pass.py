@@ -20,6 +20,18 @@ from torch.optim import Optimizer
 from ..model import perturbation
 from .factors import FactorMethod
 
+# TRL's trainers whose training step generates
+GENERATING = {
+    *(
+        "AsyncDistillationTrainer",
+        "AsyncGRPOTrainer",
+        "DistillationTrainer",
+        "GKDTrainer",
+        "GOLDTrainer",
+        "GRPOTrainer",
+    ),
+    *("IWOPDTrainer", "OnlineDPOTrainer", "RLOOTrainer", "SDFTTrainer", "SDPOTrainer"),
+}
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -109,8 +121,19 @@ class TwoPassTrainerMixin:
 
         class SamTrainer(TwoPassTrainerMixin, Trainer): ...
 
-    Not for trainers whose `training_step` must be called once per batch, such as TRL's GRPOTrainer.
+    Raises:
+        TypeError: the trainer makes the data of a step in the step, so that two passes would see different data: TRL's
+            GRPOTrainer and the others that generate.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        generating = [kind.__name__ for kind in cls.__mro__ if kind.__name__ in GENERATING]
+        if generating:
+            raise TypeError(
+                f"{cls.__name__}: {generating[0]} generates the data of a training step in the step itself, and the "
+                "two passes of TwoPassTrainerMixin need the same data. Use a method of one pass, such as EFMLoraConfig."
+            )
 
     def training_step(self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.is_deepspeed_enabled:

@@ -2,20 +2,24 @@
 
 from . import library  # noqa: F401  (registers the operators)
 from .adapted import perturbed_lora_linear
-from .norms import merged_row_norms, squared_row_norms, sums_merged_rows
+from .merged import add_noise_, rebuilt_linear
+from .norms import merged_row_norms, row_norms_of_sum, squared_row_norms, sums_merged_rows
 from .perturb import BACKENDS, makes_norms, perturb_weight, resolve_backend, row_noise
 from .products import perturbed_conv, perturbed_linear
 
 __all__ = [
     "BACKENDS",
+    "add_noise_",
     "makes_norms",
     "merged_row_norms",
     "perturb_weight",
     "perturbed_conv",
     "perturbed_linear",
     "perturbed_lora_linear",
+    "rebuilt_linear",
     "resolve_backend",
     "row_noise",
+    "row_norms_of_sum",
     "squared_row_norms",
     "sums_merged_rows",
 ]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from . import native
 from .products import autocast_dtype, linear_forward, linear_grad_bias, linear_grad_weight, linear_grad_x
 
 
@@ -118,7 +119,11 @@ def _plus_product(out: Tensor, left: Tensor, right: Tensor, in_place: bool = Tru
     """``out + left @ right``, the sum in the wider precision of the two, rounded to that of `out`."""
     if not in_place:
         return (out + left @ right).to(out.dtype)
-    if out.dtype != left.dtype:
-        return out.add_(left @ right)
-    out.view(-1, out.shape[-1]).addmm_(_rows(left), right)
+    flat, left = out.view(-1, out.shape[-1]), _rows(left)
+    if out.dtype == left.dtype:
+        flat.addmm_(left, right)
+    elif left.dtype == torch.float32 and native.has_sums(out):
+        native.add_product(flat, left, right)
+    else:
+        flat.add_(left @ right)
     return out

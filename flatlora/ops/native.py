@@ -29,9 +29,12 @@ def _load() -> Any:
         *operand, *operand, pointer, ctypes.c_double, pointer, long, pointer, *[long] * 3,
         pointer, pointer, ctypes.c_float, long, integer, integer,
     ]  # fmt: skip
+    library.flatlora_add_product.argtypes = [
+        pointer, integer, long, pointer, pointer, long, long, long, integer, integer
+    ]  # fmt: skip
     library.flatlora_words.argtypes = [pointer, pointer, long, long, long, pointer, long, integer]
     library.flatlora_normals.argtypes = [pointer, pointer, long, integer]
-    for name in ("perturb", "words", "normals"):
+    for name in ("perturb", "add_product", "words", "normals"):
         getattr(library, f"flatlora_{name}").restype = None
     return library
 
@@ -122,6 +125,32 @@ def _call(
         None if rows is None else rows.data_ptr(), first_row, m, n,
         None if B is None else B.data_ptr(), None if A is None else A.data_ptr(), scaling, r,
         torch.get_num_threads() if m * n >= SERIAL else 1,
+        BEST if kernel is None else kernel,
+    )  # fmt: skip
+
+
+def has_sums(out: Tensor) -> bool:
+    """Can `add_product` add to this tensor?"""
+    known = out.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and LIBRARY is not None and out.device.type == "cpu" and out.is_contiguous()
+
+
+def add_product(
+    out: Tensor,  # (t, n)
+    left: Tensor,  # (t, r)
+    right: Tensor,  # (r, n)
+    *,
+    kernel: int | None = None,
+) -> None:
+    """``out += left @ right`` for a small r: summed in float32, rounded once to `out`'s dtype, without a temporary.
+
+    torch makes three passes over float32 copies of a bfloat16 `out` of this. `left` and `right`: float32.
+    """
+    left, right = left.contiguous(), right.contiguous()
+    t, n = out.shape
+    LIBRARY.flatlora_add_product(
+        out.data_ptr(), DTYPES[out.dtype], out.stride(0), left.data_ptr(), right.data_ptr(), t, n, left.shape[1],
+        torch.get_num_threads() if t * n >= SERIAL else 1,
         BEST if kernel is None else kernel,
     )  # fmt: skip
 

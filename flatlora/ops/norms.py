@@ -69,11 +69,25 @@ def merged_row_norms(
         return native.merged_row_norms(weight, B, A, scaling)
     assert squared is not None
     dtype = squared.dtype
-    with _no_autocast(weight.device.type):
+    with no_autocast(weight.device.type):
+        cross = (A.to(weight.dtype) @ weight.T).to(dtype)
+        return row_norms_of_sum(squared, cross, B, A if whole is None else whole, scaling)
+
+
+@torch.no_grad()
+def row_norms_of_sum(
+    squared: Tensor,  # (m,)
+    cross: Tensor,  # (r, m)
+    B: Tensor,  # (m, r)
+    A: Tensor,  # (r, n)
+    scaling: float = 1.0,
+) -> Tensor:
+    """`merged_row_norms` where ``A W^T`` is known and W need not be: squared and cross are float32 or float64."""
+    dtype = squared.dtype
+    with no_autocast(squared.device.type):
         Bt = (scaling * B.to(dtype)).T.contiguous()  # (r, m): r long rows are quicker to work on than m short ones
-        whole = (A if whole is None else whole).to(dtype)
-        cross = (A.to(weight.dtype) @ weight.T).to(dtype)  # (r, m)
-        low_rank = torch.addmm(cross, whole @ whole.T, Bt, beta=2).mul_(Bt).sum(dim=0)
+        A = A.to(dtype)
+        low_rank = torch.addmm(cross, A @ A.T, Bt, beta=2).mul_(Bt).sum(dim=0)
     return low_rank.add_(squared).clamp_min_(0).sqrt_()  # rounding can leave a vanishing row just below zero
 
 
@@ -104,6 +118,7 @@ def grouped_row_norms(
     return torch.cat(norms)
 
 
-def _no_autocast(device: str) -> AbstractContextManager:
+def no_autocast(device: str) -> AbstractContextManager:
+    """No autocast inside."""
     # it would round the products; where it is off already, the context would cost more than they do
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -46,9 +46,10 @@ class Pass:
 
 @pytest.fixture
 def passes(monkeypatch):
-    """passes(model): the list to which each pass of a transformers model inside adds itself from now on."""
+    """passes(model): the list to which each pass of a transformers model (or of the given kind) inside adds itself from
+    now on."""
 
-    def watch(model):
+    def watch(model, kind=PreTrainedModel):
         seen, entered = [], []
         perturb = products.perturb_weight
 
@@ -60,20 +61,21 @@ def passes(monkeypatch):
         def leave(module, args, output):
             entered.pop()
 
-        def spy(weight, row_std, key, *args, **kwargs):
+        def spy(weight, norms, key, *args, **kwargs):
+            made = perturb(weight, norms, key, *args, **kwargs)  # may write the norms
             layers = (m for m in model.modules() if isinstance(m, LoraLayer))  # asked for now: a trainer may make them
             layer = next((m for m in layers if m.get_base_layer().weight.data_ptr() == weight.data_ptr()), None)
             if layer is not None and torch._C._current_graph_task_id() == -1:
                 with torch.autocast(weight.device.type, enabled=False):
                     merged = weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
-                strength = row_std * weight.shape[1] ** 0.5 / merged.norm(dim=1)
+                strength = norms * kwargs.get("relative", 1.0) * weight.shape[1] ** 0.5 / merged.norm(dim=1)
                 assert strength.max() - strength.min() < 1e-5
                 seen[-1].strengths.append(strength.mean().item())
                 seen[-1].samples.add(key.tolist()[1])
-            return perturb(weight, row_std, key, *args, **kwargs)
+            return made
 
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):
+            if isinstance(module, kind):
                 module.register_forward_pre_hook(enter)
                 module.register_forward_hook(leave)
         monkeypatch.setattr(products, "perturb_weight", spy)

@@ -1,8 +1,11 @@
 """Loops that never call us: what counts as an optimizer step, and what does not."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from loops.runs import adapter, assert_same_adapter, batches, cosine, flat_model, plain_model
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
@@ -76,6 +79,83 @@ def test_a_step_that_the_scaler_skips_does_not_count(model, seen, fused):
         scaler.update()
         optimizer.zero_grad()
     assert strengths(seen) == ramp([0, 1, 1, 2])
+
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS.values(), ids=PRECISIONS)
+def test_autocast_with_a_scaler_clipping_and_accumulation(model, seen, dtype):
+    optimizer, scaler = AdamW(trained(model)), torch.amp.GradScaler("cpu")
+    for i, batch in enumerate(batches(8)):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = model(**batch).loss / 2
+        scaler.scale(loss * (torch.inf if i == 2 else 1)).backward()  # spoils the second step
+        if i % 2:
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(trained(model), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert strengths(seen) == ramp([0, 0, 1, 1, 1, 1, 2, 2])
+    assert [p.samples for p in seen] == [{i} for i in range(8)]
+    assert all(p.isfinite().all() for p in trained(model))
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS.values(), ids=PRECISIONS)
+def test_autocast_without_strength_is_plain_lora(dtype):
+    def train(model):
+        optimizer, scaler = AdamW(trained(model.train()), lr=1e-2), torch.amp.GradScaler("cpu", init_scale=64.0)
+        for batch in batches(3):
+            with torch.autocast("cpu", dtype=dtype):
+                loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return model
+
+    assert_same_adapter(train(flat_model(rho=0.0)), adapter(train(plain_model())))
+
+
+@pytest.fixture
+def _other_precision():
+    """accelerate keeps the precision of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_other_precision")
+def test_accelerate_in_mixed_precision_with_a_step_that_is_skipped(model, seen):
+    # on the CPU accelerate knows bf16 alone, which it does not scale; its scaler for fp16 is put in by hand
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    prepared, optimizer = accelerator.prepare(model, AdamW(trained(model)))
+    for i, batch in enumerate(batches(8)):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(**batch).loss * (torch.inf if i == 2 else 1))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(prepared.parameters(), 0.1)
+            optimizer.step()
+            if accelerator.sync_gradients:
+                assert optimizer.step_was_skipped == (i == 3)
+            optimizer.zero_grad()
+    assert strengths(seen) == ramp([0, 0, 1, 1, 1, 1, 2, 2])
+
+
+def test_saved_tensors_that_are_moved_away_and_back():
+    """As activation offloading does."""
+    models = [flat_model(schedule="constant").train() for _ in range(2)]
+    for model, moved in zip(models, (False, True), strict=True):
+        optimizer = AdamW(trained(model), lr=1e-2)
+        for batch in batches(3):
+            with torch.autograd.graph.save_on_cpu() if moved else nullcontext():
+                loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same_adapter(models[1], adapter(models[0]))
 
 
 def test_two_optimizers_make_one_step(model, seen):

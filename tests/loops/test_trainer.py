@@ -4,12 +4,16 @@ import pytest
 import tiny
 from loops.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model, plain_model, rows, trainer
 from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     EarlyStoppingCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
     TrainerCallback,
 )
 
@@ -265,6 +269,8 @@ BESIDE = {
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "bf16": {"bf16": True},
+    "clipping": {"max_grad_norm": 0.01},
+    "group-by-length": {"train_sampling_strategy": "group_by_length"},
     "accumulation": {"gradient_accumulation_steps": 3},
 }
 
@@ -288,26 +294,93 @@ def test_every_training_pass_is_perturbed(settings, passes, tmp_path):
         assert len(p.strengths) == layers and p.rho == pytest.approx(RHO)
 
 
-def test_seq2seq_trainer(passes, tmp_path):
-    sizes = dict(vocab_size=tiny.TOKENS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
-    config = FlatLoraConfig(r=4, target_modules=["q", "wi"], rho=RHO, schedule="constant", task_type="SEQ_2_SEQ_LM")
-    model = get_flat_peft_model(base, config)
+def test_compiled(tmp_path):
+    """The noise and the ramp of the eager run; what follows differs by rounding."""
+    losses = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        model, callbacks = with_callback()
+        run = trainer(model, tmp_path, callbacks=callbacks, max_steps=4, **settings)
+        run.train()
+        logs = [entry for entry in run.state.log_history if "loss" in entry]
+        assert [entry["flat_rho"] for entry in logs] == pytest.approx([cosine(step, 4) for step in (1, 2, 3, 4)])
+        losses.append([entry["loss"] for entry in logs])
+        assert perturbation(model).sample == 3
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+
+
+class LittleMemory(Trainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_a_batch_size_that_is_found(passes, tmp_path):
+    model, callbacks = with_callback()
     seen = passes(model)
+    settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 8, "num_train_epochs": 1}
+    run = trainer(model, tmp_path, kind=LittleMemory, callbacks=callbacks, **settings)
+    run.train()
+    steps = run.state.max_steps
+    assert steps == perturbation(model).steps == perturbation(model).total_steps == len(seen) > 3
+    assert [p.rho for p in seen] == pytest.approx([cosine(step, steps) for step in range(steps)], abs=1e-6)
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    model, (ours,) = with_callback()
+    run = trainer(model, tmp_path, max_steps=4, report_to="tensorboard")
+    ours.add_to(run)
+    run.train()
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    found = {event.step: event.value for event in events.Scalars("train/flat_rho")}
+    assert found == pytest.approx({step: cosine(step, 4) for step in (1, 2, 3, 4)})
+
+
+def t5():
+    sizes = dict(vocab_size=tiny.TOKENS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)), ["q", "wi"]
+
+
+def bart():
+    sizes = dict(vocab_size=tiny.TOKENS, d_model=32, max_position_embeddings=32)
+    halves = {f"{half}_{name}": n for half in ("encoder", "decoder") for name, n in HALF.items()}
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2)
+    return BartForConditionalGeneration(BartConfig(**sizes, **halves, **tokens)), ["q_proj", "fc1"]
+
+
+HALF = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+
+
+@pytest.mark.parametrize("make", [t5, bart])
+def test_seq2seq_trainer_generates_during_training(make, passes, tmp_path):
+    base, targets = make()
+    config = FlatLoraConfig(r=4, target_modules=targets, rho=RHO, schedule="constant", task_type="SEQ_2_SEQ_LM")
+    model = get_flat_peft_model(base, config)
+    model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None  # all of the length
+    seen = passes(model)
+    length, generated = 4, []
     run = trainer(
         model,
         tmp_path,
         kind=Seq2SeqTrainer,
         arguments=Seq2SeqTrainingArguments,
         callbacks=[FlatLoraCallback()],
-        more={"eval_dataset": rows(2)},
+        more={
+            "eval_dataset": rows(2),
+            "compute_metrics": lambda output: generated.append(output.predictions) or {"n": len(output.predictions)},
+        },
         max_steps=2,
         predict_with_generate=True,
-        generation_max_length=4,
+        generation_max_length=length,
         eval_strategy="steps",
         eval_steps=1,
     )
     run.train()
-    assert [p.rho for p in seen if p.training] == pytest.approx([RHO] * 2)
+    training = [p for p in seen if p.training]
+    layers = sum(hasattr(module, "lora_A") for module in model.modules())
+    assert [(p.rho, len(p.strengths)) for p in training] == [(pytest.approx(RHO), layers)] * 2
     assert not any(p.strengths for p in seen if not p.training)
-    assert any(not p.training for p in seen)
+    assert [len(predictions) for predictions in generated] == [2] * 2
+    encoding, loss = 1, 1
+    assert len(seen) - len(training) == 2 * (encoding + length - 1 + loss)

@@ -108,3 +108,15 @@ def test_stale_norms_are_written_and_used():
     expected = merged_row_norms(leaves[2], None, leaves[5].detach(), leaves[4].detach(), SCALING)
     assert torch.equal(norms, expected)
     assert torch.equal(out, product(*leaves, expected))
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason="the C kernel was not built")
+@pytest.mark.parametrize("kernel", range(native.BEST + 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("t, n, r", [(1, 1, 1), (5, 64, 8), (33, 200, 3), (300, 257, 16)])
+def test_a_product_is_added_in_float32_and_rounded_once(dtype, t, n, r, kernel):
+    out, left, right = torch.randn(t, n).to(dtype), torch.randn(t, r), torch.randn(n, r).T
+    exact = out.double() + left.double() @ right.double()
+    native.add_product(out, left, right, kernel=kernel)
+    error = (out.double() - exact).abs()
+    assert (error <= 1e-5 + exact.abs() * torch.finfo(dtype).eps / 2 * 1.001).all()

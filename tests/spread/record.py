@@ -88,7 +88,7 @@ def alone(run):
 
 
 def train_together(models, optimizers, loss):
-    """Equal models in one process, one for each rank, whose gradients are averaged by hand. Mean losses of the steps."""
+    """Equal models in one process, one for each rank, gradients averaged by hand. Returns the mean losses."""
     losses = []
     for rank, model in enumerate(models):
         perturbation(model).rank = rank

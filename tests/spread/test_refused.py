@@ -50,9 +50,7 @@ def split(rank, folder):
     )
     by_torch = parallelize_module(tiny.base_model(), mesh, {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
     for model in (by_transformers, by_torch):
-        with pytest.raises(
-            ValueError, match="q_proj' .* its weight is split by tensor parallelism"
-        ):
+        with pytest.raises(ValueError, match="q_proj' .* its weight is split by tensor parallelism"):
             get_flat_peft_model(model, FlatLoraConfig(**tiny.LORA))
     later = tiny.flat_model()
     parallelize_module(later, mesh, {"base_model.model.model.layers.*.self_attn.q_proj.base_layer": ColwiseParallel()})

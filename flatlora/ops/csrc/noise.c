@@ -1,5 +1,5 @@
 /* out = W + std * z in one pass over W, with the z of the noise contract (see ../philox.py). Before it, if asked for, the
- * row norms of W + s B A, which std is relative to.
+ * row norms of W + s B A, which std is relative to. And the sum of a product and a low-rank one.
  *
  * A plain shared library, called from Python through ctypes (see ../native.py): no Python.h, no torch headers, no
  * libraries beyond libc, libm and the threads. The kernel is compiled once per instruction set and chosen at run time.
@@ -53,8 +53,18 @@ typedef struct {
     const float *b, *a;   /* (m, r) and (r, n): the norms are those of W + s B A, and written; NULL: they are given */
     float scaling;        /* s */
     int64_t r;
-    int noisy;            /* 0: nothing but the norms */
+    int kernel;
 } job;
+
+typedef struct {
+    char *out;            /* (t, n), the elements of a row next to each other */
+    int64_t o0;           /* row stride of out, in bytes */
+    int o_type;
+    const float *left;    /* (t, r) */
+    const float *right;   /* (r, n) */
+    int64_t n, r;
+    int kernel;
+} product_job;
 
 static inline float as_float(uint32_t bits) {
     float f;
@@ -162,12 +172,13 @@ static const struct {
     void (*words)(uint32_t *, uint32_t, int64_t, int64_t, const stream *);
     void (*normals)(float *, const uint32_t *, int64_t);
     void (*norms)(const job *, int64_t, int64_t);
+    void (*add_product)(const product_job *, int64_t, int64_t);
 } KERNELS[] = {
-    {rows_baseline, words_baseline, normals_baseline, norms_baseline},
+    {rows_baseline, words_baseline, normals_baseline, norms_baseline, add_product_baseline},
 #ifdef DISPATCH
-    {rows_avx2, words_avx2, normals_avx2, norms_avx2},
-    {rows_avx512, words_avx512, normals_avx512, norms_avx512},
-    {rows_avx512bf16, words_avx512bf16, normals_avx512bf16, norms_avx512bf16},
+    {rows_avx2, words_avx2, normals_avx2, norms_avx2, add_product_avx2},
+    {rows_avx512, words_avx512, normals_avx512, norms_avx512, add_product_avx512},
+    {rows_avx512bf16, words_avx512bf16, normals_avx512bf16, norms_avx512bf16, add_product_avx512bf16},
 #endif
 };
 
@@ -187,17 +198,27 @@ EXPORT int flatlora_best(void) {
 
 /* Threads: thread t of T does the rows m t / T ... m (t + 1) / T - 1. A row is the same whoever makes it. */
 typedef struct {
-    const job *j;
-    int kernel, threads, next;
+    void (*work)(const void *, int64_t, int64_t); /* rows begin ... end - 1 of the job */
+    const void *job;
+    int64_t m;
+    int threads, next;
 } team;
 
-static void share(team *t, int which) {
-    int64_t begin = t->j->m * which / t->threads, end = t->j->m * (which + 1) / t->threads;
-    for (int64_t i = begin; i < end; i += PANEL) { /* W comes from the cache the second time */
-        int64_t stop = i + PANEL < end ? i + PANEL : end;
-        if (t->j->a) KERNELS[t->kernel].norms(t->j, i, stop);
-        if (t->j->noisy) KERNELS[t->kernel].rows(t->j, i, stop);
+static void share(team *t, int which) { t->work(t->job, t->m * which / t->threads, t->m * (which + 1) / t->threads); }
+
+static void perturb(const void *arg, int64_t begin, int64_t end) {
+    const job *j = arg;
+    int64_t step = j->a ? PANEL : end - begin; /* after its norm a row of W comes from the cache */
+    for (int64_t i = begin; i < end; i += step) {
+        int64_t stop = i + step < end ? i + step : end;
+        if (j->a) KERNELS[j->kernel].norms(j, i, stop);
+        if (j->out) KERNELS[j->kernel].rows(j, i, stop);
     }
+}
+
+static void add_product(const void *arg, int64_t begin, int64_t end) {
+    const product_job *j = arg;
+    KERNELS[j->kernel].add_product(j, begin, end);
 }
 
 #if defined(_WIN32)
@@ -242,7 +263,7 @@ static void run(team *t) {
 
 static void start(team *t, int threads) {
     if (threads > MAX_THREADS) threads = MAX_THREADS;
-    if (threads > t->j->m) threads = (int)t->j->m;
+    if (threads > t->m) threads = (int)t->m;
     t->threads = threads > 1 ? threads : 1;
     if (t->threads > 1) run(t);
     else share(t, 0);
@@ -259,8 +280,16 @@ EXPORT void flatlora_perturb(void *out, int out_type, int64_t o0, int64_t o1, co
     if (!key) key = none;
     job j = {out, weight, o0 * o, o1 * o, w0 * w, w1 * w, out_type, weight_type, norms, relative, index, first_row, m, n,
              {{(uint32_t)key[0], (uint32_t)((uint64_t)key[0] >> 32)}, (uint32_t)layer, (uint32_t)key[1]},
-             b, a, scaling, r, out != NULL};
-    team t = {&j, kernel, 0, 0};
+             b, a, scaling, r, kernel};
+    team t = {perturb, &j, m, 0, 0};
+    start(&t, threads);
+}
+
+/* out += left right, the sum in float32 and rounded once. out: (t, n), left: (t, r), right: (r, n). */
+EXPORT void flatlora_add_product(void *out, int out_type, int64_t o0, const float *left, const float *right, int64_t rows,
+                                 int64_t n, int64_t r, int threads, int kernel) {
+    product_job j = {out, o0 * SIZE[out_type], out_type, left, right, n, r, kernel};
+    team t = {add_product, &j, rows, 0, 0};
     start(&t, threads);
 }
 

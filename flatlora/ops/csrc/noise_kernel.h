@@ -292,6 +292,62 @@ static void NAME(norms)(const job *j, int64_t begin, int64_t end) {
 }
 #endif
 
+/* out + left right, two rows of a tile, for which there must be registers enough. */
+#if VECTOR == 64
+static inline __attribute__((always_inline)) TARGET void NAME(add_tile)(
+    const product_job *j, int64_t i, int64_t c) {
+    enum { rows = 2 };
+    ALIGNED float x[rows][TILE];
+    NAME(floats) sum[rows][TILE / LANES];
+    char *row[rows];
+    for (int p = 0; p < rows; p++) {
+        row[p] = j->out + (i + p) * j->o0 + c * SIZE[j->o_type];
+        NAME(load)(x[p], row[p], j->o_type);
+        for (int v = 0; v < TILE / LANES; v++) sum[p][v] = *(NAME(floats) *)(x[p] + v * LANES);
+    }
+    for (int64_t k = 0; k < j->r; k++)
+        for (int v = 0; v < TILE / LANES; v++) {
+            NAME(floats) right = *(const NAME(floats) *)(j->right + k * j->n + c + v * LANES);
+            for (int p = 0; p < rows; p++) sum[p][v] += j->left[(i + p) * j->r + k] * right;
+        }
+    for (int p = 0; p < rows; p++) {
+        for (int v = 0; v < TILE / LANES; v++) *(NAME(floats) *)(x[p] + v * LANES) = sum[p][v];
+        NAME(store)(row[p], x[p], j->o_type);
+    }
+}
+#endif
+
+/* Up to a tile of one row. */
+static TARGET void NAME(add_rest)(const product_job *j, int64_t i, int64_t c) {
+    ALIGNED float x[TILE];
+    ALIGNED char buffer[TILE * 8] = {0};
+    int64_t size = SIZE[j->o_type], columns = j->n - c < TILE ? j->n - c : TILE, bytes = columns * size;
+    char *row = j->out + i * j->o0 + c * size;
+    memcpy(buffer, row, bytes);
+    NAME(load)(x, buffer, j->o_type);
+    for (int64_t k = 0; k < j->r; k++) {
+        float left = j->left[i * j->r + k];
+        const float *right = j->right + k * j->n + c;
+        if (columns == TILE)
+            for (int q = 0; q < TILE; q++) x[q] += left * right[q];
+        else
+            for (int q = 0; q < columns; q++) x[q] += left * right[q];
+    }
+    NAME(store)(buffer, x, j->o_type);
+    memcpy(row, buffer, bytes);
+}
+
+static TARGET void NAME(add_product)(const product_job *j, int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < j->n; c += TILE) {
+        int64_t i = begin;
+#if VECTOR == 64
+        if (j->n - c >= TILE)
+            for (; i + 2 <= end; i += 2) NAME(add_tile)(j, i, c);
+#endif
+        for (; i < end; i++) NAME(add_rest)(j, i, c);
+    }
+}
+
 /* For tests: words of column blocks first, first + 1, ... of a row, the four of a block together; and the normals of
  * given words. */
 static TARGET void NAME(words)(uint32_t *out, uint32_t row, int64_t first, int64_t blocks, const stream *s) {

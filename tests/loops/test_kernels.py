@@ -1,0 +1,243 @@
+"""Kernels that read the LoRA weights directly, so that no LoRA layer's forward runs: an error that names the layer."""
+
+import copy
+from types import MethodType
+
+import processes
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from loops.runs import flat_model, trainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flatlora import EFMLoraConfig, FlatLoraCallback, FlatLoraConfig, get_flat_peft_model, perturbation, unperturbed
+
+PASSED_BY = r"'(?P<name>[\w.]+)' \(FlatLinear\)(?P<others>.*) has gradients, but its forward has not run"
+
+
+def lora_parameters(projection):
+    """What Unsloth's `get_lora_parameters` reads."""
+    name = projection.active_adapters[0]
+    A, B = projection.lora_A[name].weight, projection.lora_B[name].weight
+    return projection.base_layer.weight, A, B, projection.scaling[name]
+
+
+def by_kernel(projection, x):
+    W, A, B, s = lora_parameters(projection)
+    return F.linear(x, W) + F.linear(F.linear(x, A), B) * s
+
+
+def fused_mlp(self, x):
+    """As Unsloth's `apply_lora_mlp_swiglu` in place of the MLP's forward."""
+    return by_kernel(self.down_proj, F.silu(by_kernel(self.gate_proj, x)) * by_kernel(self.up_proj, x))
+
+
+def patched(model, blocks=2):
+    for block in model.base_model.model.model.layers[:blocks]:
+        block.mlp.forward = MethodType(fused_mlp, block.mlp)
+    return model
+
+
+def optimizer_of(model):
+    return torch.optim.SGD(tiny.trainable(model), lr=0.1)
+
+
+def step(model, optimizer, loss=tiny.loss):
+    loss(model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("config", [FlatLoraConfig, EFMLoraConfig])
+def test_a_fused_forward_is_an_error_that_names_the_layer(config, blocks):
+    model = patched(tiny.adapted(config(rho=0.2, schedule="constant", **tiny.LORA)), blocks)
+    with pytest.raises(RuntimeError, match=PASSED_BY) as error:
+        step(model, optimizer_of(model))
+    assert f"layers.0.mlp.gate_proj' (FlatLinear) (and {3 * blocks - 1} more)" in str(error.value)
+    assert "Load the model without these kernels, or set on_unsupported='warn'" in str(error.value)
+
+
+@pytest.mark.parametrize("before", ["step", "forward", "evaluation"])
+def test_also_when_the_layers_have_run_before(before):
+    model = tiny.flat_model()
+    optimizer = optimizer_of(model)
+    if before == "step":
+        step(model, optimizer)
+    elif before == "forward":
+        tiny.loss(model)
+    else:
+        with torch.no_grad():
+            tiny.loss(model.eval())
+        model.train()
+    with pytest.raises(RuntimeError, match=PASSED_BY):
+        step(patched(model), optimizer)
+
+
+def test_only_a_warning_if_that_was_asked_for(recwarn):
+    model = patched(tiny.flat_model(on_unsupported="warn"))
+    optimizer = optimizer_of(model)
+    for _ in range(2):
+        step(model, optimizer)
+    assert sum("its forward has not run" in str(w.message) for w in recwarn) == 1
+    assert perturbation(model).steps == 2
+
+
+def test_in_a_trainer(tmp_path):
+    with pytest.raises(RuntimeError, match=PASSED_BY):
+        trainer(patched(flat_model()), tmp_path, callbacks=[FlatLoraCallback()], max_steps=1).train()
+
+
+def test_plain_lora_and_rho_zero_may_use_kernels():
+    for model in (patched(tiny.plain_model()), patched(tiny.flat_model(rho=0.0))):
+        step(model, optimizer_of(model))
+
+
+def fused_loss(model):
+    """As Liger's fused linear cross entropy: the head's weight is read, its adapter is not."""
+    x = tiny.tokens()
+    hidden = model.base_model.model.model(input_ids=x).last_hidden_state
+    logits = F.linear(hidden, model.base_model.model.lm_head.weight)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+
+
+def test_a_fused_loss_trains_no_adapter_of_the_head():
+    model = tiny.adapted(FlatLoraConfig(**{**tiny.LORA, "target_modules": ["q_proj", "lm_head"]}, schedule="constant"))
+    fused_loss(model).backward()
+    received = {name.rsplit(".", 4)[1] for name, p in model.named_parameters() if p.grad is not None}
+    assert received == {"q_proj"}  # as with plain LoRA: nothing trains there, so nothing trains unperturbed
+    optimizer_of(model).step()
+
+
+# ---- layers that do not run, and are no mistake ----
+
+
+class Experts(nn.Module):
+    """A mixture of experts of which a batch uses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x, chosen):
+        return self.experts[chosen](x)
+
+
+def experts(**settings):
+    torch.manual_seed(0)
+    config = FlatLoraConfig(target_modules=["0", "1", "2"], rho=0.1, schedule="constant", **settings)
+    return get_flat_peft_model(Experts(), config).train()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_experts_that_are_not_chosen(set_to_none):
+    model = experts()
+    optimizer = optimizer_of(model)
+    for chosen in (0, 1, 1, 2, 0):
+        model(torch.randn(2, 4), chosen).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none)
+    assert perturbation(model).steps == 5
+
+
+def _two_processes(rank):
+    model = experts()
+    wrapped, optimizer = DistributedDataParallel(model, find_unused_parameters=True), optimizer_of(model)
+    for _ in range(2):
+        wrapped(torch.randn(2, 4), rank).sum().backward()
+        unused = model.base_model.model.experts[1 - rank]
+        assert unused.lora_B["default"].weight.grad.any()  # the other process has chosen it
+        optimizer.step()
+        optimizer.zero_grad()
+    assert perturbation(model).steps == 2
+
+    mlp = {**tiny.LORA, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    model = patched(tiny.adapted(FlatLoraConfig(rho=0.2, schedule="constant", **mlp)))
+    with pytest.raises(RuntimeError, match=PASSED_BY):
+        step(DistributedDataParallel(model), optimizer_of(model))
+
+
+def test_experts_that_another_process_has_chosen_and_kernels_in_both():
+    processes.run(_two_processes)
+
+
+def unperturbed_loss(model):
+    with unperturbed(model):
+        return tiny.loss(model)
+
+
+def off(model):
+    perturbation(model).enabled = False
+    loss = tiny.loss(model)
+    perturbation(model).enabled = True
+    return loss
+
+
+def base_in_evaluation_mode(model):
+    model.base_model.model.model.layers[0].eval()
+    return tiny.loss(model)
+
+
+def checkpointed(model):
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    return tiny.loss(model)
+
+
+@pytest.mark.parametrize(
+    "loss", [unperturbed_loss, off, base_in_evaluation_mode, checkpointed], ids=lambda f: f.__name__
+)
+def test_layers_that_run(loss):
+    model = tiny.flat_model()
+    optimizer = optimizer_of(model)
+    for _ in range(3):
+        step(model, optimizer, loss)
+
+
+def test_layers_that_run_compiled_without_noise():
+    """What is seen of a clean eager forward is not seen there."""
+    model = experts()
+    run, optimizer = torch.compile(model, backend="eager", fullgraph=True), optimizer_of(model)
+    for _ in range(2):
+        with unperturbed(model):
+            run(torch.randn(2, 4), 0).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert perturbation(model).compiled
+
+
+def test_a_copy_made_between_backward_and_step():
+    model = tiny.flat_model()
+    tiny.loss(model).backward()
+    other = copy.deepcopy(model)
+    for m in (other, model):
+        optimizer_of(m).step()
+        assert perturbation(m).steps == 1
+
+
+def test_adapters_added_and_deleted_later():
+    model = tiny.flat_model()
+    optimizer = optimizer_of(model)
+    step(model, optimizer)
+    model.add_adapter("other", FlatLoraConfig(**tiny.LORA, rho=0.1, schedule="constant", seed=7))
+    model.set_adapter("other")
+    step(model, optimizer_of(model))
+    model.delete_adapter("default")
+    step(model, optimizer_of(model))
+    patched(model)
+    with pytest.raises(RuntimeError, match=PASSED_BY):
+        step(model, optimizer_of(model))
+
+
+def test_the_check_looks_at_no_layer_where_all_have_run(monkeypatch):
+    """A step's cost must not grow with the number of modules."""
+    model = tiny.flat_model()
+    optimizer, state = optimizer_of(model), perturbation(model)
+    step(model, optimizer)
+    walks, walk = [], state.flat_layers
+    monkeypatch.setattr(state, "flat_layers", lambda: walks.append(1) or walk())
+    step(model, optimizer)
+    assert len(walks) == 2  # for `anchor`, which stops at the first: before the step and after it
+    assert all(layer.interval == state.interval - 1 for _, layer in walk())

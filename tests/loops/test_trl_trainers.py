@@ -1,0 +1,87 @@
+"""TRL's other trainers that take `peft_config=`, and the options that change how a pass is made."""
+
+import os
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+import pytest
+import tiny
+from loops.test_trl import STEPS, assert_clean_but_for_training, number_of_words, texts, train
+from trl import GRPOTrainer, KTOConfig, KTOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.online_dpo import OnlineDPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.tpo import TPOConfig, TPOTrainer
+
+from flatlora import TwoPassTrainerMixin
+
+PAIRS = ("prompt", "chosen", "rejected")
+
+
+def test_kto(passes, tmp_path):
+    data = texts("prompt", "completion").add_column("label", [True, False] * 4)
+    run, seen = train(KTOTrainer, KTOConfig, tiny.base_model(), data, tmp_path, passes, loss_type="apo_zero_unpaired")
+    assert_clean_but_for_training(run, seen, training=STEPS, other=STEPS)
+
+
+def test_kto_with_a_pass_for_the_divergence(passes, tmp_path):
+    data = texts("prompt", "completion").add_column("label", [True, False] * 4)
+    run, seen = train(KTOTrainer, KTOConfig, tiny.base_model(), data, tmp_path, passes)
+    divergence, reference = STEPS, 2 * STEPS
+    assert_clean_but_for_training(run, seen, training=STEPS, other=divergence + reference)
+
+
+def test_rloo(passes, tmp_path):
+    length = 4
+    run, seen = train(
+        RLOOTrainer,
+        RLOOConfig,
+        tiny.base_model(),
+        texts("prompt"),
+        tmp_path,
+        passes,
+        more={"reward_funcs": number_of_words},
+        num_generations=2,
+        num_iterations=1,
+        beta=0.1,
+        max_completion_length=length,
+        generation_kwargs={"suppress_tokens": [2]},  # no end before the length
+    )
+    old, reference = 1, 1
+    assert_clean_but_for_training(run, seen, training=STEPS, other=STEPS * (length + old + reference))
+
+
+WITHOUT_REFERENCE = {
+    "orpo": (ORPOTrainer, ORPOConfig, PAIRS),
+    "cpo": (CPOTrainer, CPOConfig, PAIRS),
+    "tpo": (TPOTrainer, TPOConfig, (*PAIRS, "reference")),
+}
+
+
+@pytest.mark.parametrize("kind, arguments, columns", WITHOUT_REFERENCE.values(), ids=WITHOUT_REFERENCE)
+def test_trainers_without_a_reference(kind, arguments, columns, passes, tmp_path):
+    run, seen = train(kind, arguments, tiny.base_model(), texts(*columns), tmp_path, passes)
+    assert_clean_but_for_training(run, seen, training=STEPS, other=0)
+
+
+SFT_OPTIONS = {
+    "packing": {"packing": True, "max_length": 8, "packing_strategy": "wrapped"},
+    "neftune": {"neftune_noise_alpha": 5.0},
+}
+
+
+@pytest.mark.parametrize("settings", SFT_OPTIONS.values(), ids=SFT_OPTIONS)
+def test_sft_options(settings, passes, tmp_path):
+    run, seen = train(SFTTrainer, SFTConfig, tiny.base_model(), texts("text"), tmp_path, passes, **settings)
+    assert_clean_but_for_training(run, seen, training=STEPS, other=0)
+
+
+@pytest.mark.parametrize("kind", [GRPOTrainer, RLOOTrainer, OnlineDPOTrainer])
+def test_two_passes_are_refused_where_a_step_generates_its_data(kind):
+    with pytest.raises(TypeError, match=rf"TwoPasses: {kind.__name__} generates the data.*one pass, such as EFMLora"):
+        type("TwoPasses", (TwoPassTrainerMixin, kind), {})
+
+
+@pytest.mark.parametrize("kind", [SFTTrainer, KTOTrainer, RewardTrainer])
+def test_two_passes_are_allowed_elsewhere(kind):
+    type("TwoPasses", (TwoPassTrainerMixin, kind), {})

@@ -1,0 +1,403 @@
+"""Quantised layers: what peft computes, plus x eps^T with eps relative to the rows of the dequantised merged weight."""
+
+import copy
+import gc
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import RHO, SEED
+from peft.tuners.lora.aqlm import AqlmLoraLinear
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
+from test_memory import allocations, saved_bytes
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+import flatlora.ops.blocks
+from flatlora import EFMLoraConfig, FlatLoraConfig, attach, detach, get_flat_peft_model, perturbation, unperturbed
+from flatlora.ops import perturb_weight
+from flatlora.ops.philox import mix_rank
+
+M, N = 64, 128
+SETTINGS = {"r": 4, "lora_alpha": 8, "target_modules": ["layer"]}
+FLAT = {"rho": RHO, "schedule": "constant", "seed": SEED}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Merge lora module to .-bit linear:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unmerge lora module to .-bit linear:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning"),
+]
+
+
+class Holder(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.checkpointing = layer, None
+
+    def forward(self, x):
+        if self.checkpointing is None:
+            return self.layer(x)
+        return checkpoint(self.layer, x, use_reentrant=self.checkpointing)
+
+
+class Packed(nn.Module):
+    """What the layers of GPTQ, AWQ and AQLM have in common: integers, scales, and a forward that takes x alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.infeatures, self.outfeatures = N, M
+        self.register_buffer("qweight", torch.randint(-8, 8, (M, N), dtype=torch.int8))
+        self.register_buffer("scales", 0.02 + 0.01 * torch.rand(M, N // 16))
+        self.register_buffer("offset", torch.randn(M))
+
+    def forward(self, x):
+        weight = self.qweight * self.scales.repeat_interleave(16, dim=1)
+        return F.linear(x, weight.to(x.dtype), self.offset.to(x.dtype))
+
+
+def four_bit(**kwargs):
+    def make():
+        holder = Holder(bnb.nn.Linear4bit(N, M, **{"compute_dtype": torch.float32, **kwargs})).to("cpu")
+        holder.is_loaded_in_4bit = True
+        return holder
+
+    return make
+
+
+def long_blocks():
+    """Blocks of bitsandbytes that span four rows."""
+    holder = four_bit(quant_type="nf4")()
+    weight = bnb.nn.Params4bit(torch.randn(M, N), requires_grad=False, blocksize=512, quant_type="nf4")
+    holder.layer.weight = weight.to("cpu")
+    return holder
+
+
+def eight_bit():
+    holder = Holder(bnb.nn.Linear8bitLt(N, M, has_fp16_weights=False)).to("cpu")
+    holder.is_loaded_in_8bit = True
+    return holder
+
+
+def torchao():
+    holder = Holder(nn.Linear(N, M))
+    quantize_(holder, Int8WeightOnlyConfig())
+    return holder
+
+
+def packed():
+    return Holder(Packed())
+
+
+@dataclass
+class Case:
+    name: str
+    make: Any
+    wrapper: Any = None  # peft's layer, where peft finds it only with the package of its base layer
+    config: dict = field(default_factory=dict)
+    tolerance: float = 2e-5
+
+
+CASES = [
+    Case("nf4", four_bit(quant_type="nf4", compress_statistics=False)),
+    Case("nf4-double", four_bit(quant_type="nf4")),
+    Case("nf4-long", long_blocks),
+    Case("fp4-nobias", four_bit(bias=False)),
+    Case("nf4-storage", four_bit(quant_type="nf4", quant_storage=torch.bfloat16)),
+    Case("nf4-bf16", four_bit(quant_type="nf4", compute_dtype=torch.bfloat16), tolerance=0.03),
+    Case("nf4-unset", four_bit(quant_type="nf4", compute_dtype=None)),
+    Case("nf4-dora", four_bit(quant_type="nf4"), config={"use_dora": True}),
+    Case("int8", eight_bit),
+    Case("torchao", torchao),
+    Case("gptq", packed, GPTQLoraLinear),
+    Case("gptq-qalora", packed, GPTQLoraLinear, {"use_qalora": True, "qalora_group_size": 16}),
+    Case("awq", packed, AwqLoraLinear),
+    Case("aqlm", packed, AqlmLoraLinear),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+FROM_PEFT = [case for case in CASES if case.wrapper is None]
+every_case_from_peft = pytest.mark.parametrize("case", FROM_PEFT, ids=lambda case: case.name)
+
+
+def flat_model(case, **config):
+    """(model, its layer); the factors are random, so that every term counts."""
+    torch.manual_seed(1)
+    holder = case.make()
+    settings = SETTINGS | case.config | config
+    if case.wrapper is not None:
+        plain = peft.LoraConfig(**{name: value for name, value in settings.items() if name not in FLAT})
+        sizes = {"r": plain.r, "lora_alpha": plain.lora_alpha}
+        holder.layer = case.wrapper(holder.layer, "default", config=plain, **sizes)
+        model = attach(holder, **FLAT | {name: value for name, value in config.items() if name in FLAT})
+        layer = model.layer
+    else:
+        model = get_flat_peft_model(holder, FlatLoraConfig(**FLAT | settings))
+        layer = model.base_model.model.layer
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+            elif "magnitude" in name:
+                p.mul_(1 + 0.2 * torch.rand(p.shape, generator=generator))
+    return model.train(), layer
+
+
+def clean(model, x):
+    torch.manual_seed(5)
+    with unperturbed(model):
+        return model(x)
+
+
+def noisy(model, x):
+    torch.manual_seed(5)
+    return model(x)
+
+
+def merged_weight(model, layer):
+    """W', (m, n), by what the layer makes of the unit vectors."""
+    layer.lora_dropout.eval()
+    # with gradients: bitsandbytes has other kernels without
+    out = clean(model, torch.cat([torch.eye(N), torch.zeros(1, N)]).requires_grad_()).detach()
+    layer.lora_dropout.train()
+    return (out[:-1] - out[-1]).T
+
+
+def dense_noise(model, layer, sample=0):
+    z = perturb_weight(torch.zeros(M, N), torch.ones(M), torch.tensor([mix_rank(SEED, 0), sample]), layer.stream)
+    return RHO / N**0.5 * merged_weight(model, layer).norm(dim=1, keepdim=True) * z
+
+
+def trained(layer):
+    return [p for p in layer.parameters() if p.requires_grad]
+
+
+def assert_close(first, second, tolerance):
+    for a, b in zip(first, second, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+@every_case
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_what_peft_computes_and_the_noise(case, dropout):
+    model, layer = flat_model(case, lora_dropout=dropout)
+    x = torch.randn(3, 5, N, requires_grad=True)
+    out, expected = noisy(model, x), clean(model, x) + F.linear(x, dense_noise(model, layer))
+    assert_close([out], [expected], case.tolerance)
+    assert (out - clean(model, x)).norm() > 0.1 * RHO * out.norm()
+    target = torch.randn_like(out)
+    leaves = [x, *trained(layer)]
+    got = torch.autograd.grad(((out - target) ** 2).sum(), leaves)
+    want = torch.autograd.grad(((expected - target) ** 2).sum(), leaves)
+    assert_close(got, want, 2 * case.tolerance)
+
+
+@every_case
+def test_many_small_blocks_give_the_same(case, monkeypatch):
+    model, _ = flat_model(case)
+    x = torch.randn(3, N, requires_grad=True)
+    whole = model(x)
+    (grad,) = torch.autograd.grad(whole.sum(), [x], retain_graph=True)
+    perturbation(model)._stale = False  # the same sample once more
+    monkeypatch.setattr(flatlora.ops.blocks, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(flatlora.ops.blocks, "ROW_MULTIPLE", 2)
+    out = model(x)
+    assert_close([out, *torch.autograd.grad(out.sum(), [x])], [whole, grad], 1e-6 if case.tolerance < 1e-3 else 0.02)
+
+
+@every_case
+def test_row_norms_are_those_of_the_dequantised_merged_weight(case):
+    model, layer = flat_model(case)
+    model(torch.randn(3, N))
+    optimizer = torch.optim.SGD(trained(layer), lr=0.1)
+    for _ in range(2):
+        torch.testing.assert_close(
+            layer._row_norms(0), merged_weight(model, layer).norm(dim=1), rtol=case.tolerance, atol=0
+        )
+        model(torch.randn(3, N)).square().sum().backward()
+        optimizer.step()
+
+
+@every_case
+def test_the_quantised_weight_is_never_written_and_no_copy_of_it_is_kept(case):
+    model, layer = flat_model(case)
+    base = layer.get_base_layer()
+    model(torch.randn(2, N))  # some quantise at their first forward
+    before, attributes = frozen_bits(base), set(base.__dict__)
+    optimizer = torch.optim.AdamW(trained(layer), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(2, N)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = frozen_bits(base)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert set(base.__dict__) == attributes
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+    assert not [t for t in tensors if t.is_floating_point() and t.untyped_storage().nbytes() == 4 * M * N]
+
+
+def frozen_bits(base):
+    """All tensors of a quantised layer, its quantisation state included."""
+    found = {name: t.detach() for name, t in base.state_dict().items()}
+    weight = base._parameters.get("weight")
+    if hasattr(weight, "quant_state"):
+        found |= weight.quant_state.as_dict(packed=True)
+    if type(weight).__module__.startswith("torchao."):
+        found = {name: getattr(weight, name) for name in ("qdata", "scale")}
+    return {name: t.clone().reshape(-1).view(torch.uint8) for name, t in found.items() if isinstance(t, torch.Tensor)}
+
+
+@every_case_from_peft
+def test_without_strength_it_is_peft_bit_for_bit(case):
+    flat, flat_layer = flat_model(case, rho=0.0)
+    holder = case.make()
+    plain = peft.get_peft_model(holder, peft.LoraConfig(**SETTINGS | case.config))
+    layer = plain.base_model.model.layer
+    layer.base_layer = copy.deepcopy(flat_layer.base_layer)
+    for p, q in zip(trained(layer), trained(flat_layer), strict=True):
+        p.data.copy_(q)
+    plain.train()
+    optimizers = [torch.optim.SGD(trained(one), lr=0.1) for one in (layer, flat_layer)]
+    for seed in range(3):
+        x = torch.randn(4, N, generator=torch.Generator().manual_seed(seed))
+        for model, optimizer in zip((plain, flat), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(trained(layer), trained(flat_layer), strict=True))
+
+
+@every_case
+def test_what_is_saved_for_backward_is_of_order_m(case):
+    model, layer = flat_model(case)
+    x = torch.randn(3, N, requires_grad=True)
+    model(x)
+    frozen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.data_ptr()}
+    with unperturbed(model):
+        plain, _keep = saved_bytes(lambda: model(x), frozen)
+    flat, _keep2 = saved_bytes(lambda: model(x), frozen)
+    assert flat - plain <= 4 * M + 64
+
+
+def test_a_four_bit_weight_is_dequantised_a_block_at_a_time(monkeypatch):
+    """A weight of 4 MiB in float32, blocks of 64 KiB, scales in 8 bits: no temporary is much larger than a block."""
+    monkeypatch.setattr(flatlora.ops.blocks, "BLOCK_BYTES", 2**16)
+    holder = Holder(bnb.nn.Linear4bit(256, 4096, bias=False, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")
+    holder.is_loaded_in_4bit = True
+    model = get_flat_peft_model(holder, FlatLoraConfig(**SETTINGS | {"r": 2}, schedule="constant")).train()
+    x = torch.randn(2, 256, requires_grad=True)
+    largest, peak = allocations(lambda: model(x).sum().backward())
+    assert largest <= 2**16
+    assert peak <= 2**19
+
+
+@every_case
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_bit(case, reentrant):
+    results = []
+    for way in (None, reentrant):
+        model, layer = flat_model(case, lora_dropout=0.2)
+        holder = model if case.wrapper else model.base_model.model
+        holder.checkpointing = way
+        torch.manual_seed(3)
+        x = torch.randn(4, N, requires_grad=True)
+        model(x).square().sum().backward()
+        results.append([x.grad, *(p.grad for p in trained(layer))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@every_case
+def test_evaluation_is_clean_and_training_goes_on_after_it(case):
+    model, layer = flat_model(case)
+    x = torch.randn(3, 5, N, requires_grad=True)
+    results = []
+    for _ in range(2):
+        out = model(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *trained(layer)])])
+        perturbation(model)._stale = False  # the same sample once more
+        with torch.no_grad():
+            assert torch.equal(model.eval()(x), clean(model, x))
+        model.train()
+    # on some CPUs bitsandbytes packs its weight for inference at its first evaluation, with scales in bfloat16
+    assert_close(*results, max(case.tolerance, 0.01))
+
+
+@every_case
+def test_a_copy_and_a_pickle_go_on_alike_and_detach_leaves_no_trace(case):
+    model, layer = flat_model(case)
+    x = torch.randn(3, N)
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    if case.name not in ("torchao", "nf4-dora"):  # they cannot be pickled without us either
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(x), expected)
+    with unperturbed(model):
+        expected = model(x)
+    detach(model)
+    assert type(layer).__module__.startswith("peft.") and not hasattr(layer, "perturbation")
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("case", [c for c in FROM_PEFT if c.name in ("nf4-double", "int8")], ids=lambda c: c.name)
+def test_merging_writes_the_weight_and_drops_its_norms(case):
+    """peft quantises what it has merged: after merge and unmerge the weight is another one."""
+    model, layer = flat_model(case)
+    x = torch.randn(3, N)
+    model(x)
+    before = layer._row_norms(0)
+    model.base_model.merge_adapter()
+    assert torch.equal(model(x), clean(model, x))
+    model.base_model.unmerge_adapter()
+    model(x)
+    torch.testing.assert_close(layer._row_norms(0), merged_weight(model, layer).norm(dim=1), rtol=2e-5, atol=0)
+    assert not torch.equal(layer._row_norms(0), before)
+    merged = model.merge_and_unload()
+    assert type(merged.layer).__module__.startswith("bitsandbytes.") and not merged._forward_hooks
+
+
+@every_case_from_peft
+def test_the_saved_adapter_is_plain(case, tmp_path):
+    model, _ = flat_model(case)
+    model.save_pretrained(tmp_path)
+    plain = peft.get_peft_model(case.make(), peft.LoraConfig(**SETTINGS | case.config))
+    assert peft.get_peft_model_state_dict(plain).keys() == peft.utils.load_peft_weights(str(tmp_path)).keys()
+
+
+@pytest.mark.parametrize("case", [c for c in FROM_PEFT if not c.config.get("use_dora")], ids=lambda c: c.name)
+def test_efmlora_on_a_quantised_base_is_efmlora_on_its_dequantised_weight(case):
+    config = EFMLoraConfig(**SETTINGS, rho=0.1, schedule="constant")
+    torch.manual_seed(1)
+    model = get_flat_peft_model(case.make(), config).train()
+    layer = model.base_model.model.layer
+    twin = Holder(nn.Linear(N, M))
+    with torch.no_grad():
+        twin.layer.weight.copy_(merged_weight(model, layer))  # B = 0
+        twin.layer.bias.copy_(clean(model, torch.zeros(1, N))[0])
+    twin = get_flat_peft_model(twin, config).train()
+    for p, q in zip(trained(twin), trained(layer), strict=True):
+        p.data.copy_(q)
+    for one in (model, twin):
+        optimizer = torch.optim.SGD(trained(one), lr=0.1)
+        for seed in range(4):
+            x = torch.randn(8, N, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            one(x).square().mean().backward()
+            optimizer.step()
+    assert layer.offsets["lora_B", "default"].norm() > 0
+    assert_close(trained(model), trained(twin), 20 * case.tolerance)
+
+
+@pytest.mark.parametrize("name", ["nf4-double", "int8", "torchao"])
+def test_compiled_it_is_the_same(name):
+    model, _ = flat_model(next(case for case in CASES if case.name == name))
+    x = torch.randn(3, N)
+    eager = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), eager, rtol=0, atol=0)

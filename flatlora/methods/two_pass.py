@@ -80,12 +80,13 @@ def ascent(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no flat layer.
         TypeError: its method makes one pass.
-        RuntimeError: there was no backward inside.
+        RuntimeError: there was no backward inside, or the adapter is sharded (FSDP, ZeRO).
     """
     state = perturbation(model)
     method = state.settings.method
     if not isinstance(method, TwoPass):
         raise TypeError(f"ascent is for methods with two passes, and {type(method).__name__} has one")
+    state.refuse_shards(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     kept = [p.grad for p in parameters]
     buffers = [b for m in model.modules() if isinstance(m, BATCH_NORMS) for b in m.buffers(recurse=False)]

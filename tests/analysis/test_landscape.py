@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from allocations import allocations
 from analysis.cases import Quadratic, Snapshot, token_loss, value
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -155,15 +156,10 @@ def test_a_line_of_a_large_layer_needs_room_for_one_displaced_weight():
     model = nn.Sequential(nn.Linear(2048, 2048, bias=False), nn.Linear(2048, 2048, bias=False))
     batches = [torch.randn(2, 2048)]
 
-    def peak(directions, points):
-        with torch.profiler.profile(profile_memory=True) as trace:
-            loss_line(model, lambda m, b: m(b).mean(), batches, directions=directions, distances=points)
-        held, most = 0, 0
-        for event in trace.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                most = max(most, held)
-        return most
+    def peak(directions, distances):
+        return allocations(
+            lambda: loss_line(model, lambda m, b: m(b).mean(), batches, directions=directions, distances=distances)
+        )[1]
 
     MiB = 2**20
     one, many = peak(1, [0.1]), peak(3, [-0.2, -0.1, 0.1, 0.2])

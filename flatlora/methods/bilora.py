@@ -127,7 +127,8 @@ def _climber(state: Any, optimizer: Optimizer) -> Optimizer:
         known = inspect.signature(kind).parameters
         names = [name for name in optimizer.defaults if name in known]
         groups = [
-            {"params": tensors, **{name: group[name] for name in names}, "maximize": True} for group, tensors in followed
+            {"params": tensors, **{name: group[name] for name in names}, "maximize": True}
+            for group, tensors in followed
         ]
         state.climber = kind(groups, **{"lr": followed[0][0]["lr"], "maximize": True})
         if state.climber_state is not None:

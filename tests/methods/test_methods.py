@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import twin
+from kinds import every_method, step
 
 import flatlora
 from flatlora import (
@@ -27,31 +28,6 @@ from flatlora.ops import perturb_weight
 from flatlora.ops.philox import mix_rank
 
 S = twin.SCALING
-KINDS = [
-    (FMLoraConfig, {}),
-    (EFMLoraConfig, {}),
-    (LoraSamConfig, {}),
-    (RwpConfig, {"space": "merged"}),
-    (RwpConfig, {"space": "adapter"}),
-    (BiLoraConfig, {}),
-    (BarConfig, {"variant": "obar"}),
-    (BarConfig, {"variant": "nbar"}),
-]
-NAMES = ["fmlora", "efmlora", "lora-sam", "rwp", "rwp-adapter", "bilora", "obar", "nbar"]
-every_method = pytest.mark.parametrize("kind, settings", KINDS, ids=NAMES)
-
-
-def step(model, optimizer, i, loss=twin.loss):
-    if perturbation(model).settings.method.passes == 2:
-        with ascent(model):
-            loss(model, i).backward()
-    value = loss(model, i)
-    value.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return value.item()
-
-
 # ---- each from its equations ----
 
 

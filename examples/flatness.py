@@ -46,12 +46,27 @@ from flatlora import analysis, plotting
 from flatlora import report as page
 
 LABELS = {method: tables.NAMES[method] for method in quickstart.METHODS["all"]}
+PLOTS: dict[str, Callable[..., Any]] = {
+    "loss_line": plotting.plot_loss_line,
+    "expected_sharpness": plotting.plot_sharpness,
+    "sam_sharpness_merged_weight": plotting.plot_sharpness,
+    "sam_sharpness_adapter": plotting.plot_sharpness,
+    "accuracy_under_noise": plotting.plot_degradation,
+    "accuracy_under_rounding": plotting.plot_degradation,
+    "accuracy_under_corruption": plotting.plot_degradation,
+    "loss_surface": plotting.plot_surface,
+    "hessian_spectrum_last_block": plotting.plot_spectrum,
+    "hessian_spectrum_adapter": plotting.plot_spectrum,
+}
 
 
 @dataclass
 class FlatnessArguments(quickstart.Arguments):
     """How flat are the solutions that quickstart.py found?"""
 
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "measurements to make, loss_line and the like; default all"}
+    )
     points: int = field(default=21, metadata={"help": "of the loss line, from -0.2 to 0.2"})
     grid: int = field(default=9, metadata={"help": "points of the surface along each axis"})
     test_samples: int = field(default=32, metadata={"help": "test examples for the accuracies under disturbance"})
@@ -142,6 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
     command = shlex.join(["python", *(sys.argv if arguments is None else ["examples/flatness.py", *arguments])])
     settings, device, folder = asdict(args), quickstart.pick_device(args.device), Path(args.output_dir)
     methods = [method for method in LABELS if (folder / method / "adapter").is_dir()]
+    if unknown := set(args.only) - set(PLOTS):
+        raise ValueError(f"only must be some of {list(PLOTS)}, got {sorted(unknown)}")
     if not methods:
         raise FileNotFoundError(f"output_dir {folder} must hold what quickstart.py saved, lora/adapter or flat/adapter")
     encode, task = quickstart.prepare(args)
@@ -156,13 +173,16 @@ def main(arguments: list[str] | None = None) -> None:
         todo = measurements(args, encode, task.train, next(iter(task.tests.values())), norms)
         model = PeftModel.from_pretrained(base, folder / method / "adapter")
         for name, measure in todo.items():
+            if args.only and name not in args.only:
+                continue
             file = folder / method / "analysis" / f"{name}.json"
             if file.exists():
                 continue
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             analysis.save(measure(model), file)
-            seconds = round(time.perf_counter() - start, 1)
-            rows.append({"method": method, "measurement": name, "seconds": seconds, "seed": args.seed})
+            seconds, used = round(time.perf_counter() - start, 1), round(time.process_time() - used, 1)
+            row = {"method": method, "measurement": name, "seconds": seconds, "cpu_seconds": used, "seed": args.seed}
+            rows.append(row)
             tables.write_csv(times, rows)
             print(f"{LABELS[method]:10s} {name:28s} {seconds:6.1f} s", flush=True)
     out = folder / "report.html"
@@ -175,24 +195,17 @@ def draw(folder: Path, methods: list[str]) -> None:
     """The figures by themselves, light and dark."""
 
     def of(name: str) -> dict[str, Any]:
-        return {LABELS[m]: analysis.load(folder / m / "analysis" / f"{name}.json") for m in methods}
+        files = {LABELS[m]: folder / m / "analysis" / f"{name}.json" for m in methods}
+        return {label: analysis.load(file) for label, file in files.items() if file.exists()}
 
     logs = {LABELS[m]: json.loads((folder / m / "trainer_state.json").read_text())["log_history"] for m in methods}
-    under = ("accuracy_under_noise", "accuracy_under_rounding", "accuracy_under_corruption")
-    spectra = ("hessian_spectrum_last_block", "hessian_spectrum_adapter")
-    sharpness = ("expected_sharpness", "sam_sharpness_merged_weight", "sam_sharpness_adapter")
-    plots: dict[str, Callable[..., Any]] = {
-        "training": partial(plotting.plot_training, logs),
-        "loss_line": partial(plotting.plot_loss_line, of("loss_line")),
-        "loss_surface": partial(plotting.plot_surface, of("loss_surface")),
-        "loss_surface_3d": partial(plotting.plot_surface, of("loss_surface"), kind="3d"),
-        **{name: partial(plotting.plot_sharpness, of(name)) for name in sharpness},
-        **{name: partial(plotting.plot_spectrum, of(name)) for name in spectra},
-        **{name: partial(plotting.plot_degradation, of(name)) for name in under},
-    }
+    plots = {name: (plot, of(name)) for name, plot in PLOTS.items()}
+    plots |= {"loss_surface_3d": (partial(plotting.plot_surface, kind="3d"), of("loss_surface"))}
+    plots |= {"training": (plotting.plot_training, logs)}
     (folder / "figures").mkdir(exist_ok=True)
-    for (name, plot), theme in product(plots.items(), ("light", "dark")):
-        plot(theme=theme).savefig(folder / "figures" / f"{name}_{theme}.png", dpi=110)
+    for (name, (plot, results)), theme in product(plots.items(), ("light", "dark")):
+        if results:
+            plot(results, theme=theme).savefig(folder / "figures" / f"{name}_{theme}.png", dpi=110)
 
 
 if __name__ == "__main__":

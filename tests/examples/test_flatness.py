@@ -3,6 +3,7 @@
 import json
 
 import flatness
+import pytest
 import quickstart
 import torch
 from models import load_model
@@ -12,26 +13,22 @@ from flatlora import analysis
 SMALL = ["--points", "3", "--grid", "3", "--test_samples", "6", "--samples", "2", "--lanczos_steps", "3"]
 
 
-def test_from_the_adapters_to_the_page_and_the_pictures(arguments, reviews, monkeypatch):
-    out = reviews / "out"
-    quickstart.main([*arguments, "--method", "all", "--picture_samples", "0"])
+def test_from_the_adapters_to_the_files_and_the_pictures(arguments, reviews, monkeypatch):
+    out, pages = reviews / "out", []
+    monkeypatch.setattr(flatness.page, "build", lambda *runs: pages.append(runs) or "page")  # has tests of its own
+    quickstart.main([*arguments, "--method", "efmlora", "--picture_samples", "0"])
+    flatness.main([*arguments, *SMALL, "--only", "loss_line"])
+    assert [path.name for path in (out / "efmlora/analysis").iterdir()] == ["loss_line.json"]
     flatness.main([*arguments, *SMALL])
-    page = (out / "report.html").read_text()
-    names = {path.stem for path in (out / "lora/analysis").iterdir()}
-    assert len(names) == 10
-    for method in ("lora", "flat", "efmlora"):
-        assert {path.stem for path in (out / method / "analysis").iterdir()} == names
-        assert flatness.LABELS[method] in page
-    figures = {path.stem for path in (out / "figures").iterdir()}
+    names = {path.stem for path in (out / "efmlora/analysis").iterdir()}
+    assert names == set(flatness.PLOTS)
     kinds = names | {"training", "loss_surface_3d"}
+    figures = {path.stem for path in (out / "figures").iterdir()}
     assert figures == {f"{kind}_{theme}" for kind in kinds for theme in ("light", "dark")}
     assert json.loads((out / "flatness.json").read_text())["command"].startswith("python examples/flatness.py --model")
     rows = (out / "flatness.csv").read_text().splitlines()
-    assert len(rows) == 1 + 3 * 10
-    for name in ("draw", "measurements"):  # all is there: nothing is measured again
-        monkeypatch.setattr(flatness, name, lambda *_: dict.fromkeys(names))
-    flatness.main([*arguments, *SMALL])
-    assert (out / "report.html").read_text() == page
+    assert len(rows) == 1 + len(names)  # each was measured once
+    assert pages == [([out / "efmlora"], ["EFMLoRA"])] * 2
 
 
 def test_the_base_weights_norms_serve_its_adapters_and_its_last_block_is_found(arguments):
@@ -43,3 +40,10 @@ def test_the_base_weights_norms_serve_its_adapters_and_its_last_block_is_found(a
     last = max(map(flatness.block, norms))
     assert last == 1 and not flatness.is_in_block(last, "lm_head")
     assert sum(flatness.is_in_block(last, name) for name in norms) == 7
+
+
+def test_a_measurement_that_is_not_there_is_named(arguments, reviews):
+    with pytest.raises(ValueError, match=r"only must be some of .*'loss_line'.*, got \['sharpness'\]"):
+        flatness.main([*arguments, "--only", "sharpness"])
+    with pytest.raises(FileNotFoundError, match="must hold what quickstart.py saved"):
+        flatness.main(arguments)

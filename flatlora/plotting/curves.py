@@ -32,6 +32,9 @@ def plot_loss_line(
 ) -> Figure:
     """The loss along random directions: their mean with its interval; one or two lines show each direction too.
 
+    The axis holds every direction. Few directions far from the centre have an interval that is much wider; it then runs
+    out of the axis.
+
     Args:
         lines: label -> line.
         level: of the interval.
@@ -54,6 +57,7 @@ def plot_loss_line(
             for one in line.losses if len(lines) <= 2 and 1 < len(line.losses) <= 10 else ():
                 axes.plot(x, one.numpy(), color=style["color"], linewidth=0.5, alpha=0.45)
             axes.plot(x, line.mean.numpy(), label=label, markevery=every(len(x)), **style)
+        _hold(axes, [(line.rise() if relative else line).losses for line in lines.values()])
         unit = "standard deviation of an entry" if first.noise == "plain" else "fraction of the row norm"
         weights = "weights" if first.space == "merged" else "adapter factors"
         axes.set_xlabel(f"distance from the solution along a random direction of the {weights}\n({unit})")
@@ -213,6 +217,15 @@ def plot_training(
 def _curve(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     rows = [(row["step"], row[key]) for row in history if key in row and "step" in row]
     return [x for x, _ in rows], [y for _, y in rows]
+
+
+def _hold(axes: Axes, values: Sequence[Any]) -> None:
+    """Limits that hold the finite values, with a margin."""
+    finite = [part[part.isfinite()] for part in values]
+    low = min((float(part.min()) for part in finite if len(part)), default=0.0)
+    high = max((float(part.max()) for part in finite if len(part)), default=1.0)
+    margin = 0.08 * (high - low) or 1e-3 * max(abs(high), 1.0)
+    axes.set_ylim(low - margin, high + margin)
 
 
 def _band(axes: Axes, x, mean, interval, label: str, style: dict[str, Any]) -> None:

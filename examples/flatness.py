@@ -86,7 +86,7 @@ def measurements(
     device = next(iter(norms.values())).device
     some = train[: args.picture_samples]
     batch, quarters = [encode(some, device)], [encode(chunk, device) for chunk in chunks_of(some, len(some) // 4)]
-    held_out = chunks_of(test[: args.test_samples], 16)
+    held_out = chunks_of(test[: args.test_samples], args.test_samples // 4)  # their spread is rounding's interval
     tests, sizes = [encode(chunk, device) for chunk in held_out], [len(chunk) for chunk in held_out]
     words = encode.answer_ids
 

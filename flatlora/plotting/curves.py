@@ -105,7 +105,9 @@ def plot_degradation(
     theme: str = "light",
     size: tuple[float, float] = (6.0, 3.8),
 ) -> Figure:
-    """A score against the strength of a disturbance, with intervals; the undisturbed score is a mark at the left edge.
+    """A score against the strength of a disturbance, with intervals; thin lines are the undisturbed scores.
+
+    The axis holds every sample; the interval of few samples may run out of it.
 
     Args:
         results: label -> result, all under one disturbance.
@@ -124,6 +126,7 @@ def plot_degradation(
         if rounding:
             axes.invert_xaxis()
             axes.set_xticks(first.levels.tolist(), [f"{bits:.0f}" for bits in first.levels.tolist()])
+        _hold(axes, [result.scores for result in results.values()], [result.center for result in results.values()])
         axes.set_xlabel("bits per weight" if rounding else first.unit)
         axes.set_ylabel(first.score)
         finish(axes)
@@ -219,11 +222,10 @@ def _curve(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float],
     return [x for x, _ in rows], [y for _, y in rows]
 
 
-def _hold(axes: Axes, values: Sequence[Any]) -> None:
-    """Limits that hold the finite values, with a margin."""
-    finite = [part[part.isfinite()] for part in values]
-    low = min((float(part.min()) for part in finite if len(part)), default=0.0)
-    high = max((float(part.max()) for part in finite if len(part)), default=1.0)
+def _hold(axes: Axes, samples: Sequence[Any], more: Sequence[float] = ()) -> None:
+    """Limits that hold all finite samples, with a margin."""
+    values = [*more, *(x for part in samples for x in part[part.isfinite()].tolist())] or [0.0]
+    low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 1e-3 * max(abs(high), 1.0)
     axes.set_ylim(low - margin, high + margin)
 

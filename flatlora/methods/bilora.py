@@ -147,6 +147,7 @@ def _followed(state: Any, optimizer: Optimizer) -> list[tuple[dict[str, Any], li
         for (name, adapter), tensor in layer.offsets.items():
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             first, second = (A, B) if name == A2 else (B, A)
-            if first in place or second in place:
-                tensors[place.get(first, place.get(second))].append(tensor)
+            followed = first if first in place else second
+            if followed in place:
+                tensors[place[followed]].append(tensor)
     return [(optimizer.param_groups[i], tensors[i]) for i in sorted(tensors)]

@@ -62,7 +62,8 @@ def _contours(figure: Figure, axes: list[Axes], surfaces: Mapping[str, LossSurfa
         axis.set(title=label, xlabel="distance along direction 1", aspect="equal")
         axis.grid(False)
     axes[0].set_ylabel("distance along direction 2")
-    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]  # outer ticks of neighbours do not touch
+    layout: Any = figure.get_layout_engine()
+    layout.set(wspace=0.06)  # outer ticks of neighbours do not touch
     figure.colorbar(filled, ax=axes, label="loss", shrink=0.9, format="%.2g", ticks=levels[::2])
 
 

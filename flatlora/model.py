@@ -17,7 +17,8 @@ from .adoption import abandon, adopt, release
 from .config import HUB_OPTIONS, FlatLoraConfig, PerturbedLoraConfig, config_class, load_own, plain_copy
 from .layer import flat_layers
 from .passes import of_model
-from .state import Perturbation, Settings, check_rho
+from .settings import Settings, check_rho
+from .state import Perturbation
 
 
 def get_flat_peft_model(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the enum of noise.c
 KERNELS = ("baseline", "avx2", "avx512", "avx512bf16")  # the order of KERNELS in noise.c
+ABI = 1  # flatlora_abi() of noise.c
 SERIAL = 1 << 16  # weights (about 0.06 ms) below which waking other threads costs more than it saves
 
 
@@ -21,7 +22,9 @@ def _load() -> Any:
     path = Path(__file__).with_name("_noise.so")
     try:
         library = ctypes.CDLL(str(path))
-    except OSError:  # not built, or for another machine
+        if library.flatlora_abi() != ABI:
+            return None
+    except (OSError, AttributeError):  # not built, for another machine, or left over from another version
         return None
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     operand: list[Any] = [pointer, integer, long, long]

@@ -182,6 +182,9 @@ static const struct {
 #endif
 };
 
+/* Of the functions below: counted up with each change of their arguments, here and in ../native.py. */
+EXPORT int flatlora_abi(void) { return 1; }
+
 /* The last of KERNELS that this machine can run. */
 EXPORT int flatlora_best(void) {
 #ifdef DISPATCH

@@ -18,7 +18,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -44,28 +44,14 @@ from .ops import (
 from .ops.library import OBSERVERS
 from .ops.norms import grouped_row_norms, norm_dtype
 from .passes import tensors
+from .spread import is_dtensor, moved_weight, replaced_forward, whole_weight
 from .state import Perturbation
-from .support import CONVOLUTIONS
+from .support import CONVOLUTIONS, SPLIT
 
 
 def flat_layers(model: nn.Module) -> Iterator[Any]:
     """The flat layers of a model."""
     return (module for module in model.modules() if isinstance(module, FlatLayer))
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """`module(x)` runs its hooks and then `forward`, for the time being. accelerate keeps the real one elsewhere."""
-    slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    before = module.__dict__.get(slot)
-    module.__dict__[slot] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__[slot]
-        else:
-            module.__dict__[slot] = before
 
 
 def _rows(base: Any) -> Tensor:
@@ -146,12 +132,11 @@ class FlatLayer(_Layer):
             none = base.weight.new_zeros(1).expand_as(base.weight)  # W = 0 without its memory: eps alone
             out = plain(x, *args, **kwargs) + self._product(x, none, None, *self.noise())
         else:
-            row_std, key = self.noise()
             # AdaLoRA adds to the base product itself, some variants too
             in_place = isinstance(self, AdaLoraLayer) or any(name in self.lora_variant for name in self._active())
 
-            def product(x: Tensor) -> Tensor:
-                out = self._product(x, base.weight, base.bias, row_std, key)
+            def product(x: Tensor) -> Tensor:  # the base layer's hooks have brought its weight by now
+                out = self._product(x, base.weight, base.bias, *self.noise())
                 return out.clone() if in_place else out
 
             with replaced_forward(base, product):
@@ -161,14 +146,10 @@ class FlatLayer(_Layer):
     @contextmanager
     def moved(self, offsets: dict[tuple[str, str], Tensor]) -> Iterator[None]:
         """lora_A and lora_B have weight + offset for a weight, for the time being; the parameters are not written."""
-        modules = [(getattr(self, factor)[adapter], offset) for (factor, adapter), offset in offsets.items()]
-        try:
-            for module, offset in modules:
-                module.__dict__["weight"] = module.weight + offset.to(module.weight)  # found before the parameter
+        with ExitStack() as stack:
+            for (factor, adapter), offset in offsets.items():
+                stack.enter_context(moved_weight(getattr(self, factor)[adapter], offset))
             yield
-        finally:
-            for module, _ in modules:
-                module.__dict__.pop("weight", None)
 
     def parts(self) -> list[Any]:
         """The flat layers whose forward this layer's forward is: itself, and what is adapted inside of it."""
@@ -190,7 +171,7 @@ class FlatLayer(_Layer):
         base, A, B = self.base_layer, *(self._modules[f]._modules.get(names[0]) for f in ("lora_A", "lora_B"))
         plain = self.plain_class is lora.Linear and type(base) in (nn.Linear, Conv1D)
         plain = plain and type(A) is type(B) is nn.Linear and A.bias is B.bias is None
-        return plain and not (_is_watched(base) or _is_watched(A) or _is_watched(B))
+        return plain and not (_is_watched(base) or _is_watched(A) or _is_watched(B) or is_dtensor(base.weight))
 
     def _fused(self, x: Tensor) -> Tensor:
         """peft's forward with noise in the merged weight, in one autograd node."""
@@ -230,6 +211,8 @@ class FlatLayer(_Layer):
 
     def noise(self) -> tuple[Tensor, Tensor]:
         """Standard deviation of each row of eps, (m,), and the key of the noise, for the forward that asks."""
+        if is_dtensor(getattr(self.get_base_layer(), "weight", None)):
+            raise RuntimeError(f"the layer cannot be perturbed: {SPLIT}. Use DDP, FSDP or ZeRO.")
         key, sample = self.perturbation.draw(self._device())
         return self._row_std(self._row_norms(sample), self._columns()), key
 
@@ -330,7 +313,7 @@ class FlatLayer(_Layer):
     def _magnitudes(self) -> Tensor | None:
         """With DoRA: the row norms, which are the magnitudes of the last adapter applied."""
         dora = [name for name in self._active() if self.use_dora.get(name)]
-        return self.lora_magnitude_vector[dora[-1]].weight.detach().flatten().abs() if dora else None
+        return whole_weight(self.lora_magnitude_vector[dora[-1]]).detach().flatten().abs() if dora else None
 
     def _squared(self, weight: Tensor) -> Tensor:
         """``||W_i||^2`` of the base weight, which is computed once."""
@@ -344,7 +327,9 @@ class FlatLayer(_Layer):
             singular = self.lora_E[name] / (self.ranknum[name] + 1e-5)  # as peft divides
             return self.lora_A[name].detach() * singular.detach(), self.lora_B[name].detach()
         A, B = (
-            (f.weight_as_blockdiagonal_matrix() if isinstance(f, BlockDiagonalLinear) else f.weight).detach().flatten(1)
+            (f.weight_as_blockdiagonal_matrix() if isinstance(f, BlockDiagonalLinear) else whole_weight(f))
+            .detach()
+            .flatten(1)
             for f in (self.lora_A[name], self.lora_B[name])
         )
         if isinstance(

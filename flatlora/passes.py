@@ -19,7 +19,7 @@ class Passes:
     """Watches the places where a pass of one model may begin.
 
     Args:
-        owner: whose passes these are; `of_model` finds it.
+        owner: whose passes these are; `of_model` finds it, and its `pass_begins()` is called for each.
         note: called when a pass with gradients ends; what it returns is `recalled` while the backward of that pass
             runs.
     """
@@ -75,6 +75,7 @@ class Passes:
             self._gradients = torch.is_grad_enabled()
             if not in_backward():
                 self.unused, self._backward_note, self.count = True, None, self.count + 1
+                self.owner.pass_begins()
                 (self._without.discard if self._gradients else self._without.add)(id(module))
             elif (
                 self._gradients

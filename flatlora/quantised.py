@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layer import FlatLayer, replaced_forward
+from .layer import FlatLayer
 from .ops import perturbed_linear, rebuilt_linear
+from .spread import replaced_forward
 from .weights import FourBitRows, quantised_row_norms, squared_norms
 
 

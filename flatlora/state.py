@@ -17,6 +17,7 @@ from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .passes import Passes, entrances, in_backward, of_model
 from .settings import NEED_NO_LENGTH, RAMPS, Settings, check_integer, check_rho
+from .spread import calling_deepspeed, global_rank, is_deepspeed, is_sharded
 from .steps import check_mode, check_reached, overflowed, unwatch, watch
 
 _numbers = itertools.count(1)
@@ -36,16 +37,18 @@ class Perturbation:
         eps_ij = rho_t / sqrt(n) * ||W'_i|| * z(seed, rank, sample, layer, i, j),    rho_t = rho * ramp(progress)
 
     Get it with `flatlora.perturbation(model)`. All of it can be read; `rho`, `progress`, `total_steps`, `sample`,
-    `seed` and `enabled` can be set.
+    `seed`, `rank` and `enabled` can be set.
 
     Attributes:
         rhos: strength of each flat adapter, by name.
         settings: as given at construction.
         total_steps: length of the ramp in optimizer steps, None if not known.
-        steps: optimizer steps seen.
+        steps: optimizer steps made.
         sample: index of the current noise sample.
         seed: 64-bit integer; by default torch's initial seed, so that `set_seed` reproduces a run (it is read, the
             generator is not used).
+        rank: data-parallel rank, which gives each process noise of its own. By default the rank in the default group:
+            right for DDP, FSDP and ZeRO. Set it where processes share a batch (context or sequence parallelism).
         enabled: False keeps every pass clean.
     """
 
@@ -54,12 +57,14 @@ class Perturbation:
         self.settings = settings
         self.rhos: dict[str, float] = {}
         self.total_steps = settings.total_steps
-        self.steps = 0
         self.sample = 0
         self.seed = torch.initial_seed() if settings.seed is None else settings.seed
         self.enabled = True
         self.layers = 0  # noise streams handed out
         self.sees_steps = False  # an optimizer step has been seen: there will be no other way to change parameters
+        self._counted = 0  # steps, without those that a DeepSpeed engine counts
+        self._engine: Any = None  # the DeepSpeed engine that makes the steps
+        self._rank: int | None = None
         self._origin = (0.0, 0)  # progress, and the step it was set at
         self.ascended = False  # a first pass of two has been made for the coming optimizer step
         self.climber: torch.optim.Optimizer | None = None  # of Bi-LoRA's second module
@@ -102,6 +107,23 @@ class Perturbation:
                     "model has one schedule and one seed. Give this config the same value (rho may differ)."
                 )
         return state
+
+    @property
+    def steps(self) -> int:
+        return self._counted + self._engine_steps()
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._counted = value - self._engine_steps()
+
+    @property
+    def rank(self) -> int:
+        return global_rank() if self._rank is None else self._rank
+
+    @rank.setter
+    def rank(self, value: int | None) -> None:
+        check_integer("rank", value, 0, 2**32 - 1)
+        self._rank = value
 
     # ---- strength ----
 
@@ -167,7 +189,7 @@ class Perturbation:
             if self._forced is None and not in_backward():
                 self._take_new_sample()
             sample = self._note().sample
-        source = (mix_rank(self.seed, _rank()), sample & 0xFFFFFFFF, device)
+        source = (mix_rank(self.seed, self.rank), sample & 0xFFFFFFFF, device)
         if self._key is None or self._key[0] != source:
             key = self.empty_key(device)
             key[0], key[1] = source[:2]  # two fills: no copy from the host
@@ -235,6 +257,25 @@ class Perturbation:
 
     # ---- the optimizer's steps ----
 
+    def _engine_steps(self) -> int:
+        return 0 if self._engine is None else self._engine.global_steps - self._engine.skipped_steps
+
+    def pass_begins(self) -> None:
+        """Does DeepSpeed make the optimizer's steps?
+
+        Raises:
+            RuntimeError: it does, and the method needs to see them.
+        """
+        engine, steps = calling_deepspeed(), self.steps
+        if engine is None:
+            return
+        if self.settings.method.uses_gradients and self.rho > 0:
+            self.refuse_shards(engine)
+        if engine is not self._engine:
+            self._engine = engine
+            self.steps = steps  # as many as before: from here on the engine counts
+        self._after_step()
+
     def step_began(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of this process begins a step."""
         self._began[optimizer] = self.steps
@@ -247,13 +288,28 @@ class Perturbation:
                 check_reached(self)
                 check_mode(self)
             if self.settings.method.uses_gradients and self.rho > 0:
+                self.refuse_shards()
                 self._warn_once()
             self.settings.method.before_step(self, optimizer)
+
+    def refuse_shards(self, model: nn.Module | None = None) -> None:
+        """
+        Raises:
+            RuntimeError: the method needs whole gradients, and the adapter is sharded (FSDP, ZeRO), or `model` is a
+                DeepSpeed engine.
+        """
+        anchor = self.anchor()
+        if is_deepspeed(model) or (anchor is not None and is_sharded(anchor)):
+            raise RuntimeError(
+                f"{type(self.settings.method).__name__} needs whole gradients at the optimizer's step on the adapter's "
+                "own parameters, and here they are sharded or replaced (FSDP, DeepSpeed). Use DDP or one process, or "
+                "FlatLoraConfig, which needs none."
+            )
 
     def step_ended(self, optimizer: torch.optim.Optimizer) -> None:
         """It has been made: count it, if it is a step of the adapter's own optimizer."""
         inside = self._began.get(optimizer, self.steps) != self.steps  # an optimizer that this one wraps has counted it
-        if self._holds_adapter(optimizer) and not inside and not overflowed(optimizer):
+        if self._engine is None and self._holds_adapter(optimizer) and not inside and not overflowed(optimizer):
             if self.settings.method.uses_gradients and not self._prepared and self.rho > 0:
                 raise RuntimeError(
                     f"{type(optimizer).__name__} was given a closure and did not call it, so "
@@ -375,7 +431,8 @@ class Perturbation:
 
     def __getstate__(self) -> dict[str, Any]:
         # these hold weak references, and are made anew
-        dropped: dict[str, Any] = {"_began": None, "_weights": []}
+        dropped: dict[str, Any] = {"_began": None, "_engine": None, "_weights": []}
+        dropped["_counted"] = self.steps
         return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -400,8 +457,3 @@ def forced(perturbation: Perturbation, sample: int | None) -> Iterator[None]:
         yield
     finally:
         perturbation._forced = before
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

@@ -12,6 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .spread import is_dtensor
+
 # What they add to the base product is B A x, or tends to it; DoRA's is another matter, see `layer.py`.
 VARIANTS = (
     variants.ALoraLinearVariant,  # merged from the invocation on: the row norm is that of the merged weight
@@ -44,7 +46,7 @@ QUANTISED = (  # by name: peft defines some of them only where their package is 
     "Linear8bitLt",
     "TorchaoLoraLinear",
 )
-SPLIT = "it is split by tensor parallelism, and the row norms of a part are not those of the whole"
+SPLIT = "its weight is split by tensor parallelism, and the row norms of a part are not those of the whole"
 REASONS = {
     "LoraParallelLinear": SPLIT,
     "TeLinear": "Transformer Engine may normalise x inside the layer, and the noise must multiply what W multiplies",
@@ -60,8 +62,8 @@ def is_quantised(plain: type) -> bool:
 def unsupported(layer: Any, adapter: str) -> str | None:
     """Why this adapter of a LoRA layer cannot be perturbed, or None if it can."""
     plain, base = getattr(type(layer), "plain_class", type(layer)), layer.base_layer
-    if getattr(base, "_hf_tp_plan", None) is not None:
-        return SPLIT
+    if getattr(base, "_hf_tp_plan", None) is not None or is_dtensor(getattr(base, "weight", None)):
+        return f"{SPLIT}; FSDP2's fully_shard comes after the adapter"
     if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):
         return "its forward was replaced, as X-LoRA does, whose mixture of adapters is another one for each token"
     if isinstance(base, BaseTunerLayer) and not isinstance(base, lora.ParamWrapper):

@@ -86,9 +86,10 @@ def test_any_64_bit_seed_will_do(seed):
     assert torch.isfinite(tiny.loss(tiny.flat_model(seed=seed)))
 
 
-def test_ranks_have_different_noise(monkeypatch):
-    values = []
-    for rank in (0, 1, 1):
-        monkeypatch.setattr("flatlora.state._rank", lambda rank=rank: rank)
-        values.append(tiny.loss(tiny.flat_model()))
+def test_ranks_have_different_noise():
+    model, values = tiny.flat_model(), []
+    for rank in (None, 0, 1, 1):
+        perturbation(model).rank = rank
+        values.append(tiny.loss(model))
+    assert perturbation(model).rank == 1 and torch.equal(values.pop(0), values[0])  # without a process group: 0
     assert torch.equal(values[1], values[2]) and not torch.equal(values[0], values[1])

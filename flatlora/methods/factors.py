@@ -28,19 +28,10 @@ class Factors(NamedTuple):
 
 
 def trained_factors(state: Any) -> Iterator[Factors]:
-    """The factors of the active flat adapters that have a gradient.
-
-    Raises:
-        RuntimeError: they are shards (FSDP, DeepSpeed ZeRO), whose gradients are not the whole ones.
-    """
+    """The factors of the active flat adapters that have a gradient."""
     for name, layer in state.flat_layers():
         for adapter in layer.active_flat_adapters():
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            if hasattr(A, "ds_id") or hasattr(A, "device_mesh"):
-                raise RuntimeError(
-                    f"{name}: the factors are sharded, and {type(state.settings.method).__name__} needs whole "
-                    "gradients. Use DDP or one process, or FlatLoraConfig, which needs none."
-                )
             if A.grad is not None or B.grad is not None:
                 yield Factors(name, layer, adapter, A, B)
 

@@ -19,6 +19,7 @@ from ..config import FlatLoraConfig
 from ..method import FlatLora, Method
 from ..ops import perturb_weight
 from ..ops.norms import norm_dtype
+from ..spread import whole_weight
 from .factors import FactorMethod
 
 FACTOR_STREAMS = 2**31  # the noise of factors is in the upper half of the layer counters, that of weights below
@@ -71,7 +72,7 @@ class FactorRwp(FactorMethod):
         state, made = layer.perturbation, {}
         for place, adapter in enumerate(layer.active_flat_adapters()):
             for half, factor in enumerate(("lora_A", "lora_B")):
-                weight = getattr(layer, factor)[adapter].weight
+                weight = whole_weight(getattr(layer, factor)[adapter])
                 rows = weight.flatten(1)
                 dtype = norm_dtype(weight.dtype)
                 std = state.rhos[adapter] * state.ramp * torch.linalg.vector_norm(rows, dtype=dtype)

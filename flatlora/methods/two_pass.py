@@ -80,12 +80,13 @@ def ascent(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no flat layer.
         TypeError: its method makes one pass.
-        RuntimeError: there was no backward inside.
+        RuntimeError: there was no backward inside, or the adapter is sharded (FSDP, ZeRO).
     """
     state = perturbation(model)
     method = state.settings.method
     if not isinstance(method, TwoPass):
         raise TypeError(f"ascent is for methods with two passes, and {type(method).__name__} has one")
+    state.refuse_shards(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     kept = [p.grad for p in parameters]
     buffers = [b for m in model.modules() if isinstance(m, BATCH_NORMS) for b in m.buffers(recurse=False)]
@@ -123,6 +124,7 @@ class TwoPassTrainerMixin:
     Raises:
         TypeError: the trainer makes the data of a step in the step, so that two passes would see different data: TRL's
             GRPOTrainer and the others that generate.
+        RuntimeError: under DeepSpeed, which steps the optimizer in its backward.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -136,7 +138,10 @@ class TwoPassTrainerMixin:
 
     def training_step(self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.is_deepspeed_enabled:
-            raise RuntimeError("two passes do not work with DeepSpeed, which steps the optimizer in its backward")
+            raise RuntimeError(
+                "two passes do not work with DeepSpeed, which steps the optimizer in its backward: use DDP or one "
+                "process, or EFMLoraConfig, which makes one pass"
+            )
         with ascent(model):
             super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]

@@ -1,0 +1,125 @@
+"""Ways to spread a model over the processes of the default group, with one face: see `Run`."""
+
+import torch
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+LEARNING_RATE = 0.05
+
+
+class Run:
+    """A model spread by one engine, and its optimizer."""
+
+    def __init__(self, model):
+        self.module = model
+        self.model = self.spread(model)
+        self.optimizer = torch.optim.SGD(self.trainable(), lr=LEARNING_RATE, momentum=0.9)
+
+    def trainable(self):
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def spread(self, model):
+        return model
+
+    def step(self, loss):
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def whole(self):
+        """Copies of all parameters, by the names that they have in one process."""
+        return {name: p.detach().clone() for name, p in self.module.named_parameters()}
+
+    def shards(self):
+        """Copies of what this process holds of the frozen parameters."""
+        return [p.detach().clone() for p in self.model.parameters() if not p.requires_grad]
+
+
+class DDP(Run):
+    def spread(self, model):
+        return DistributedDataParallel(model)
+
+
+class FSDP2(Run):
+    def spread(self, model):
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    def whole(self):
+        return {name: p.detach().full_tensor() for name, p in self.module.named_parameters()}
+
+    def shards(self):
+        return [p.detach().to_local().clone() for p in self.model.parameters() if not p.requires_grad]
+
+
+class FSDP1(Run):
+    use_orig_params = True
+
+    def spread(self, model):
+        policy = fsdp_auto_wrap_policy(model)
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=self.use_orig_params, device_id=torch.device("cpu")
+        )
+
+    def whole(self):
+        with FullyShardedDataParallel.summon_full_params(self.model):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
+                for name, p in self.model.named_parameters()
+            }
+
+    def shards(self):
+        handles = [m._handle for m in FullyShardedDataParallel.fsdp_modules(self.model) if m._handle is not None]
+        return [h.flat_param.detach().clone() for h in handles if not h.flat_param.requires_grad]
+
+
+class FSDP1Flat(FSDP1):
+    use_orig_params = False
+
+
+class Zero2(Run):
+    stage = 2
+
+    def __init__(self, model):
+        import deepspeed
+
+        # gloo will do, and this kernel would have to be compiled on the machine
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        self.module = model
+        optimizer = torch.optim.SGD(self.trainable_of(model), lr=LEARNING_RATE, momentum=0.9)
+        self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def trainable_of(self, model):
+        return [p for p in model.parameters() if p.requires_grad]
+
+    def step(self, loss):
+        self.model.backward(loss)
+        self.model.step()
+
+    def whole(self):
+        import deepspeed
+
+        found = {}
+        for name, p in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([p]):
+                found[name] = p.detach().clone()
+        return found
+
+    def shards(self):
+        frozen = [p for p in self.module.parameters() if not p.requires_grad]
+        return [getattr(p, "ds_tensor", p).detach().clone() for p in frozen]
+
+
+class Zero3(Zero2):
+    stage = 3
+
+
+ENGINES = {"ddp": DDP, "fsdp2": FSDP2, "fsdp1": FSDP1, "fsdp1-flat": FSDP1Flat, "zero2": Zero2, "zero3": Zero3}

@@ -1,0 +1,63 @@
+"""What cannot be spread in some way is refused by name, and never trained without its perturbation."""
+
+import os
+
+import processes
+import pytest
+import tiny
+from spread.engines import ENGINES
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
+
+from flatlora import (
+    BarConfig,
+    BiLoraConfig,
+    EFMLoraConfig,
+    FlatLoraConfig,
+    FMLoraConfig,
+    LoraSamConfig,
+    ascent,
+    get_flat_peft_model,
+)
+
+GRADIENT_METHODS = [EFMLoraConfig, FMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig]
+SHARDING = [name for name in ENGINES if name != "ddp"]
+
+
+def step_with_whole_gradients(rank, folder):
+    os.environ["LOCAL_RANK"] = str(rank)
+    for engine in SHARDING:
+        for kind in GRADIENT_METHODS:
+            run = ENGINES[engine](tiny.adapted(kind(rho=0.1, **tiny.LORA)))
+            with pytest.raises(RuntimeError, match="needs whole gradients .*FSDP, DeepSpeed.*Use DDP"):
+                if kind in (FMLoraConfig, LoraSamConfig):
+                    with ascent(run.model):
+                        tiny.loss(run.model).backward()
+                run.step(tiny.loss(run.model))
+
+
+def test_methods_that_need_whole_gradients_refuse_shards(tmp_path):
+    processes.run(step_with_whole_gradients, str(tmp_path))
+
+
+def split(rank, folder):
+    mesh = init_device_mesh("cpu", (2,))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    by_transformers = LlamaForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(tp_plan="auto", tp_size=2)
+    )
+    by_torch = parallelize_module(tiny.base_model(), mesh, {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
+    for model in (by_transformers, by_torch):
+        with pytest.raises(ValueError, match="q_proj' .* its weight is split by tensor parallelism"):
+            get_flat_peft_model(model, FlatLoraConfig(**tiny.LORA))
+    later = tiny.flat_model()
+    parallelize_module(later, mesh, {"base_model.model.model.layers.*.self_attn.q_proj.base_layer": ColwiseParallel()})
+    with pytest.raises(RuntimeError, match="split by tensor parallelism.*Use DDP"):
+        tiny.loss(later)
+
+
+def test_tensor_parallelism_is_refused(tmp_path):
+    tiny.base_model().save_pretrained(tmp_path)
+    processes.run(split, str(tmp_path))

@@ -34,11 +34,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
-from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation
+from flatlora import EFMLoraConfig, FlatLoraConfig, get_flat_peft_model, perturbation
 from flatlora.analysis import LossLine, loss_line
 from flatlora.plotting import plot_loss_line
 
-NAMES = {"lora": "LoRA", "flat": "Flat-LoRA"}
+METHODS = {"both": ("lora", "flat"), "all": ("lora", "flat", "efmlora")}
 RELOADED = 64  # in-domain test examples that are answered again with what was saved
 DISTANCES = (-0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15)  # of the picture, as a fraction of each row's norm
 
@@ -62,7 +62,9 @@ class Arguments:
     prompt: str = field(
         default="Review: {text}\nSentiment:", metadata={"help": "around {text}; the label's word follows it"}
     )
-    method: Literal["both", "lora", "flat"] = field(default="both", metadata={"help": "what to train"})
+    method: Literal["both", "all", "lora", "flat", "efmlora"] = field(
+        default="both", metadata={"help": "what to train; both: LoRA and Flat-LoRA"}
+    )
     rho: float = field(default=0.05, metadata={"help": "strength of the noise, relative to each weight row's norm"})
     schedule: Literal["cosine", "linear", "constant"] = field(
         default="cosine", metadata={"help": "how the strength grows from 0 to rho during training"}
@@ -88,11 +90,13 @@ class Arguments:
 
 
 def adapt(base: torch.nn.Module, method: str, args: Arguments) -> PeftModel:
-    """The base model with new adapters. This is the only place where LoRA and Flat-LoRA differ."""
+    """The base model with new adapters. This is the only place where the methods differ."""
     torch.manual_seed(args.seed)  # peft initialises A at random
     lora = dict(r=args.r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     if method == "lora":
         return get_peft_model(base, LoraConfig(**lora))
+    if method == "efmlora":
+        return get_flat_peft_model(base, EFMLoraConfig(**lora, rho=args.rho))
     noise = dict(rho=args.rho, schedule=args.schedule, total_steps=args.steps, resample=args.resample, seed=args.seed)
     return get_flat_peft_model(base, FlatLoraConfig(**lora, **noise))
 
@@ -106,11 +110,11 @@ def train(model: PeftModel, method: str, encode: Encoder, examples: list[Example
     history = []
 
     model.train()
-    progress = tqdm(batches, total=args.steps, desc=NAMES[method], unit="step")
+    progress = tqdm(batches, total=args.steps, desc=report.NAMES[method], unit="step")
     for batch in progress:
         inputs, targets = encode(batch, device)
         loss = answer_loss(model, inputs, targets)
-        rho = perturbation(model).rho_t if method == "flat" else 0.0
+        rho = perturbation(model).rho_t if method != "lora" else 0.0
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -229,16 +233,16 @@ def main(arguments: list[str] | None = None) -> dict:
 
     in_domain = next(iter(task.tests.values()))[:RELOADED]
     history, lines, answers = [], {}, {}
-    for method in ("lora", "flat") if args.method == "both" else (args.method,):
+    for method in METHODS.get(args.method, (args.method,)):
         model = adapt(load_model(args.model, getattr(torch, args.dtype), device), method, args)
         history += train(model, method, encode, task.train, args)
-        lap(f"train {NAMES[method]}")
+        lap(f"train {report.NAMES[method]}")
         correct[method] = test(model, encode, task, args)
-        lap(f"test {NAMES[method]}")
+        lap(f"test {report.NAMES[method]}")
         answers[method] = label_logits(model, encode, in_domain, device, args.eval_batch_size)
         if args.picture_samples:
-            lines[NAMES[method]] = draw_line(model, encode, task.train[: args.picture_samples], args)
-            lap(f"loss around {NAMES[method]}")
+            lines[report.NAMES[method]] = draw_line(model, encode, task.train[: args.picture_samples], args)
+            lap(f"loss around {report.NAMES[method]}")
         save(model, folder / method, encode)
     reloaded = check_reload(answers, encode, in_domain, args, device)
     lap("save and reload")

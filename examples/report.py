@@ -17,7 +17,7 @@ from evaluation import paired_difference, wilson
 from torch import Tensor
 
 Correct = dict[str, dict[str, Tensor]]  # method -> domain -> (examples,) bool
-NAMES = {"before": "before training", "lora": "LoRA", "flat": "Flat-LoRA"}
+NAMES = {"before": "before training", "lora": "LoRA", "flat": "Flat-LoRA", "efmlora": "EFMLoRA"}
 
 
 class Laps:
@@ -118,6 +118,14 @@ def write(folder: Path, results: dict, history: list[dict]) -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     write_csv(folder / "accuracy.csv", results["accuracy"])
     write_csv(folder / "training.csv", history)
+
+
+def read_csv(path: Path) -> list[dict]:
+    """What `write_csv` wrote; nothing if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

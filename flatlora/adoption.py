@@ -157,7 +157,8 @@ class AdoptedLayer(FlatLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """peft's door for layers that unload in their own way; ours lets the model's hooks go with the last layer."""
-        state, parts = self.perturbation, [layer for layer in self.modules() if isinstance(layer, FlatLayer)]
+        state, inside = self.perturbation, list(flat_layers(self))
+        last = all(layer in inside for layer in flat_layers(state.model))
         own = getattr(super(), "unload_and_optionally_merge_module", None)
         if own is not None:
             base = own(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
@@ -165,7 +166,7 @@ class AdoptedLayer(FlatLayer):
             if merge:
                 self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             base = self.get_base_layer()
-        if all(layer in parts for layer in flat_layers(state.model)):
+        if last:
             state.close()
         return base
 

@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from .model import perturbation
-from .state import Perturbation, check_rho
+from .settings import check_rho
+from .state import Perturbation
 
 TENSORS = ("tensors", "climber")  # what of a perturbation's state is no number
 

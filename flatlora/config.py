@@ -14,7 +14,7 @@ from torch import nn
 
 from .adoption import create_layer
 from .method import FlatLora, Method
-from .state import Settings, check_rho
+from .settings import Settings, check_rho
 
 CONFIG_NAME = "flatlora_config.json"
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "token"}

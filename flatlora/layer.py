@@ -87,7 +87,7 @@ class FlatLayer(_Layer):
             _compiling(self.perturbation.number)
         if self._rho(kwargs) == 0:
             if not compiling and torch.is_grad_enabled():
-                self._reached()
+                self._ran_clean()
             return plain(x, *args, **kwargs)
         if not compiling:
             return self._perturbed(plain, x, *args, **kwargs)
@@ -98,6 +98,7 @@ class FlatLayer(_Layer):
         return self._perturbed(plain, x, *args, **kwargs)
 
     def _perturbed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.perturbation.trained = True
         if not args and not kwargs and self._is_fusible():
             return self._fused(x)
         out = self.perturbation.settings.method.forward(self, plain, x, *args, **kwargs)
@@ -110,6 +111,11 @@ class FlatLayer(_Layer):
     def _backward_began(self, _grad: Tensor | None = None) -> None:
         self._reached()
         self.perturbation.backward_began()
+
+    def _ran_clean(self) -> None:
+        self._reached()
+        if not (self.training and self.get_base_layer().training):
+            self.perturbation.evaluated = True
 
     def _reached(self) -> None:
         """This layer takes part in the coming optimizer step, see `steps.check_reached`."""

@@ -17,7 +17,8 @@ from .adoption import abandon, adopt, release
 from .config import HUB_OPTIONS, FlatLoraConfig, PerturbedLoraConfig, config_class, load_own, plain_copy
 from .layer import flat_layers
 from .passes import of_model
-from .state import Perturbation, Settings, check_rho
+from .settings import Settings, check_rho
+from .state import Perturbation
 
 
 def get_flat_peft_model(
@@ -208,8 +209,11 @@ def _root(model: nn.Module) -> nn.Module:
 def _take_back(model: nn.Module, before: set[nn.Module]) -> None:
     """Put the base layers back where an injection that failed half-way has replaced them."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer) and module not in before:
-            model.set_submodule(name, module.get_base_layer())
+        inside = ".base_layer." in f".{name}."  # of a layer that has been put back
+        if isinstance(module, LoraLayer) and module not in before and not inside:
+            unload = getattr(module, "unload_and_optionally_merge_module", None)
+            own = unload and unload(merge=False, safe_merge=False, adapter_names=None)  # what it has adapted inside
+            model.set_submodule(name, own or module.get_base_layer())
     left = of_model(model)
     if left is not None and not any(flat_layers(model)):
         left.close()

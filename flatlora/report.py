@@ -44,6 +44,8 @@ table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabu
 th, td { padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { color: var(--faint); font-weight: 600; }
+.settings td, .settings th { white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
+.settings td:first-child { white-space: nowrap; overflow-wrap: normal; }
 tr.differs td { background: var(--mark); } p.note { color: var(--faint); font-size: 0.9rem; }
 """
 Plot = Callable[..., Any]
@@ -117,7 +119,7 @@ def _settings(found: dict[str, Any]) -> str:
         values = [_plain(run["settings"].get(key)) for run in found.values()]
         rows.append([key, *values])
         differs.append(len(set(values)) > 1)
-    return "<h2>Settings</h2>\n" + _table(["", *found], rows, differs)
+    return f"<h2>Settings</h2>\n<div class=settings>{_table(['', *found], rows, differs)}</div>\n"
 
 
 def _plain(value: Any) -> str:

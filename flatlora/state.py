@@ -3,78 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .method import FlatLora, Method
-from .ops import BACKENDS, resolve_backend
+from .ops import resolve_backend
 from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .passes import Passes, entrances, in_backward, of_model
+from .settings import NEED_NO_LENGTH, RAMPS, Settings, check_integer, check_rho
 from .spread import calling_deepspeed, global_rank, is_deepspeed, is_sharded
-from .steps import check_reached, overflowed, unwatch, watch
+from .steps import check_mode, check_reached, overflowed, unwatch, watch
 
-RAMPS: dict[str, Callable[[float, int], float]] = {  # of the progress t in [0, 1] and of the steps made
-    "cosine": lambda t, steps: 0.5 * (1 - math.cos(math.pi * t)),
-    "linear": lambda t, steps: t,
-    "constant": lambda t, steps: 1.0,
-    "cosine_decay": lambda t, steps: 0.5 * (1 + math.cos(math.pi * t)),
-    "linear_decay": lambda t, steps: 1 - t,
-    "inverse_sqrt": lambda t, steps: 1 / math.sqrt(1 + steps),
-}
-NEED_NO_LENGTH = ("constant", "inverse_sqrt")
-RESAMPLE = ("forward", "step")
 _numbers = itertools.count(1)
-
-
-def check_rho(rho: Any) -> float:
-    """`rho` as a float, or an error: it must be a finite number >= 0."""
-    if isinstance(rho, bool) or not isinstance(rho, (int, float)):
-        raise TypeError(f"rho must be a number, got {rho!r} of type {type(rho).__name__}")
-    if not math.isfinite(rho) or rho < 0:
-        raise ValueError(f"rho must be finite and >= 0, got {rho}; 0 means plain LoRA, 0.05 to 0.10 is usual")
-    return float(rho)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the noise is scheduled and drawn. Checked at construction; the fields are those of `FlatLoraConfig`."""
-
-    schedule: str = "cosine"
-    total_steps: int | None = None
-    resample: str = "forward"
-    seed: int | None = None
-    backend: str = "auto"
-    method: Method = FlatLora()
-
-    def __post_init__(self) -> None:
-        _check_choice("schedule", self.schedule, tuple(RAMPS))
-        _check_choice("resample", self.resample, RESAMPLE)
-        _check_choice("backend", self.backend, ("auto", *BACKENDS))
-        _check_integer("total_steps", self.total_steps, 1, 2**63 - 1)
-        _check_integer("seed", self.seed, -(2**63), 2**64 - 1)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
-
-
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer or None, got {value!r} of type {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be None or in [{low}, {high}], got {value}")
 
 
 class PassNote(NamedTuple):
@@ -127,7 +73,8 @@ class Perturbation:
         self.reached = 0  # flat layers that have run in this interval
         self.flat_layer_count: int | None = None  # as last counted
         self.compiled = False  # a flat layer has been compiled: whether it runs is not seen
-        self.warned_of_kernels = False
+        self.trained = self.evaluated = False  # perturbed and evaluating passes, with gradients, in this interval
+        self.warned_of: set[str] = set()
         self._prepared = False  # the method has been told of the optimizer step that is being made
         self._stale = False  # a backward has used the sample: the next training forward takes a new one
         self._window, self._pass_of_window = (0, 0), -1  # of unchanged factors, and the pass that was last asked about
@@ -175,7 +122,7 @@ class Perturbation:
 
     @rank.setter
     def rank(self, value: int | None) -> None:
-        _check_integer("rank", value, 0, 2**32 - 1)
+        check_integer("rank", value, 0, 2**32 - 1)
         self._rank = value
 
     # ---- strength ----
@@ -219,9 +166,9 @@ class Perturbation:
     def set_step(self, step: int, total_steps: int | None = None) -> None:
         """Say which optimizer step the run is at, where the library cannot count (FSDP1, DeepSpeed) or has resumed."""
         if total_steps is not None:
-            _check_integer("total_steps", total_steps, 1, 2**63 - 1)
+            check_integer("total_steps", total_steps, 1, 2**63 - 1)
             self.total_steps = total_steps
-        _check_integer("step", step, 0, 2**63 - 1)
+        check_integer("step", step, 0, 2**63 - 1)
         self._origin = (0.0, 0)
         if step != self.steps:
             self.steps = step
@@ -339,6 +286,7 @@ class Perturbation:
             self._prepared = True
             if self.rho > 0:
                 check_reached(self)
+                check_mode(self)
             if self.settings.method.uses_gradients and self.rho > 0:
                 self.refuse_shards()
                 self._warn_once()
@@ -369,7 +317,7 @@ class Perturbation:
                     "optimizer.step() and pass no closure"
                 )
             self.steps, self.sees_steps, self._prepared = self.steps + 1, True, False
-            self.interval, self.reached = self.interval + 1, 0
+            self.interval, self.reached, self.trained, self.evaluated = self.interval + 1, 0, False, False
             self._after_step()
             self.settings.method.after_step(self, optimizer)
 
@@ -398,7 +346,7 @@ class Perturbation:
     def flat_layers(self) -> Iterator[tuple[str, Any]]:
         """(name in the model, layer) of the layers that this perturbs."""
         for name, module in self.model.named_modules():
-            if getattr(module, "perturbation", None) is self:
+            if module.__dict__.get("perturbation") is self:
                 yield name, module
 
     def anchor(self) -> nn.Parameter | None:

@@ -71,9 +71,17 @@ def check_reached(state: Any) -> None:
         raise RuntimeError(
             f"{message} Load the model without these kernels, or set on_unsupported='warn' to train it without noise."
         )
-    if not state.warned_of_kernels:
-        state.warned_of_kernels = True
-        warnings.warn(f"{message} (on_unsupported='warn')", stacklevel=2)
+    _warn_once(state, f"{message} (on_unsupported='warn')")
+
+
+def check_mode(state: Any) -> None:
+    """Warn, once, of a model that is trained in evaluation mode, where nothing is perturbed."""
+    if state.evaluated and not state.trained and state.enabled and not state.compiled:
+        _warn_once(
+            state,
+            "this optimizer step trains without noise: all passes since the last one were in evaluation mode, which is "
+            "what `from_pretrained` leaves a model in. Call model.train() before training.",
+        )
 
 
 def _before(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -107,6 +115,12 @@ def _told(closure: Callable, state: Any, optimizer: Optimizer) -> Callable:
         return out
 
     return run
+
+
+def _warn_once(state: Any, message: str) -> None:
+    if message not in state.warned_of:
+        state.warned_of.add(message)
+        warnings.warn(message, stacklevel=2)
 
 
 def _has_gradient(layer: Any) -> bool:

@@ -52,9 +52,9 @@ def step(model):
     tiny.loss(model, seed=2).backward()
 
 
-def make(kind, settings):
+def make(kind, settings, **base):
     """A tiny Llama with an adapter, by the steps that peft's documentation gives for its initialisation."""
-    model = tiny.base_model(attention_bias=True)
+    model = tiny.base_model(attention_bias=True, **base)
     config = kind(**{**tiny.LORA, "target_modules": LINEAR, **settings})
     way = config.init_lora_weights
     if way == "corda":
@@ -73,8 +73,8 @@ def make(kind, settings):
     return model.train()
 
 
-def flat(settings):
-    return make(FlatLoraConfig, {"rho": 0.2, "schedule": "constant", "seed": 7, **settings})
+def flat(settings, **base):
+    return make(FlatLoraConfig, {"rho": 0.2, "schedule": "constant", "seed": 7, **settings}, **base)
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +138,15 @@ def test_pefts_optimizers_are_counted_and_renew_the_norms(make_optimizer):
         tiny.loss(model).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("one_adapter", [False, True], ids=["two-adapters", "tied-adapters"])
+def test_a_tied_weight_has_one_noise_and_two_uses(one_adapter):
+    """Both uses see the same z; the norms are those of each use's own merged rows."""
+    settings = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": one_adapter}
+    model = flat(settings, tie_word_embeddings=True).double()
+    inner = model.base_model.model
+    assert inner.lm_head.get_base_layer().weight is inner.model.embed_tokens.get_base_layer().weight
+    assert inner.lm_head.stream == inner.model.embed_tokens.stream
+    assert_dense(model)

@@ -1,13 +1,11 @@
 """Only seeds are kept (invariant 4): what a layer saves beyond plain LoRA is O(m), and one block at a time exists."""
 
-from itertools import accumulate
-
 import peft
 import tiny
 import torch
+from allocations import allocations
 from layer_cases import CASES, clean_forward, flat_model
 from peft import LoraConfig
-from torch.profiler import ProfilerActivity, profile
 
 import flatlora.ops.blocks
 from flatlora import FlatLoraConfig, get_flat_peft_model
@@ -49,15 +47,6 @@ def test_a_model_saves_order_m_for_each_layer():
     rows = sum(layer.out_features for layer in flat.modules() if hasattr(layer, "perturbation"))
     layers = sum(1 for layer in flat.modules() if hasattr(layer, "perturbation"))
     assert second - first <= 4 * rows + 16 * layers
-
-
-def allocations(run):
-    """(largest single allocation, peak of all that was alive) during `run()`, in bytes, from torch's own profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert sizes  # negative where memory is given back
-    return max(sizes), max(accumulate(sizes))
 
 
 def test_no_temporary_is_larger_than_a_block(monkeypatch):

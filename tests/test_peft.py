@@ -145,12 +145,12 @@ class OwnForward(nn.Linear):
 
 
 UNSUPPORTED = [
-    (WithAttention, "attention", "MultiheadAttention"),
+    (WithAttention, "attention.out_proj", "MultiheadAttention"),
     (lambda: nn.ModuleDict({"attention": OwnForward(8, 8), "first": nn.Linear(8, 8)}), "attention", "OwnForward"),
 ]
 
 
-@pytest.mark.parametrize("build, name, reason", UNSUPPORTED, ids=["MultiheadAttention", "own-forward"])
+@pytest.mark.parametrize("build, name, reason", UNSUPPORTED, ids=["attention-inside", "own-forward"])
 def test_a_layer_that_cannot_be_perturbed_is_named_and_the_model_left_as_it_was(build, name, reason):
     model = build()
     before = {key: type(module) for key, module in model.named_modules()}
@@ -164,8 +164,8 @@ def test_a_layer_that_cannot_be_perturbed_is_named_and_the_model_left_as_it_was(
 
 
 def test_attach_refuses_a_layer_it_cannot_perturb_and_leaves_the_model_as_it_was():
-    model = peft.get_peft_model(WithAttention(), LoraConfig(target_modules=["first", "attention"]))
+    model = peft.get_peft_model(WithAttention(), LoraConfig(target_modules=["first", "out_proj"]))
     before = {key: type(module) for key, module in model.named_modules()}
-    with pytest.raises(ValueError, match="'base_model.model.attention' .* cannot be perturbed"):
+    with pytest.raises(ValueError, match="'base_model.model.attention.out_proj' .* cannot be perturbed"):
         attach(model, schedule="constant")
     assert {key: type(module) for key, module in model.named_modules()} == before

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flatlora.ops.philox import mix_rank, philox4x32
 
 from .directions import Norms
-from .evaluate import Journal, LossFn, MeanLoss, bar, kept_rng
+from .evaluate import Journal, LossFn, MeanLoss, bar, fingerprint, kept_rng
 from .landscape import positive
 from .measurement import Measurement
 from .norms import merged_rows
@@ -130,7 +130,7 @@ def under_rounding(
         each = [MeanLoss(model, score_fn, [batch], weights) for batch in batches]
     if not each:
         raise ValueError("batches must hold at least one batch, got none")
-    journal = Journal(file, {"what": "rounding", "weights": len(weights), "batches": len(each)})
+    journal = Journal(file, {"what": "rounding", "weights": fingerprint(weights), "batches": len(each)})
     center = sum(one() for one in each) / len(each)
     journal.check("center", center)
     scores = torch.empty(len(each), len(bits), dtype=torch.float64)

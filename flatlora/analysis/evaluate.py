@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,11 @@ class MeanLoss:
             )
 
 
+def fingerprint(weights: list[Weight]) -> str:
+    """Which weights are displaced, in a few letters."""
+    return f"{len(weights)}, {zlib.crc32(' '.join(weight.name for weight in weights).encode()):08x}"
+
+
 class Journal:
     """Losses by name, kept in a file if one is given, so that an interrupted measurement goes on where it stopped.
 
@@ -162,17 +168,17 @@ class Journal:
                     out.write(json.dumps([name, self.losses[name]]) + "\n")
         return self.losses[name]
 
-    def check(self, name: str, loss: float) -> None:
-        """Refuse a file whose `name` is not this loss: it was made with another model or other data.
+    def check(self, name: str, value: float) -> None:
+        """Refuse a file whose `name` is not this value: it was made with another model or other data.
 
         Raises:
             ValueError: the two differ by more than rounding.
         """
-        kept = self(name, lambda: loss)
-        if not (math.isclose(kept, loss, rel_tol=1e-4, abs_tol=1e-9) or (math.isnan(kept) and math.isnan(loss))):
+        kept = self(name, lambda: value)
+        if not (math.isclose(kept, value, rel_tol=1e-4, abs_tol=1e-9) or (math.isnan(kept) and math.isnan(value))):
             raise ValueError(
-                f"file {self.path} was made with another model or other batches: its loss at the centre is {kept:.6g}, "
-                f"now it is {loss:.6g}; give another file, or delete this one to start over"
+                f"file {self.path} was made with another model, other batches or other norms: its {name} is "
+                f"{kept:.6g}, now it is {value:.6g}; give another file, or delete this one to start over"
             )
 
 

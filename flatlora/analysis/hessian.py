@@ -80,13 +80,20 @@ class Hessian:
     def to_curvlinops(self) -> Any:
         """This operator as a `curvlinops.PyTorchLinearOperator`.
 
+        curvlinops comes with the `analysis` extra and brings torchvision, which it never imports. PyPI's Linux build of
+        torchvision is for CUDA, and beside a CPU build of torch it breaks transformers: there, install curvlinops and
+        backpack-for-pytorch with `--no-deps`, then scipy, einops, einconv, opt-einsum, unfoldNd and linear_operator.
+
         Raises:
-            ImportError: curvlinops is not installed; it comes with the `analysis` extra.
+            ImportError: curvlinops is not installed.
         """
         try:
             from curvlinops._torch_base import PyTorchLinearOperator
         except ImportError as error:
-            raise ImportError("to_curvlinops needs curvlinops: pip install 'flatlora[analysis]'") from error
+            raise ImportError(
+                "to_curvlinops needs curvlinops: pip install 'flatlora[analysis]', or, beside a CPU build of torch, "
+                "curvlinops-for-pytorch and backpack-for-pytorch with --no-deps"
+            ) from error
 
         hessian = self
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .directions import Directions, Norms
-from .evaluate import Journal, LossFn, MeanLoss
+from .evaluate import Journal, LossFn, MeanLoss, fingerprint
 from .norms import all_row_norms
 from .weights import find_weights
 
@@ -38,12 +38,14 @@ class Measurement:
         file: str | os.PathLike | None,
     ) -> None:
         weights = find_weights(model, layers, space)
-        self.along = Directions(weights, noise, seed, all_row_norms(weights) if norms is None else norms)
+        norms = all_row_norms(weights) if norms is None else norms
+        self.along = Directions(weights, noise, seed, norms)
         self.loss = MeanLoss(model, loss_fn, batches, weights, sizes)
-        settings = {"what": what, "noise": noise, "space": space, "seed": seed, "weights": len(weights)}
+        settings = {"what": what, "noise": noise, "space": space, "seed": seed, "weights": fingerprint(weights)}
         self.journal = Journal(file, settings)
         self.center = self.loss()
         self.journal.check("center", self.center)
+        self.journal.check("norms", sum(float(norms[weight.name].double().norm()) for weight in weights))
 
     def at(self, *steps: tuple[float, int]) -> float:
         """The loss at W' + sum of t * D(direction) over the steps (t, direction)."""

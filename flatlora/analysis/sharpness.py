@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .directions import Norms, probe
-from .evaluate import Journal, LossFn, MeanLoss, bar
+from .evaluate import Journal, LossFn, MeanLoss, bar, fingerprint
 from .gradients import Variables
 from .landscape import positive
 from .measurement import Measurement
@@ -160,12 +160,13 @@ def sam_sharpness(
     """
     radii = nonnegative("rho", rho)
     positive("steps", steps)
-    loss = MeanLoss(model, loss_fn, batches, find_weights(model, layers, space), sizes)
+    weights = find_weights(model, layers, space)
+    loss = MeanLoss(model, loss_fn, batches, weights, sizes)
     variables = Variables(loss)
     pairs = list(zip(loss.shares, loss.batches, strict=True))
     groups = [[(1.0, batch)] for _, batch in pairs] if per_batch else [pairs]
     settings = {"what": "SAM sharpness", "space": space, "steps": steps, "seed": seed, "groups": len(groups)}
-    journal = Journal(file, settings)
+    journal = Journal(file, settings | {"weights": fingerprint(weights)})
     rises, first = torch.empty(2, len(groups), len(radii), dtype=torch.float64)
     centers = []
     with bar(rises.numel(), "SAM sharpness", progress) as tick:

@@ -2,13 +2,19 @@
 
 The forward runs at W + s B_1 A_1 + s B_2 A_2. After each step, with c = sqrt(sum over layers of ||B_2 A_2||_F^2), both
 factors of module 2 are scaled by sqrt(rho_t / c) if c > rho_t. Module 2 is not saved and not in `parameters()`: an
-optimizer of the same class and options as the user's, `maximize=True`, moves it at the same learning rate.
+optimizer of the same class and options as the user's, `maximize=True`, moves A_2 at the learning rate of A_1 and B_2 at
+that of B_1.
+
+What treats the gradients of `parameters()` does not reach module 2: it is not clipped, under DDP each process has a
+module of its own, and under a GradScaler its gradients keep the scale, which Adam and its kin do not notice and SGD
+does.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +97,7 @@ class BiLora(FactorMethod):
         tensors = [tensor for _, layer in state.flat_layers() for tensor in layer.offsets.values()]
         gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
         if gradients and torch.nn.utils.get_total_norm(gradients).isfinite():
-            _climber(state, tensors, optimizer).step()
+            _climber(state, optimizer).step()
         for tensor in tensors:
             tensor.grad = None
 
@@ -113,17 +119,35 @@ class BiLora(FactorMethod):
             B.mul_(scale)
 
 
-def _climber(state: Any, tensors: list[Tensor], optimizer: Optimizer) -> Optimizer:
-    """The optimizer of module 2, with the options that the user's has just now."""
-    anchor = state.anchor()
-    group = next(g for g in optimizer.param_groups if any(p is anchor for p in g["params"]))
+def _climber(state: Any, optimizer: Optimizer) -> Optimizer:
+    """The optimizer of module 2, each factor with the options that the user's has just now for module 1's."""
+    followed = _followed(state, optimizer)
     if state.climber is None:
         kind = type(optimizer) if "maximize" in optimizer.defaults else AdamW
         known = inspect.signature(kind).parameters
-        options = {name: group[name] for name in optimizer.defaults if name in known and name in group}
-        state.climber = kind(tensors, **{**options, "maximize": True})
+        names = [name for name in optimizer.defaults if name in known]
+        groups = [
+            {"params": tensors, **{name: group[name] for name in names}, "maximize": True}
+            for group, tensors in followed
+        ]
+        state.climber = kind(groups, **{"lr": followed[0][0]["lr"], "maximize": True})
         if state.climber_state is not None:
             state.climber.load_state_dict(state.climber_state)
-    for own in state.climber.param_groups:
+    for own, (group, _) in zip(state.climber.param_groups, followed, strict=True):
         own["lr"] = group["lr"]
     return state.climber
+
+
+def _followed(state: Any, optimizer: Optimizer) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """The user's parameter groups, each with the factors of module 2 whose counterparts are in it. Where a factor of
+    module 1 is frozen, its counterpart goes with the other."""
+    place = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    tensors: dict[int, list[Tensor]] = defaultdict(list)
+    for _, layer in state.flat_layers():
+        for (name, adapter), tensor in layer.offsets.items():
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            first, second = (A, B) if name == A2 else (B, A)
+            followed = first if first in place else second
+            if followed in place:
+                tensors[place[followed]].append(tensor)
+    return [(optimizer.param_groups[i], tensors[i]) for i in sorted(tensors)]

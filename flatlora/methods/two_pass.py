@@ -124,6 +124,7 @@ class TwoPassTrainerMixin:
     Raises:
         TypeError: the trainer makes the data of a step in the step, so that two passes would see different data: TRL's
             GRPOTrainer and the others that generate.
+        RuntimeError: under DeepSpeed, which steps the optimizer in its backward.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -137,7 +138,10 @@ class TwoPassTrainerMixin:
 
     def training_step(self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.is_deepspeed_enabled:
-            raise RuntimeError("two passes do not work with DeepSpeed, which steps the optimizer in its backward")
+            raise RuntimeError(
+                "two passes do not work with DeepSpeed, which steps the optimizer in its backward: use DDP or one "
+                "process, or EFMLoraConfig, which makes one pass"
+            )
         with ascent(model):
             super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]

@@ -32,6 +32,9 @@ def plot_loss_line(
 ) -> Figure:
     """The loss along random directions: their mean with its interval; one or two lines show each direction too.
 
+    The axis holds every direction. Few directions far from the centre have an interval that is much wider; it then runs
+    out of the axis.
+
     Args:
         lines: label -> line.
         level: of the interval.
@@ -54,6 +57,7 @@ def plot_loss_line(
             for one in line.losses if len(lines) <= 2 and 1 < len(line.losses) <= 10 else ():
                 axes.plot(x, one.numpy(), color=style["color"], linewidth=0.5, alpha=0.45)
             axes.plot(x, line.mean.numpy(), label=label, markevery=every(len(x)), **style)
+        _hold(axes, [(line.rise() if relative else line).losses for line in lines.values()])
         unit = "standard deviation of an entry" if first.noise == "plain" else "fraction of the row norm"
         weights = "weights" if first.space == "merged" else "adapter factors"
         axes.set_xlabel(f"distance from the solution along a random direction of the {weights}\n({unit})")
@@ -101,7 +105,9 @@ def plot_degradation(
     theme: str = "light",
     size: tuple[float, float] = (6.0, 3.8),
 ) -> Figure:
-    """A score against the strength of a disturbance, with intervals; the undisturbed score is a mark at the left edge.
+    """A score against the strength of a disturbance, with intervals; thin lines are the undisturbed scores.
+
+    The axis holds every sample; the interval of few samples may run out of it.
 
     Args:
         results: label -> result, all under one disturbance.
@@ -120,6 +126,7 @@ def plot_degradation(
         if rounding:
             axes.invert_xaxis()
             axes.set_xticks(first.levels.tolist(), [f"{bits:.0f}" for bits in first.levels.tolist()])
+        _hold(axes, [result.scores for result in results.values()], [result.center for result in results.values()])
         axes.set_xlabel("bits per weight" if rounding else first.unit)
         axes.set_ylabel(first.score)
         finish(axes)
@@ -213,6 +220,14 @@ def plot_training(
 def _curve(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     rows = [(row["step"], row[key]) for row in history if key in row and "step" in row]
     return [x for x, _ in rows], [y for _, y in rows]
+
+
+def _hold(axes: Axes, samples: Sequence[Any], more: Sequence[float] = ()) -> None:
+    """Limits that hold all finite samples, with a margin."""
+    values = [*more, *(x for part in samples for x in part[part.isfinite()].tolist())] or [0.0]
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or 1e-3 * max(abs(high), 1.0)
+    axes.set_ylim(low - margin, high + margin)
 
 
 def _band(axes: Axes, x, mean, interval, label: str, style: dict[str, Any]) -> None:

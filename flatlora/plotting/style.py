@@ -14,9 +14,9 @@ THEMES = {
     "light": {"ink": "#1a1a1a", "faint": "#8a8a8a", "grid": "#e2e2e2", "paper": "#ffffff"},
     "dark": {"ink": "#ededed", "faint": "#9a9a9a", "grid": "#3a3d42", "paper": "#17191c"},
 }
-COLOURS = {  # Okabe and Ito 2008, in an order of alternating lightness; the dark theme's are lifted for contrast
-    "light": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
-    "dark": ("#56b4e9", "#ff8a3d", "#2fc79a", "#e89cc5", "#f0c33c", "#8fd0f5"),
+COLOURS = {  # after Okabe and Ito 2008; the first three are spread in lightness, so that they differ in grey too
+    "light": ("#004488", "#b84a00", "#18a482", "#cc79a7", "#e69f00", "#56b4e9"),
+    "dark": ("#4a90d9", "#ff9a52", "#b5f2d3", "#e89cc5", "#f0c33c", "#8fd0f5"),
 }
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")

@@ -62,6 +62,8 @@ def _contours(figure: Figure, axes: list[Axes], surfaces: Mapping[str, LossSurfa
         axis.set(title=label, xlabel="distance along direction 1", aspect="equal")
         axis.grid(False)
     axes[0].set_ylabel("distance along direction 2")
+    layout: Any = figure.get_layout_engine()
+    layout.set(wspace=0.06)  # outer ticks of neighbours do not touch
     figure.colorbar(filled, ax=axes, label="loss", shrink=0.9, format="%.2g", ticks=levels[::2])
 
 
@@ -76,11 +78,15 @@ def _hills(figure: Figure, axes: list[Any], surfaces: Mapping[str, LossSurface],
             x, y, z, cmap="cividis", vmin=low, vmax=high, rstride=1, cstride=1, linewidth=0.25,
             edgecolor=THEMES[theme]["ink"] + "60",
         )  # fmt: skip
-        axis.set(xlabel="direction 1", ylabel="direction 2", zlim=(low, high))
+        axis.set(zlim=(low, high))
+        axis.set_xlabel("direction 1", labelpad=7)
+        axis.set_ylabel("direction 2", labelpad=7)
+        axis.tick_params(labelsize=8, pad=1)
+        axis.locator_params(nbins=5)
         axis.set_title(label, y=0.95, loc="center")
         axis.set_zlabel("loss")
         axis.view_init(elev=28, azim=-58)
-        axis.set_box_aspect((1, 1, 0.85), zoom=0.8)
+        axis.set_box_aspect((1, 1, 0.85), zoom=0.76)
         for side in (axis.xaxis, axis.yaxis, axis.zaxis):
             side.set_pane_color(THEMES[theme]["paper"])
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from flatlora.analysis import (
     Degradation,
+    Hessian,
     add_noise,
     expected_sharpness,
     load,
@@ -19,6 +20,9 @@ from flatlora.analysis import (
     replace_tokens,
     sam_sharpness,
     save,
+    spectral_density,
+    top_eigenvalues,
+    trace,
     under_corruption,
     under_rounding,
     under_weight_noise,
@@ -152,9 +156,14 @@ MEASUREMENTS = {
     ),
 }
 every_measurement = pytest.mark.parametrize("measure", MEASUREMENTS.values(), ids=MEASUREMENTS)
+HESSIANS = {
+    "trace": lambda m, loss, ids: trace(Hessian(m, loss, ids), samples=2),
+    "eigenvalues": lambda m, loss, ids: top_eigenvalues(Hessian(m, loss, ids), steps=2),
+    "spectrum": lambda m, loss, ids: spectral_density(Hessian(m, loss, ids), samples=2, steps=2),
+}
 
 
-@every_measurement
+@pytest.mark.parametrize("measure", (MEASUREMENTS | HESSIANS).values(), ids=MEASUREMENTS | HESSIANS)
 def test_every_generator_is_put_back_also_after_an_exception(measure, net, ids):
     calls = []
 
@@ -197,6 +206,9 @@ def test_an_interrupted_measurement_goes_on_from_its_file(measure, net, ids, tmp
         if hasattr(again, "SAMPLES")
         else (torch.equal(again.losses, whole.losses))
     )
+    if measure is not MEASUREMENTS["corruption"]:  # which displaces no weight
+        with pytest.raises(ValueError, match="differs in weights"):
+            measure(net, token_loss, ids, file=file, layers=lambda name: name != "linear")
     net.head.weight.data += 1
     with pytest.raises(ValueError, match="another model"):
         measure(net, token_loss, ids, file=file)

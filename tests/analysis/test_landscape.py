@@ -6,11 +6,15 @@ import weakref
 
 import pytest
 import torch
+from allocations import allocations
 from analysis.cases import Quadratic, Snapshot, token_loss, value
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from flatlora.analysis import loss_line, merged_row_norms
 from flatlora.analysis import weights as weights_module
+from flatlora.analysis.directions import Directions
+from flatlora.analysis.norms import all_row_norms
 from flatlora.analysis.weights import find_weights
 
 
@@ -133,6 +137,43 @@ def test_directions_do_not_depend_on_which_layers_are_chosen(net, ids):
     assert torch.equal(some.losses, alone.losses)
 
 
+def test_two_adapters_over_one_base_move_along_the_same_directions_to_the_bit():
+    base = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    norms, moved = merged_row_norms(base), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+        weights = find_weights(get_peft_model(copy.deepcopy(base), config))
+        for given in (norms, all_row_norms(weights)):
+            at = Directions(weights, "filter_normalised", 0, given).at([(0.3, 1)])
+            moved.append(torch.cat([at(weight, weight.values()).flatten() for weight in weights]))
+    assert torch.equal(moved[0], moved[2])  # D is added to the base weight, which both share
+    assert not torch.equal(moved[1], moved[3])  # each by the rows of its own
+
+
+def test_a_line_of_a_large_layer_needs_room_for_one_displaced_weight():
+    """Two layers of 16 MiB, three directions, five points: what is held at once beside the model."""
+    model = nn.Sequential(nn.Linear(2048, 2048, bias=False), nn.Linear(2048, 2048, bias=False))
+    batches = [torch.randn(2, 2048)]
+
+    def peak(directions, distances):
+        return allocations(
+            lambda: loss_line(model, lambda m, b: m(b).mean(), batches, directions=directions, distances=distances)
+        )[1]
+
+    MiB = 2**20
+    one, many = peak(1, [0.1]), peak(3, [-0.2, -0.1, 0.1, 0.2])
+    assert 16 * MiB <= one < 2.5 * 16 * MiB and many < one + MiB
+
+
+def test_progress_is_shown_if_asked_and_on_a_terminal_only(capsys):
+    model = Quadratic()
+    loss_line(model, value, model.batches, progress=True)
+    assert "0/63" in capsys.readouterr().err
+    loss_line(model, value, model.batches)
+    assert capsys.readouterr().err == ""
+
+
 def test_unused_layers_are_named(net, ids):
     net.spare = nn.Linear(3, 3)
     with pytest.warns(UserWarning, match="1 chosen layers never ran.*spare"):
@@ -158,6 +199,8 @@ def test_resumes_from_its_file(tmp_path):
     assert len(calls) == 6 + 1 + 2  # the centre is measured again, to see that the model is the same
     with pytest.raises(ValueError, match="differs in seed"):
         loss_line(model, value, model.batches, seed=1, file=file)
+    with pytest.raises(ValueError, match="other norms: its norms is"):
+        loss_line(model, value, model.batches, norms={"layer": torch.ones(3)}, file=file)
     model.layer.weight.data += 1
     with pytest.raises(ValueError, match="another model"):
         loss_line(model, value, model.batches, file=file)

@@ -19,6 +19,7 @@ def half_trace(model, noise, rho):
     norms = model.w0.norm(dim=1)
     variance = {
         "filter": norms.square() / n,
+        "filter_normalised": norms.square() / n,  # a direction on the sphere has the covariance of one in the cloud
         "layer": norms.square().sum().expand(m) / (m * n),
         "plain": torch.ones(m),
     }[noise]
@@ -40,8 +41,8 @@ def test_intervals_of_a_quadratic_hold_the_truth_as_often_as_they_say():
     assert abs(sum(means) / trials - truth) < 5 * (sum(e * e for e in errors) ** 0.5 / trials)
 
 
-@pytest.mark.parametrize("noise", ["layer", "plain"])
-def test_other_noises_of_a_quadratic(noise):
+@pytest.mark.parametrize("noise", ["filter", "filter_normalised", "layer", "plain"])
+def test_every_noise_of_a_quadratic_gives_half_the_trace(noise):
     model = Quadratic(slope=1.0)
     result = expected_sharpness(model, value, model.batches, rho=0.2, samples=300, noise=noise)
     assert abs(result.mean - half_trace(model, noise, 0.2)) < 5 * result.stderr
@@ -65,6 +66,18 @@ def test_two_models_on_the_same_noise_differ_by_less_than_either_interval():
     assert 0 < low < truth < high
     with pytest.raises(ValueError, match="same number of samples, 16, got 2"):
         results[0].minus(expected_sharpness(a, value, a.batches, rho=[0.1], samples=2))
+
+
+def test_paired_intervals_hold_the_truth_as_often_as_they_say():
+    models, trials, level = [Quadratic(slope=1.0), Quadratic(slope=1.0)], 100, 0.8
+    models[1].H = Quadratic(seed=7).H
+    truth = half_trace(models[1], "filter", 0.1) - half_trace(models[0], "filter", 0.1)
+    hits = 0
+    for seed in range(trials):
+        a, b = (expected_sharpness(m, value, m.batches, rho=0.1, samples=12, seed=seed) for m in models)
+        low, high = b.minus(a).interval(level)
+        hits += bool(low <= truth <= high)
+    assert abs(hits / trials - level) <= 4 * math.sqrt(level * (1 - level) / trials)
 
 
 def test_leaves_nothing_behind(net, ids):

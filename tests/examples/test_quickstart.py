@@ -1,4 +1,3 @@
-import csv
 import itertools
 import subprocess
 import sys
@@ -6,22 +5,18 @@ from pathlib import Path
 
 import pytest
 import quickstart
+import report
 import torch
-
-
-def read_csv(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_from_the_model_to_the_table_and_the_picture(arguments, reviews, capfd):
     results = quickstart.main(arguments)
     out = reviews / "out"
-    accuracy = read_csv(out / "accuracy.csv")
+    accuracy = report.read_csv(out / "accuracy.csv")
     assert [(row["method"], row["domain"]) for row in accuracy] == list(
         itertools.product(("before", "lora", "flat"), ("held-out", "books"))
     )
-    training = read_csv(out / "training.csv")
+    training = report.read_csv(out / "training.csv")
     assert [row["method"] for row in training] == ["lora"] * 6 + ["flat"] * 6
     rho = [float(row["rho"]) for row in training if row["method"] == "flat"]
     assert rho[0] == 0 and rho == sorted(rho) and 0 < rho[-1] <= 0.05

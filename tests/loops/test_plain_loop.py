@@ -158,6 +158,29 @@ def test_saved_tensors_that_are_moved_away_and_back():
     assert_same_adapter(models[1], adapter(models[0]))
 
 
+def test_training_in_evaluation_mode_is_warned_of_once(model):
+    """`from_pretrained` gives a model in that mode."""
+    optimizer, data = AdamW(trained(model)), batches(4)
+
+    def step(batch):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(data[0])
+    model.eval()
+    with pytest.warns(UserWarning, match="trains without noise.*Call model.train()"):
+        step(data[1])
+    step(data[2])
+
+
+def test_evaluation_beside_training_is_not_warned_of(model):
+    optimizer, (batch,) = AdamW(trained(model)), batches(1)
+    model.eval()(**batch).loss.backward()
+    model.train()(**batch).loss.backward()
+    optimizer.step()
+
+
 def test_two_optimizers_make_one_step(model, seen):
     optimizers = [AdamW(trained(model, "lora_A")), SGD(trained(model, "lora_B"))]
     for batch in batches(3):

@@ -1,4 +1,4 @@
-"""Two processes under DDP: EFMLoRA sees averaged gradients, FMLoRA's first pass is each process's own."""
+"""Two processes under DDP: the step sees averaged gradients, a first pass of two is each process's own."""
 
 import processes
 import pytest
@@ -6,53 +6,84 @@ import torch
 import twin
 from torch.nn.parallel import DistributedDataParallel
 
-from flatlora import EFMLoraConfig, FMLoraConfig, ascent, perturbation
+from flatlora import (
+    BarConfig,
+    BiLoraConfig,
+    EFMLoraConfig,
+    FMLoraConfig,
+    LoraSamConfig,
+    RwpConfig,
+    ascent,
+    perturbation,
+)
 
 STEPS = 4
+KINDS = {kind.__name__: kind for kind in (EFMLoraConfig, FMLoraConfig, LoraSamConfig, BarConfig, BiLoraConfig)}
+SETTINGS = {"rho": 0.1, "schedule": "constant"}
 
 
-def train(rank, kind, folder):
-    model = twin.adapted(kind, rho=0.1)
-    ddp = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(twin.trainable(model), lr=1e-2)
-    offsets = []
-    for step in range(STEPS):
-        if kind is FMLoraConfig:
-            with ascent(ddp):
-                twin.loss(ddp, 2 * step + rank).backward()
-            offsets.append({name: t.clone() for name, t in perturbation(ddp).tensors().items()})
-        twin.loss(ddp, 2 * step + rank).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    final = {name: p.detach() for name, p in model.named_parameters()}
-    torch.save({"model": final, "offsets": offsets, "tensors": perturbation(model).tensors()}, f"{folder}/{rank}.pt")
+def passes(model, step, rank, share=1):
+    if perturbation(model).settings.method.passes == 2:
+        with ascent(model):
+            twin.loss(model, 2 * step + rank).backward()
+    moved = {name: t.clone() for name, t in perturbation(model).tensors().items()}
+    (twin.loss(model, 2 * step + rank) / share).backward()
+    return moved
+
+
+def train(rank, folder):
+    for name, kind in {**KINDS, "RwpConfig": RwpConfig}.items():
+        model = twin.adapted(kind, **SETTINGS)
+        ddp = DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(twin.trainable(model), lr=1e-2)
+        moved = []
+        for step in range(STEPS):
+            moved.append(passes(ddp, step, rank))
+            optimizer.step()
+            optimizer.zero_grad()
+        final = [p.detach() for p in twin.trainable(model)]
+        torch.save(
+            {"adapter": final, "moved": moved, "tensors": perturbation(model).tensors()}, f"{folder}/{name}{rank}"
+        )
 
 
 def alone(kind):
     """The same in one process: gradients of both ranks' batches, averaged by hand."""
-    model = twin.adapted(kind, rho=0.1)
+    model = twin.adapted(kind, **SETTINGS)
     optimizer = torch.optim.AdamW(twin.trainable(model), lr=1e-2)
     for step in range(STEPS):
         for rank in range(2):
-            if kind is FMLoraConfig:
-                with ascent(model):
-                    twin.loss(model, 2 * step + rank).backward()
-            (twin.loss(model, 2 * step + rank) / 2).backward()
+            passes(model, step, rank, share=2)
         optimizer.step()
         optimizer.zero_grad()
-    return model
+    return [p.detach() for p in twin.trainable(model)]
 
 
-@pytest.mark.parametrize("kind", [EFMLoraConfig, FMLoraConfig])
-def test_two_processes(kind, tmp_path):
-    processes.run(train, kind, str(tmp_path))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
-    expected = alone(kind)
-    for name, p in expected.named_parameters():
-        torch.testing.assert_close(first["model"][name], p.detach(), rtol=1e-9, atol=1e-12)
-    if kind is EFMLoraConfig:
-        assert first["tensors"] and all(torch.equal(t, second["tensors"][name]) for name, t in first["tensors"].items())
-    else:  # each by its own batch
-        pairs = zip(first["offsets"], second["offsets"], strict=True)
-        assert all(not torch.equal(a[name], b[name]) for a, b in pairs for name in a)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """name -> what each of the two processes ended with."""
+    folder = tmp_path_factory.mktemp("ddp")
+    processes.run(train, str(folder))
+    return {name: [torch.load(folder / f"{name}{rank}") for rank in range(2)] for name in [*KINDS, "RwpConfig"]}
+
+
+def test_every_process_ends_with_the_same_adapter(ranks):
+    for name, (first, second) in ranks.items():
+        assert all(torch.equal(p, q) for p, q in zip(first["adapter"], second["adapter"], strict=True)), name
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "BiLoraConfig"])
+def test_it_is_one_process_with_both_batches(ranks, name):
+    for p, expected in zip(ranks[name][0]["adapter"], alone(KINDS[name]), strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_average_of_efmlora_is_made_from_averaged_gradients(ranks):
+    first, second = (rank["tensors"] for rank in ranks["EFMLoraConfig"])
+    assert first and all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+@pytest.mark.parametrize("name", ["FMLoraConfig", "LoraSamConfig", "BiLoraConfig"])
+def test_each_process_climbs_on_its_own_batch(ranks, name):
+    for a, b in zip(*(rank["moved"][1:] for rank in ranks[name]), strict=True):
+        assert a and all(not torch.equal(a[key], b[key]) for key in a)

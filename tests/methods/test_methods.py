@@ -8,13 +8,13 @@ import pytest
 import tiny
 import torch
 import twin
+from kinds import every_method, step
 
 import flatlora
 from flatlora import (
     BarConfig,
     BiLoraConfig,
     EFMLoraConfig,
-    FlatLoraConfig,
     FMLoraConfig,
     LoraSamConfig,
     RwpConfig,
@@ -28,31 +28,6 @@ from flatlora.ops import perturb_weight
 from flatlora.ops.philox import mix_rank
 
 S = twin.SCALING
-KINDS = [
-    (FMLoraConfig, {}),
-    (EFMLoraConfig, {}),
-    (LoraSamConfig, {}),
-    (RwpConfig, {"space": "merged"}),
-    (RwpConfig, {"space": "adapter"}),
-    (BiLoraConfig, {}),
-    (BarConfig, {"variant": "obar"}),
-    (BarConfig, {"variant": "nbar"}),
-]
-NAMES = ["fmlora", "efmlora", "lora-sam", "rwp", "rwp-adapter", "bilora", "obar", "nbar"]
-every_method = pytest.mark.parametrize("kind, settings", KINDS, ids=NAMES)
-
-
-def step(model, optimizer, i, loss=twin.loss):
-    if perturbation(model).settings.method.passes == 2:
-        with ascent(model):
-            loss(model, i).backward()
-    value = loss(model, i)
-    value.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return value.item()
-
-
 # ---- each from its equations ----
 
 
@@ -115,8 +90,18 @@ def test_rwp_in_the_adapter_moves_A_and_B():
     assert abs(twin.loss(model, 0) - loss) > 1e-6  # the next forward has other noise
 
 
-@pytest.mark.parametrize("kind, lr", [(torch.optim.SGD, 0.5), (torch.optim.AdamW, 1e-2)])
-def test_bilora_descends_with_one_module_and_ascends_with_the_other(kind, lr):
+def lora_plus(pairs, rates):
+    """Parameter groups with a learning rate of their own for all A and for all B (LoRA+, arXiv 2402.12354)."""
+    return [{"params": list(p), "lr": lr} for p, lr in zip(zip(*pairs, strict=True), rates, strict=True)]
+
+
+def pairs_of(model):
+    layers = model.base_model.model.layers
+    return [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
+
+
+@pytest.mark.parametrize("kind, rates", [(torch.optim.SGD, (0.5, 0.8)), (torch.optim.AdamW, (1e-2, 4e-2))])
+def test_bilora_descends_with_one_module_and_ascends_with_the_other(kind, rates):
     rho = 0.05
     model = twin.adapted(BiLoraConfig, rho=rho, ascent_r=2, seed=3)
     tensors = twin.factors(model)
@@ -126,8 +111,9 @@ def test_bilora_descends_with_one_module_and_ascends_with_the_other(kind, lr):
         for layer in layers
     ]
     assert not any(B.any() for _, B in second)
-    descend, ascend = kind(twin.leaves(tensors), lr=lr), kind(sum(second, []), lr=lr, maximize=True)
-    optimizer, at_the_bound = kind(twin.trainable(model), lr=lr), 0
+    descend = kind(lora_plus([(A, B) for _, A, B in tensors], rates))
+    ascend = kind(lora_plus(second, rates), maximize=True)
+    optimizer, at_the_bound = kind(lora_plus(pairs_of(model), rates)), 0
     for i in range(30):
         step(model, optimizer, i)
         weights = [W + S * B @ A + S * B2 @ A2 for (W, A, B), (A2, B2) in zip(tensors, second, strict=True)]
@@ -152,14 +138,9 @@ def test_bilora_descends_with_one_module_and_ascends_with_the_other(kind, lr):
 def test_bar_scales_the_factors_just_before_the_update(variant):
     model = twin.adapted(BarConfig, rho=0.25, variant=variant, schedule="linear_decay", total_steps=20)
     tensors = twin.factors(model)
-    lr = {"A": 0.3, "B": 0.1}
-
-    def groups(A, B):
-        return [{"params": A, "lr": lr["A"]}, {"params": B, "lr": lr["B"]}]
-
-    own = torch.optim.SGD(groups([A for _, A, _ in tensors], [B for _, _, B in tensors]))
-    named = dict(model.named_parameters())
-    optimizer = torch.optim.SGD(groups(*[[p for n, p in named.items() if f"lora_{x}" in n] for x in "AB"]))
+    rates = 0.3, 0.1
+    own = torch.optim.SGD(lora_plus([(A, B) for _, A, B in tensors], rates))
+    optimizer = torch.optim.SGD(lora_plus(pairs_of(model), rates))
     for i in range(20):
         step(model, optimizer, i)
         alpha = 0.25 * (1 - i / 20)
@@ -167,12 +148,10 @@ def test_bar_scales_the_factors_just_before_the_update(variant):
         with torch.no_grad():
             for _, A, B in tensors:
                 sizes = (A.norm(), B.norm()) if variant == "obar" else (A.grad.norm(), B.grad.norm())
-                larger_A = 1 - alpha * lr["A"] if variant == "obar" else 1 + alpha * lr["A"]
-                smaller_A = 2 - larger_A
-                larger_B = 1 - alpha * lr["B"] if variant == "obar" else 1 + alpha * lr["B"]
-                first = sizes[0] >= sizes[1] if variant == "obar" else sizes[0] > sizes[1]
-                A.mul_(larger_A if first else smaller_A)
-                B.mul_(2 - larger_B if first else larger_B)
+                sign = -1 if variant == "obar" else 1  # of the larger one's growth
+                sign = sign if sizes[0] > sizes[1] else -sign
+                A.mul_(1 + sign * alpha * rates[0])
+                B.mul_(1 - sign * alpha * rates[1])
         own.step()
         own.zero_grad()
     twin.assert_close(model, tensors)
@@ -318,33 +297,7 @@ def test_a_copy_goes_on_by_itself(kind, settings):
     assert tiny.same(tiny.trainable(model), tiny.trainable(other))
 
 
-# ---- mistakes ----
-
-
-@pytest.mark.parametrize("kind", [FMLoraConfig, EFMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig])
-def test_undefined_combinations_are_errors_that_name_the_layer(kind):
-    with pytest.raises(ValueError, match=r"q_proj.*not defined for DoRA"):
-        get_flat_peft_model(tiny.base_model(), kind(target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(ValueError, match=r"embed_tokens.*not defined for embeddings"):
-        get_flat_peft_model(tiny.base_model(), kind(target_modules=["embed_tokens"]))
-
-
-def test_two_methods_in_one_model_are_refused():
-    model = get_flat_peft_model(tiny.base_model(), EFMLoraConfig(**tiny.LORA))
-    with pytest.raises(ValueError, match="method is EFMLora.*got FlatLora"):
-        model.add_adapter("other", FlatLoraConfig(**tiny.LORA, schedule="inverse_sqrt"))
-
-
-def test_ascent_says_what_is_wrong():
-    with pytest.raises(TypeError, match="FlatLora has one"), ascent(tiny.flat_model()):
-        pass
-    model = tiny.adapted(FMLoraConfig(**tiny.LORA))
-    with pytest.raises(RuntimeError, match="no backward inside"), ascent(model):
-        pass
-    optimizer = torch.optim.SGD(tiny.trainable(model), lr=0.1)
-    tiny.loss(model).backward()
-    with pytest.raises(RuntimeError, match="takes two passes, and this optimizer step had one"):
-        optimizer.step()
+# ---- the first pass ----
 
 
 def test_ascent_keeps_gradients_that_are_there_also_when_it_fails():
@@ -367,28 +320,6 @@ def test_the_first_pass_leaves_batch_norm_as_it_was():
     with ascent(model):
         model(torch.randn(8, 4)).sum().backward()
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
-
-
-@pytest.mark.parametrize(
-    "kind, settings, message",
-    [
-        (RwpConfig, {"space": "weights"}, "space must be 'merged' or 'adapter', got 'weights'"),
-        (BiLoraConfig, {"ascent_r": 0}, "ascent_r must be an integer >= 1, got 0"),
-        (BarConfig, {"variant": "bar"}, "variant must be 'obar' or 'nbar', got 'bar'"),
-        (EFMLoraConfig, {"schedule": "sqrt"}, "schedule must be one of"),
-        (LoraSamConfig, {"rho": -0.1}, "rho must be finite and >= 0, got -0.1"),
-    ],
-)
-def test_settings_are_checked_at_once(kind, settings, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**settings)
-
-
-def test_the_base_of_the_configurations_is_no_method():
-    from flatlora.config import PerturbedLoraConfig
-
-    with pytest.raises(TypeError, match="is no method"):
-        PerturbedLoraConfig()
 
 
 def test_perturbed_shows_the_moved_point_in_evaluation_mode():

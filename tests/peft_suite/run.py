@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,8 +79,7 @@ def fetch(folder: Path) -> Path:
 
 def outcomes(tests: Path, cache: Path, file: str, select: str, rho: str | None) -> dict[str, str]:
     """Test id -> passed, failed or skipped."""
-    report = tests / "report.xml"
-    report.unlink(missing_ok=True)
+    report = cache / f"{file}.{rho}.xml"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
     plugin = ["-p", "stand_ins"] + ([] if rho is None else ["-p", "flat_lora_config"])
@@ -111,7 +111,12 @@ def main() -> int:
         build(cache)
         (tests / "__init__.py").touch()  # left out of the distribution, and some tests import from one another
         for file in options.files or FILES:
-            runs = {name: outcomes(tests, cache, file, FILES.get(file, ""), rho) for name, rho in RUNS.items()}
+            with ThreadPoolExecutor() as pool:  # each waits for a process of its own
+                waiting = {
+                    name: pool.submit(outcomes, tests, cache, file, FILES.get(file, ""), rho)
+                    for name, rho in RUNS.items()
+                }
+            runs = {name: future.result() for name, future in waiting.items()}
             plain = runs.pop("plain")
             rows.append({"file": file, "run": "plain", **Counter(plain.values()), "differ by design": 0, "wrong": 0})
             for name, flat in runs.items():

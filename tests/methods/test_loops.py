@@ -1,0 +1,77 @@
+"""Every method in the loops that are not plain: a Trainer that is broken off, a GradScaler that overflows."""
+
+import tiny
+import torch
+import twin
+from kinds import every_method
+from loops.runs import adapter, assert_same_adapter, rows, trainer
+from transformers import Trainer
+
+from flatlora import FlatLoraCallback, TwoPassTrainerMixin, ascent, perturbation
+
+
+class TwoPassTrainer(TwoPassTrainerMixin, Trainer):
+    pass
+
+
+def run(kind, settings, folder, resume=None, **more):
+    """A run of six optimizer steps of two micro-batches."""
+    model = tiny.adapted(kind(rho=0.3, **tiny.LORA, **settings, lora_dropout=0.1))
+    loop = TwoPassTrainer if perturbation(model).settings.method.passes == 2 else Trainer
+    windows = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "num_train_epochs": 3}
+    made = trainer(model, folder, kind=loop, callbacks=[FlatLoraCallback()], data=rows(4), **windows, **more)
+    made.train(resume_from_checkpoint=resume)
+    return model
+
+
+@every_method
+def test_a_trainer_resumes_bit_for_bit(kind, settings, tmp_path):
+    whole = run(kind, settings, tmp_path, save_strategy="steps", save_steps=1)
+    kept = perturbation(whole).tensors()
+    for step in (1, 4):
+        resumed = run(kind, settings, tmp_path / "again", str(tmp_path / f"checkpoint-{step}"))
+        assert_same_adapter(resumed, adapter(whole))
+        tensors = perturbation(resumed).tensors()
+        assert tensors.keys() == kept.keys() and all(torch.equal(t, kept[name]) for name, t in tensors.items())
+
+
+def scaled_step(model, optimizer, scaler, step, factor=1.0):
+    def backward():
+        scaler.scale(twin.loss(model, step) * factor).backward()
+
+    if perturbation(model).settings.method.passes == 2:
+        with ascent(model):
+            backward()
+    backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+@every_method
+def test_the_scale_of_a_grad_scaler_cancels(kind, settings):
+    models = [twin.adapted(kind, rho=0.1, total_steps=6, **settings) for _ in range(2)]
+    for model, enabled in zip(models, (False, True), strict=True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
+        optimizer = torch.optim.AdamW(twin.trainable(model), lr=1e-2, eps=1e-30)
+        for step in range(5):
+            scaled_step(model, optimizer, scaler, step)
+    for p, q in zip(*(twin.trainable(model) for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@every_method
+def test_an_overflow_is_no_step(kind, settings):
+    """Neither the adapter nor what the method keeps from step to step changes."""
+    model = twin.adapted(kind, rho=0.1, total_steps=6, **settings)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.AdamW(twin.trainable(model), lr=1e-2)
+    for step in range(3):
+        scaled_step(model, optimizer, scaler, step)
+    state = perturbation(model)
+    before, kept = [p.clone() for p in twin.trainable(model)], {name: t.clone() for name, t in state.tensors().items()}
+    scaled_step(model, optimizer, scaler, 3, factor=float("inf"))
+    assert tiny.same(twin.trainable(model), before)
+    assert state.steps == 3 and all(torch.equal(t, state.tensors()[name]) for name, t in kept.items())
+    scaled_step(model, optimizer, scaler, 3)
+    assert state.steps == 4 and all(p.isfinite().all() for p in [*twin.trainable(model), *state.tensors().values()])

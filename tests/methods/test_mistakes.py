@@ -1,0 +1,139 @@
+"""Senseless settings and combinations are answered at once, each with its name and the way out."""
+
+import contextlib
+
+import pytest
+import tiny
+import torch
+import twin
+from peft.tuners.lora.config import KasaConfig
+from torch import nn
+from transformers import TrainerState
+
+from flatlora import (
+    BarConfig,
+    BiLoraConfig,
+    EFMLoraConfig,
+    FlatLoraCallback,
+    FlatLoraConfig,
+    FMLoraConfig,
+    LoraSamConfig,
+    RwpConfig,
+    TwoPassTrainerMixin,
+    ascent,
+    get_flat_peft_model,
+)
+
+
+class Layers(nn.Module):
+    """One layer of each kind for which some method has no meaning."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.embedding = nn.Embedding(5, 4)
+        self.convolution = nn.Conv2d(4, 4, 3)
+        self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+
+
+FACTOR_METHODS = (FMLoraConfig, EFMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig)
+IN_THE_ADAPTER = {RwpConfig: {"space": "adapter"}}
+UNDEFINED = [
+    *[(kind, "linear", {"use_dora": True}, "not defined for DoRA") for kind in (*FACTOR_METHODS, RwpConfig)],
+    *[(kind, "embedding", {}, "not defined for embeddings") for kind in (*FACTOR_METHODS, RwpConfig)],
+    *[(kind, "linear", {"kasa_config": KasaConfig()}, "not defined for Kasa") for kind in FACTOR_METHODS],
+    (BiLoraConfig, "convolution", {}, "not defined for convolutions"),
+    *[(kind, "grouped", {}, "not defined for a convolution with 2 groups") for kind in (FMLoraConfig, EFMLoraConfig)],
+]
+
+
+@pytest.mark.parametrize("kind, target, settings, reason", UNDEFINED)
+def test_undefined_combinations_are_errors_that_name_the_layer(kind, target, settings, reason):
+    settings = {"r": 2, "target_modules": [target], **IN_THE_ADAPTER.get(kind, {}), **settings}
+    with pytest.raises(ValueError, match=rf"{target}.*{reason}.*Leave it out of target_modules"):
+        get_flat_peft_model(Layers(), kind(**settings))
+    with pytest.warns(UserWarning, match=rf"{target}.*{reason}.*trained without noise"):
+        get_flat_peft_model(Layers(), kind(on_unsupported="warn", **settings))
+
+
+def test_rwp_needs_the_norm_of_a_whole_weight():
+    with pytest.raises(ValueError, match="'embedding'.*RWP needs the norm of the whole merged weight"):
+        get_flat_peft_model(Layers(), RwpConfig(r=2, target_modules=["embedding"]))
+
+
+@pytest.mark.parametrize("kind", [FMLoraConfig, EFMLoraConfig, LoraSamConfig, BarConfig])
+@pytest.mark.parametrize("mark", ["ds_id", "device_mesh"], ids=["DeepSpeed", "FSDP"])
+def test_sharded_factors_are_refused(kind, mark):
+    model = twin.adapted(kind, rho=0.1, schedule="constant")
+    for p in twin.trainable(model):
+        setattr(p, mark, 0)
+    with pytest.raises(RuntimeError, match=r"layers\.0.*sharded.*needs whole gradients. Use DDP or one process"):
+        with ascent(model) if kind in (FMLoraConfig, LoraSamConfig) else contextlib.nullcontext():
+            twin.loss(model, 0).backward()
+        torch.optim.SGD(twin.trainable(model), lr=0.1).step()
+
+
+@pytest.mark.parametrize("kind", FACTOR_METHODS)
+def test_a_trainer_whose_optimizer_steps_are_not_seen_is_refused(kind):
+    model, callback, state = twin.adapted(kind), FlatLoraCallback(), TrainerState(max_steps=3)
+    callback.on_train_begin(None, state, None, model=model)
+    with pytest.raises(RuntimeError, match="needs to see the optimizer's step.*Use DDP or one process"):
+        callback.on_step_end(None, state, None, model=model)
+
+
+class Unstepped:
+    """A stand-in for a Trainer."""
+
+    is_deepspeed_enabled = False
+
+    def training_step(self, model, inputs):
+        raise AssertionError("not reached")
+
+
+class OnDeepSpeed(TwoPassTrainerMixin, Unstepped):
+    is_deepspeed_enabled = True
+
+
+def test_two_passes_under_deepspeed_are_refused():
+    with pytest.raises(RuntimeError, match="two passes do not work with DeepSpeed.*EFMLoraConfig"):
+        OnDeepSpeed().training_step(twin.adapted(FMLoraConfig), {})
+
+
+def test_two_methods_in_one_model_are_refused():
+    model = get_flat_peft_model(tiny.base_model(), EFMLoraConfig(**tiny.LORA))
+    with pytest.raises(ValueError, match="method is EFMLora.*got FlatLora"):
+        model.add_adapter("other", FlatLoraConfig(**tiny.LORA, schedule="inverse_sqrt"))
+
+
+def test_ascent_says_what_is_wrong():
+    with pytest.raises(TypeError, match="FlatLora has one"), ascent(tiny.flat_model()):
+        pass
+    model = tiny.adapted(FMLoraConfig(**tiny.LORA))
+    with pytest.raises(RuntimeError, match="no backward inside"), ascent(model):
+        pass
+    optimizer = torch.optim.SGD(tiny.trainable(model), lr=0.1)
+    tiny.loss(model).backward()
+    with pytest.raises(RuntimeError, match="takes two passes, and this optimizer step had one"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "kind, settings, message",
+    [
+        (RwpConfig, {"space": "weights"}, "space must be 'merged' or 'adapter', got 'weights'"),
+        (BiLoraConfig, {"ascent_r": 0}, "ascent_r must be an integer >= 1, got 0"),
+        (BarConfig, {"variant": "bar"}, "variant must be 'obar' or 'nbar', got 'bar'"),
+        (EFMLoraConfig, {"schedule": "sqrt"}, "schedule must be one of"),
+        (LoraSamConfig, {"rho": -0.1}, "rho must be finite and >= 0, got -0.1"),
+    ],
+)
+def test_settings_are_checked_at_once(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+
+
+def test_the_base_of_the_configurations_is_no_method():
+    from flatlora.config import PerturbedLoraConfig
+
+    with pytest.raises(TypeError, match="is no method"):
+        PerturbedLoraConfig()

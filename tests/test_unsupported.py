@@ -1,0 +1,50 @@
+"""Layers of peft that cannot be perturbed are errors that name them and say why."""
+
+from types import SimpleNamespace
+
+import peft
+import pytest
+from peft.tuners.lora.te import TeLinear
+from peft.tuners.lora.tp_layer import LoraParallelLinear
+from torch import nn
+
+from flatlora import FlatLoraConfig, attach, get_flat_peft_model
+
+
+class RowParallelLinear(nn.Linear):
+    """Of Megatron, as far as peft asks."""
+
+    input_is_parallel = True
+
+    def __init__(self, input_size, output_size, bias=True, **_):
+        super().__init__(input_size, output_size, bias=bias)
+
+
+def megatron():
+    backend = SimpleNamespace(RowParallelLinear=RowParallelLinear)
+    options = {"backend": backend, "megatron_config": SimpleNamespace()}
+    config = peft.LoraConfig(r=2, init_lora_weights=False)  # peft 0.21 fails to initialise these
+    return LoraParallelLinear(RowParallelLinear(8, 6), "default", config, r=2, **options)
+
+
+def transformer_engine():
+    return TeLinear(nn.Linear(8, 6), "default", peft.LoraConfig(r=2), r=2)
+
+
+CASES = [(megatron, "tensor parallelism"), (transformer_engine, "may normalise x inside the layer")]
+
+
+@pytest.mark.parametrize("make, reason", CASES, ids=["megatron", "transformer-engine"])
+def test_attach_names_the_layer_and_the_reason(make, reason):
+    model = nn.ModuleDict({"wide": make()})
+    with pytest.raises(ValueError, match=f"'wide' .*cannot be perturbed: .*{reason}"):
+        attach(model)
+    with pytest.warns(UserWarning, match=f"'wide' .*{reason}.*trained without noise"):
+        attach(model, on_unsupported="warn", schedule="constant")
+
+
+def test_a_layer_split_by_tensor_parallelism():
+    model = nn.ModuleDict({"wide": nn.Linear(8, 6)})
+    model["wide"]._hf_tp_plan, model["wide"]._hf_device_mesh = "colwise", None
+    with pytest.raises(ValueError, match="'wide' .*split by tensor parallelism, and the row norms of a part"):
+        get_flat_peft_model(model, FlatLoraConfig(target_modules=["wide"]))

@@ -61,13 +61,13 @@ def test_rwp_needs_the_norm_of_a_whole_weight():
         get_flat_peft_model(Layers(), RwpConfig(r=2, target_modules=["embedding"]))
 
 
-@pytest.mark.parametrize("kind", [FMLoraConfig, EFMLoraConfig, LoraSamConfig, BarConfig])
+@pytest.mark.parametrize("kind", FACTOR_METHODS)
 @pytest.mark.parametrize("mark", ["ds_id", "device_mesh"], ids=["DeepSpeed", "FSDP"])
 def test_sharded_factors_are_refused(kind, mark):
     model = twin.adapted(kind, rho=0.1, schedule="constant")
     for p in twin.trainable(model):
         setattr(p, mark, 0)
-    with pytest.raises(RuntimeError, match=r"layers\.0.*sharded.*needs whole gradients. Use DDP or one process"):
+    with pytest.raises(RuntimeError, match="needs whole gradients.*sharded.*Use DDP or one process"):
         with ascent(model) if kind in (FMLoraConfig, LoraSamConfig) else contextlib.nullcontext():
             twin.loss(model, 0).backward()
         torch.optim.SGD(twin.trainable(model), lr=0.1).step()

@@ -65,11 +65,11 @@ def noise():
     """Key, stream and row strengths of each perturbed weight that is made inside, in the order of making."""
     seen, perturb = [], products.perturb_weight
 
-    def spy(weight, row_std, key, layer, *args, **kwargs):
-        seen.append(
-            {"key": key.tolist(), "layer": layer, "row_std": row_std.clone(), "weight": weight.detach().clone()}
-        )
-        return perturb(weight, row_std, key, layer, *args, **kwargs)
+    def spy(weight, norms, key, layer, *args, **kwargs):
+        made = perturb(weight, norms, key, layer, *args, **kwargs)  # may write the norms
+        row_std = norms * kwargs.get("relative", 1.0)
+        seen.append({"key": key.tolist(), "layer": layer, "row_std": row_std, "weight": weight.detach().clone()})
+        return made
 
     products.perturb_weight = spy
     try:

@@ -47,7 +47,7 @@ def test_training_is_that_of_the_model_in_memory(offload):
         layer.lora_B.to_empty(device="cpu")
     model.load_state_dict(adapters, strict=False)
     perturbation(model).rho = perturbation(expected).rho
-    assert tiny.same(train(model), train(expected))
+    torch.testing.assert_close(train(model), train(expected), rtol=1e-5, atol=1e-6)  # in memory it is one fused product
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
@@ -56,7 +56,7 @@ def test_adapters_may_be_offloaded_too(where, tmp_path):
     expected = tiny.loss(model)
     OFFLOADS[where](model, tmp_path)
     assert all(p.is_meta for p in model.parameters())
-    assert torch.equal(tiny.loss(model), expected)
+    torch.testing.assert_close(tiny.loss(model), expected, rtol=1e-6, atol=0)
 
 
 def test_an_adapter_without_memory_is_an_error(offload):

@@ -71,6 +71,7 @@ class Perturbation:
         self.climber_state: dict[str, Any] | None = None  # loaded, for when it is made
         self.interval = 0  # optimizer steps that ended here: what came since the last one is in this interval
         self.reached = 0  # flat layers that have run in this interval
+        self.passes_before = 0  # that had begun when this interval did
         self.flat_layer_count: int | None = None  # as last counted
         self.compiled = False  # a flat layer has been compiled: whether it runs is not seen
         self.trained = self.evaluated = False  # perturbed and evaluating passes, with gradients, in this interval
@@ -318,6 +319,7 @@ class Perturbation:
                 )
             self.steps, self.sees_steps, self._prepared = self.steps + 1, True, False
             self.interval, self.reached, self.trained, self.evaluated = self.interval + 1, 0, False, False
+            self.passes_before = self.passes.count
             self._after_step()
             self.settings.method.after_step(self, optimizer)
 

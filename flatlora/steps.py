@@ -44,14 +44,17 @@ def overflowed(optimizer: Optimizer) -> bool:
 def check_reached(state: Any) -> None:
     """Has every layer whose factors have a gradient run its forward? Kernels that read the weights directly pass it by.
 
-    Layers that did not run and have no gradient are no mistake: experts that were not chosen, dropped layers. With
-    several processes these have a gradient too, DDP's average; so there it is a mistake only if no layer ran at all.
+    Layers that did not run and have no gradient are no mistake: experts that were not chosen, dropped layers. Nor are
+    gradients that were put there while no pass of the model has begun: loaded, or made by hand. With several processes
+    layers that did not run have a gradient too, DDP's average; so there it is a mistake only if no layer ran at all.
     Nothing is looked at in a step where all layers have run.
 
     Raises:
         RuntimeError: a layer was passed by. With `on_unsupported="warn"` it is a warning, once.
     """
     if state.reached == state.flat_layer_count or state.compiled or not state.enabled:
+        return
+    if state.passes.count == state.passes_before:
         return
     layers = list(state.flat_layers())
     state.flat_layer_count = len(layers)

@@ -241,3 +241,14 @@ def test_the_check_looks_at_no_layer_where_all_have_run(monkeypatch):
     step(model, optimizer)
     assert len(walks) == 2  # for `anchor`, which stops at the first: before the step and after it
     assert all(layer.interval == state.interval - 1 for _, layer in walk())
+
+
+def test_gradients_that_come_from_elsewhere_are_no_mistake():
+    model = tiny.flat_model()
+    optimizer = torch.optim.SGD(tiny.trainable(model), lr=0.1)
+    tiny.loss(model).backward()
+    optimizer.step()
+    for parameter in tiny.trainable(model):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert perturbation(model).steps == 2

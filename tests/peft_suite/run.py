@@ -50,7 +50,6 @@ BY_HAND = "makes a layer of peft's by hand from our config: an error, since it w
 WRAPPED = "puts LoRA around another kind of adapter on one layer: refused, the merged weight is not W + sBA"
 NAMED = "expects the name of a layer's class, which is FlatLinear here"
 TRAINING = "compares a pass in training mode, which is perturbed, with a clean one"
-STEPPED = "writes gradients by hand and steps: an error, as for code that reads the weights past the layer's forward"
 DIFFERS = {  # part of a test's id -> why it must differ
     "test_unregistered_variant_raises_error": BY_HAND,
     "test_invalid_variant_combination_raises_error": BY_HAND,
@@ -66,7 +65,6 @@ DIFFERS = {  # part of a test's id -> why it must differ
     "test_target_parameters_works_with_existing_parametrization": TRAINING,
     "test_unload_with_inactive_modules_to_save[merge_and_unload]": TRAINING,
     "test_lora_mica_embedding_init_default": TRAINING,
-    "test_lorafa_respects_layer_specific_scaling_patterns": STEPPED,
 }
 
 

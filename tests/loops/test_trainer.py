@@ -328,13 +328,17 @@ def test_a_batch_size_that_is_found(passes, tmp_path):
 
 def test_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    model, (ours,) = with_callback()
+    model, ours = flat_model(), FlatLoraCallback(sharpness_steps=2, sharpness_batches=batches(2))
     run = trainer(model, tmp_path, max_steps=4, report_to="tensorboard")
     ours.add_to(run)
     run.train()
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     found = {event.step: event.value for event in events.Scalars("train/flat_rho")}
     assert found == pytest.approx({step: cosine(step, 4) for step in (1, 2, 3, 4)})
+    logged = {entry["step"]: entry for entry in run.state.log_history if "flat_sharpness" in entry}
+    for name in ("flat_sharpness", "flat_sharpness_stderr"):
+        found = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert found == pytest.approx({step: logged[step][name] for step in (2, 4)})
 
 
 def t5():

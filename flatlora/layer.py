@@ -32,11 +32,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .method import FlatLora
 from .ops import (
+    RowNoise,
+    lora_linear,
     makes_norms,
     merged_row_norms,
     perturbed_conv,
     perturbed_linear,
-    perturbed_lora_linear,
     row_noise,
     squared_row_norms,
     sums_merged_rows,
@@ -99,9 +100,12 @@ class FlatLayer(_Layer):
 
     def _perturbed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.perturbation.trained = True
+        method = self.perturbation.settings.method
         if not args and not kwargs and self._is_fusible():
-            return self._fused(x)
-        out = self.perturbation.settings.method.forward(self, plain, x, *args, **kwargs)
+            if isinstance(method, FlatLora):
+                return self._in_one_node_with_noise(x)
+            return method.forward(self, self._in_one_node, x)
+        out = method.forward(self, plain, x, *args, **kwargs)
         for tensor in tensors(out):
             if tensor.requires_grad:
                 tensor.register_hook(self._backward_began)
@@ -166,34 +170,38 @@ class FlatLayer(_Layer):
     def _is_fusible(self) -> bool:
         """A linear layer with one adapter of two plain matrices, and nobody who watches their modules."""
         names = self._active()
-        if len(names) != 1 or self.lora_variant or not isinstance(self.perturbation.settings.method, FlatLora):
+        if len(names) != 1 or self.lora_variant:
             return False
         base, A, B = self.base_layer, *(self._modules[f]._modules.get(names[0]) for f in ("lora_A", "lora_B"))
         plain = self.plain_class is lora.Linear and type(base) in (nn.Linear, Conv1D)
         plain = plain and type(A) is type(B) is nn.Linear and A.bias is B.bias is None
         return plain and not (_is_watched(base) or _is_watched(A) or _is_watched(B) or is_dtensor(base.weight))
 
-    def _fused(self, x: Tensor) -> Tensor:
-        """peft's forward with noise in the merged weight, in one autograd node."""
-        state, base, (name,) = self.perturbation, self.get_base_layer(), self._active()
+    def _in_one_node(self, x: Tensor, noise: RowNoise | None = None) -> Tensor:
+        """peft's forward, with noise in the merged weight if it is given, in one autograd node."""
+        base, (name,) = self.get_base_layer(), self._active()
+        A, B, dropout = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
+        drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+        return lora_linear(
+            x, _rows(base), base.bias, A, B, float(self.scaling[name]), noise,
+            dropped=dropout(self._cast_input_dtype(x, A.dtype)) if drops else None,
+            backend=self.perturbation.settings.backend, began=self._backward_began,
+        )  # fmt: skip
+
+    def _in_one_node_with_noise(self, x: Tensor) -> Tensor:
+        """The row norms are made in the pass that makes the noise, where they are not known and the kernel can."""
+        state, weight = self.perturbation, _rows(self.get_base_layer())
         key, sample = state.draw(x.device)
-        weight, backend = _rows(base), state.settings.backend
         method: Any = state.settings.method
-        A, B, scaling = self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name])
         source = self._norms_are_of(sample)
         norms = self._norms["merged"][1] if self._norms.get("merged", (None,))[0] == source else None
-        stale = norms is None and makes_norms(weight, backend) and type(method) is FlatLora
+        stale = norms is None and makes_norms(weight, state.settings.backend) and type(method) is FlatLora
         if stale:
             norms = torch.empty(len(weight))
         else:
             norms = method.noise_norms(self._row_norms(sample))
-        dropout = self.lora_dropout[name]
-        drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-        out = perturbed_lora_linear(
-            x, weight, base.bias, A, B, scaling, norms, self._relative(weight.shape[1]), key, self.stream, stale=stale,
-            dropped=dropout(self._cast_input_dtype(x, A.dtype)) if drops else None, backend=backend,
-            began=self._backward_began,
-        )  # fmt: skip
+        relative = self._relative(weight.shape[1])
+        out = self._in_one_node(x, RowNoise(norms, relative, key, self.stream, stale))
         if stale:
             self._norms["merged"] = source, norms
         return out

@@ -95,11 +95,15 @@ def moved_weight(module: Any, offset: Tensor) -> Iterator[None]:
         with replaced_forward(inner, moved):
             yield
         return
+    before = module.__dict__.get("weight")  # where FSDP1 puts a view of its flat parameter
     try:
         module.__dict__["weight"] = module.weight + offset.to(module.weight)  # found before the parameter
         yield
     finally:
-        module.__dict__.pop("weight", None)
+        if before is None:
+            del module.__dict__["weight"]
+        else:
+            module.__dict__["weight"] = before
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The mathematics on tensors; imports torch only."""
 
 from . import library  # noqa: F401  (registers the operators)
-from .adapted import perturbed_lora_linear
+from .adapted import RowNoise, lora_linear
 from .merged import add_noise_, rebuilt_linear
 from .norms import merged_row_norms, row_norms_of_sum, squared_row_norms, sums_merged_rows
 from .perturb import BACKENDS, makes_norms, perturb_weight, resolve_backend, row_noise
@@ -9,13 +9,14 @@ from .products import perturbed_conv, perturbed_linear
 
 __all__ = [
     "BACKENDS",
+    "RowNoise",
     "add_noise_",
+    "lora_linear",
     "makes_norms",
     "merged_row_norms",
     "perturb_weight",
     "perturbed_conv",
     "perturbed_linear",
-    "perturbed_lora_linear",
     "rebuilt_linear",
     "resolve_backend",
     "row_noise",

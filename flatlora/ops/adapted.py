@@ -1,4 +1,4 @@
-"""An adapted linear layer in one autograd node: the perturbed base product and the low-rank branch together.
+"""An adapted linear layer in one autograd node: the base product and the low-rank branch together.
 
     y      = x (W + eps)^T + b + s (x_d A^T) B^T        x_d: x after dropout, or x itself
     dL/dx  = dL/dy (W + eps) [+ dL/dx_d where x_d is x]    dL/dx_d = s (dL/dy B) A
@@ -12,7 +12,7 @@ That more than pays for the noise. eps and what is saved for it: see `products`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,35 +23,46 @@ from . import native
 from .products import autocast_dtype, linear_forward, linear_grad_bias, linear_grad_weight, linear_grad_x
 
 
-def perturbed_lora_linear(
+class RowNoise(NamedTuple):
+    """``eps_ij = relative * norms_i * z(key, layer, i, j)``.
+
+    Attributes:
+        norms: (m,) float32, float64 for a float64 weight.
+        relative: what the standard deviation of a row is of its norm.
+        key, layer: as in `perturbed_linear`.
+        stale: first write the row norms of W + s B A into `norms`; where `makes_norms` says that it can be done.
+    """
+
+    norms: Tensor
+    relative: float
+    key: Tensor
+    layer: int
+    stale: bool = False
+
+
+def lora_linear(
     x: Tensor,  # (..., n)
     weight: Tensor,  # (m, n)
     bias: Tensor | None,  # (m,)
     A: Tensor,  # (r, n)
     B: Tensor,  # (m, r)
     scaling: float,
-    norms: Tensor,  # (m,)
-    relative: float,
-    key: Tensor,  # (2,) int64
-    layer: int,
+    noise: RowNoise | None = None,
     *,
-    stale: bool = False,
     dropped: Tensor | None = None,  # (..., n)
     backend: str = "auto",
     began: Callable[[], None] | None = None,
 ) -> Tensor:
-    """``x (W + eps)^T + b + s (x_d A^T) B^T`` with ``eps_ij = relative * norms_i * z(key, layer, i, j)``.
+    """``x (W + eps)^T + b + s (x_d A^T) B^T``, eps = 0 without `noise`.
 
     The base product is of the weight's dtype, the branch of A's; under autocast both are of the autocast dtype. The sum
     is made in the wider of the two and rounded once.
 
     Args:
         x: (..., n) of the weight's dtype (any floating dtype under autocast).
-        weight, bias, key, layer, backend: as in `perturbed_linear`.
+        weight, bias, backend: as in `perturbed_linear`.
         A, B: (r, n) and (m, r), of one dtype.
         scaling: s.
-        norms, relative: (m,) float32, float64 for a float64 weight, and what the noise is of it.
-        stale: first write the row norms of W + s B A into `norms`; where `makes_norms` says that it can be done.
         dropped: x_d, of A's dtype; None if it is x.
         began: called when the backward of this product runs.
 
@@ -61,17 +72,23 @@ def perturbed_lora_linear(
     dtype, low = autocast_dtype(x.device.type, weight.dtype), autocast_dtype(x.device.type, A.dtype)
     if dtype != weight.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    settings = (layer, dtype, backend, relative)
-    return _PerturbedLoraLinear.apply(x, dropped, weight, bias, A, B, norms, key, scaling, low, settings, stale, began)
+    norms, key, stale, settings = None, None, False, None
+    if noise is not None:
+        norms, key, stale = noise.norms, noise.key, noise.stale
+        settings = (noise.layer, dtype, backend, noise.relative)
+    return _LoraLinear.apply(x, dropped, weight, bias, A, B, norms, key, scaling, low, settings, stale, began)
 
 
-class _PerturbedLoraLinear(Function):
+class _LoraLinear(Function):
     @staticmethod
     def forward(ctx: Any, x, dropped, weight, bias, A, B, norms, key, scaling, low, settings, stale, began):
         source = x if dropped is None else dropped
         hidden = F.linear(source.to(low), A.to(low))  # (..., r)
-        factors = (B, A, scaling) if stale else None
-        out = linear_forward(x, weight, bias, norms, key, *settings, factors=factors)
+        if norms is None:
+            out = F.linear(x, weight.to(x.dtype), bias)
+        else:
+            factors = (B, A, scaling) if stale else None
+            out = linear_forward(x, weight, bias, norms, key, *settings, factors=factors)
         out = _plus_product(out, hidden * scaling, B.to(low).T)
         need_x, _, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
@@ -101,7 +118,8 @@ class _PerturbedLoraLinear(Function):
         del grad_low
         grad_x = None
         if need_x:
-            grad_x = linear_grad_x(grad, weight, norms, key, *ctx.settings)
+            noisy = norms is not None
+            grad_x = linear_grad_x(grad, weight, norms, key, *ctx.settings) if noisy else grad @ weight.to(grad.dtype)
             if not ctx.separate:
                 grad_x = _plus_product(grad_x, small, A.to(low), in_place=not twice)
         if need_dropped:

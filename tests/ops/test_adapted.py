@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from ops.noise_cases import key_of
 
-from flatlora.ops import blocks, makes_norms, merged_row_norms, native, perturb_weight, perturbed_lora_linear
+from flatlora.ops import RowNoise, blocks, lora_linear, makes_norms, merged_row_norms, native, perturb_weight
 
 KEY, LAYER, SCALING, RELATIVE = key_of(5, 6), 2, 0.7, 0.1
 DTYPES = {"fp64": (torch.float64,) * 2, "fp32": (torch.float32,) * 2, "bf16": (torch.bfloat16, torch.float32)}
@@ -19,14 +19,17 @@ def problem(base=torch.float64, low=torch.float64, m=9, n=7, r=3, dropped=False)
     return x, torch.randn(2, 5, n).to(low).requires_grad_() if dropped else None, W, b, A, B
 
 
-def product(x, dropped, W, b, A, B, norms, **options):
-    return perturbed_lora_linear(x, W, b, A, B, SCALING, norms, RELATIVE, KEY, LAYER, dropped=dropped, **options)
+def product(x, dropped, W, b, A, B, norms, stale=False, **options):
+    noise = None if norms is None else RowNoise(norms, RELATIVE, KEY, LAYER, stale)
+    return lora_linear(x, W, b, A, B, SCALING, noise, dropped=dropped, **options)
 
 
 def dense(x, dropped, W, b, A, B, norms):
-    zero, std = torch.zeros_like(W), (RELATIVE * norms).to(torch.promote_types(W.dtype, torch.float32))
-    eps = perturb_weight(zero, std, KEY, LAYER, dtype=std.dtype)
-    weight = (W.to(std.dtype) + eps).to(W.dtype)
+    weight = W
+    if norms is not None:
+        zero, std = torch.zeros_like(W), (RELATIVE * norms).to(torch.promote_types(W.dtype, torch.float32))
+        eps = perturb_weight(zero, std, KEY, LAYER, dtype=std.dtype)
+        weight = (W.to(std.dtype) + eps).to(W.dtype)
     branch = F.linear(F.linear((x if dropped is None else dropped).to(A.dtype), A), B) * SCALING
     return (F.linear(x, weight, b) + branch).to(W.dtype)
 
@@ -37,11 +40,11 @@ def row_norms(W):
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["", "dropped"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [2**24, 64], ids=["", "blocks"])
-def test_value_and_gradients(monkeypatch, dtype, dropped, block):
+@pytest.mark.parametrize("noise, block", [(True, 2**24), (True, 64), (False, 2**24)], ids=["", "blocks", "no noise"])
+def test_value_and_gradients(monkeypatch, dtype, dropped, noise, block):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
     leaves = problem(*DTYPES[dtype], m=150, dropped=dropped)
-    norms = row_norms(leaves[2])
+    norms = row_norms(leaves[2]) if noise else None
     out, expected = product(*leaves, norms), dense(*leaves, norms)
     tolerance = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 2e-2}[dtype]
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
@@ -52,8 +55,9 @@ def test_value_and_gradients(monkeypatch, dtype, dropped, block):
 
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["", "dropped"])
-def test_it_is_differentiable_twice(dropped):
-    *leaves, norms = *problem(dropped=dropped, m=4, n=3, r=2), torch.rand(4, dtype=torch.float64)
+@pytest.mark.parametrize("noise", [True, False], ids=["", "no noise"])
+def test_it_is_differentiable_twice(noise, dropped):
+    *leaves, norms = *problem(dropped=dropped, m=4, n=3, r=2), torch.rand(4, dtype=torch.float64) if noise else None
     given = [leaf for leaf in leaves if leaf is not None]
 
     def of(*tensors):

@@ -1,9 +1,8 @@
-"""The state that all layers of a model share: seed, noise sample, strength and schedule."""
+"""The state that all layers of a model share: seed and noise sample, and, in `strength.py`, strength and schedule."""
 
 from __future__ import annotations
 
 import itertools
-import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ from .ops import resolve_backend
 from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .passes import Passes, entrances, in_backward, of_model
-from .settings import NEED_NO_LENGTH, RAMPS, Settings, check_integer, check_rho
+from .settings import Settings, check_integer
 from .spread import calling_deepspeed, global_rank, is_deepspeed, is_sharded
 from .steps import check_mode, check_reached, overflowed, unwatch, watch
+from .strength import Strength
 
 _numbers = itertools.count(1)
 
@@ -31,7 +31,7 @@ class PassNote(NamedTuple):
     enabled: bool
 
 
-class Perturbation:
+class Perturbation(Strength):
     """The noise of one model: its strength, its schedule and its current sample.
 
         eps_ij = rho_t / sqrt(n) * ||W'_i|| * z(seed, rank, sample, layer, i, j),    rho_t = rho * ramp(progress)
@@ -54,18 +54,13 @@ class Perturbation:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
-        self.settings = settings
-        self.rhos: dict[str, float] = {}
-        self.total_steps = settings.total_steps
+        super().__init__(settings)
         self.sample = 0
         self.seed = torch.initial_seed() if settings.seed is None else settings.seed
         self.enabled = True
         self.layers = 0  # noise streams handed out
         self.sees_steps = False  # an optimizer step has been seen: there will be no other way to change parameters
-        self._counted = 0  # steps, without those that a DeepSpeed engine counts
-        self._engine: Any = None  # the DeepSpeed engine that makes the steps
         self._rank: int | None = None
-        self._origin = (0.0, 0)  # progress, and the step it was set at
         self.ascended = False  # a first pass of two has been made for the coming optimizer step
         self.climber: torch.optim.Optimizer | None = None  # of Bi-LoRA's second module
         self.climber_state: dict[str, Any] | None = None  # loaded, for when it is made
@@ -82,7 +77,6 @@ class Perturbation:
         self._backward_ran = False  # since that pass began
         self._forced: tuple[int | None] | None = None  # sample of `perturbed(...)`, which also forces the noise on
         self._key: tuple[tuple, Tensor] | None = None  # the last one; a key is never written again
-        self._warned = False
         self._weights: list[tuple[weakref.ref, int]] = []  # a tied weight keeps one noise stream
         self._began: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> steps when its own began
         self.passes = Passes(self, self._note)
@@ -110,14 +104,6 @@ class Perturbation:
         return state
 
     @property
-    def steps(self) -> int:
-        return self._counted + self._engine_steps()
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        self._counted = value - self._engine_steps()
-
-    @property
     def rank(self) -> int:
         return global_rank() if self._rank is None else self._rank
 
@@ -125,55 +111,6 @@ class Perturbation:
     def rank(self, value: int | None) -> None:
         check_integer("rank", value, 0, 2**32 - 1)
         self._rank = value
-
-    # ---- strength ----
-
-    @property
-    def rho(self) -> float:
-        """Strength; with several flat adapters of different strength, the largest. Setting it sets all."""
-        return max(self.rhos.values(), default=0.0)
-
-    @rho.setter
-    def rho(self, value: float) -> None:
-        value = check_rho(value)
-        self.rhos = dict.fromkeys(self.rhos, value)
-
-    @property
-    def rho_t(self) -> float:
-        """``rho * ramp(progress)``, the strength now."""
-        return self.rho * self.ramp
-
-    @property
-    def ramp(self) -> float:
-        """The schedule at the current progress, in [0, 1]; 1 when the length of the run is not known."""
-        schedule = self.settings.schedule
-        if schedule not in NEED_NO_LENGTH and self._length_unknown():
-            return 1.0
-        return RAMPS[schedule](self.progress, self.steps)
-
-    @property
-    def progress(self) -> float:
-        """Part of the run that is behind us, 0 to 1: optimizer steps over `total_steps`, or as set."""
-        start, at = self._origin
-        done = (self.steps - at) / self.total_steps if self.total_steps else 0.0
-        return min(1.0, start + done)
-
-    @progress.setter
-    def progress(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"progress must be a number in [0, 1], got {value!r}")
-        self._origin = (float(value), self.steps)
-
-    def set_step(self, step: int, total_steps: int | None = None) -> None:
-        """Say which optimizer step the run is at, where the library cannot count (FSDP1, DeepSpeed) or has resumed."""
-        if total_steps is not None:
-            check_integer("total_steps", total_steps, 1, 2**63 - 1)
-            self.total_steps = total_steps
-        check_integer("step", step, 0, 2**63 - 1)
-        self._origin = (0.0, 0)
-        if step != self.steps:
-            self.steps = step
-            self._after_step()
 
     # ---- which noise ----
 
@@ -226,19 +163,6 @@ class Perturbation:
         """Name of the noise backend on this device."""
         return resolve_backend(self.settings.backend, device)
 
-    def _warn_once(self) -> None:
-        if self._length_unknown() and self.settings.schedule not in NEED_NO_LENGTH and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"schedule={self.settings.schedule!r} needs the length of the run: total_steps is None, so rho stays "
-                f"at {self.rho} throughout. Pass total_steps (optimizer steps), or use FlatLoraCallback in a Trainer, "
-                "or schedule='constant'.",
-                stacklevel=2,
-            )
-
-    def _length_unknown(self) -> bool:
-        return self.total_steps is None and self._origin == (0.0, 0)
-
     def wants_noise(self, training: bool) -> bool:
         """Is a forward of a layer (in training mode or not) to be perturbed? A recompute is what its forward was."""
         recalled = self.passes.recalled()
@@ -254,12 +178,9 @@ class Perturbation:
     def _take_new_sample(self) -> None:
         if self.passes.first_use() and self._stale:
             self.sample, self._stale = self.sample + 1, False
-        self._warn_once()
+        self._warn_of_length()
 
     # ---- the optimizer's steps ----
-
-    def _engine_steps(self) -> int:
-        return 0 if self._engine is None else self._engine.global_steps - self._engine.skipped_steps
 
     def pass_begins(self) -> None:
         """Does DeepSpeed make the optimizer's steps?
@@ -290,7 +211,7 @@ class Perturbation:
                 check_mode(self)
             if self.settings.method.uses_gradients and self.rho > 0:
                 self.refuse_shards()
-                self._warn_once()
+                self._warn_of_length()
             self.settings.method.before_step(self, optimizer)
 
     def refuse_shards(self, model: nn.Module | None = None) -> None:

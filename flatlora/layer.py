@@ -14,9 +14,7 @@ with it go on as before. A forward that is not to be perturbed is peft's own for
 
 from __future__ import annotations
 
-import itertools
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
 from transformers.pytorch_utils import Conv1D
 
+from .compiled import enrol, note_compiling
 from .method import FlatLora
 from .ops import (
     RowNoise,
@@ -42,7 +41,6 @@ from .ops import (
     squared_row_norms,
     sums_merged_rows,
 )
-from .ops.library import OBSERVERS
 from .ops.norms import grouped_row_norms, norm_dtype
 from .passes import tensors
 from .spread import is_dtensor, moved_weight, replaced_forward, whole_weight
@@ -85,7 +83,7 @@ class FlatLayer(_Layer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain, compiling = super().forward, torch.compiler.is_compiling()
         if compiling:
-            _compiling(self.perturbation.number)
+            note_compiling(self.perturbation.number)
         if self._rho(kwargs) == 0:
             if not compiling and torch.is_grad_enabled():
                 self._ran_clean()
@@ -375,29 +373,4 @@ class FlatLayer(_Layer):
         return out + noise.view_as(out)
 
     def _enrol(self) -> None:
-        self.__dict__["number"] = next(_numbers)
-        LAYERS[self.number] = self
-
-
-LAYERS: weakref.WeakValueDictionary[int, FlatLayer] = weakref.WeakValueDictionary()  # by number
-_numbers = itertools.count()
-
-
-@torch.compiler.assume_constant_result
-def _compiling(number: int) -> None:
-    """Called while a flat layer of the perturbation of this number is compiled, not when its code runs."""
-    OBSERVERS[number].compiled = True
-
-
-@torch.library.custom_op("flatlora::layer_noise", mutates_args=())
-def _layer_noise(weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """`FlatLayer.noise` at the run time of compiled code: what changes from step to step stays out of its graph."""
-    row_std, key = LAYERS[number].noise()
-    return row_std.clone(), key.clone()
-
-
-@_layer_noise.register_fake
-def _(weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(weight.shape[0], dtype=norm_dtype(weight.dtype)), LAYERS[number].perturbation.empty_key(
-        weight.device
-    )
+        self.__dict__["number"] = enrol(self)

@@ -51,7 +51,7 @@ def read_runs(path: Path) -> list[dict]:
         return []
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    numbers = {"seed": int, "examples": int, "correct": int, "accuracy": float}
+    numbers = {"seed": int, "examples": int, "correct": int, "accuracy": float, "rho": float}
     return [{key: numbers.get(key, str)(value) for key, value in row.items()} for row in rows]
 
 
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     settings = dataclasses.asdict(args)
     encode, task = quickstart.prepare(args)
 
-    rows = _same_settings(folder, {key: settings[key] for key in settings if key not in ("seeds", "seed")})
+    rows = same_settings(folder, {key: settings[key] for key in settings if key not in ("seeds", "seed")})
     done = {(row["method"], row["seed"]) for row in rows}
     for seed in args.seeds:
         for method in ("lora", "flat"):
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     return lines
 
 
-def _same_settings(folder: Path, settings: dict) -> list[dict]:
+def same_settings(folder: Path, settings: dict) -> list[dict]:
     """The rows of an earlier run with these settings; no rows if there is none."""
     file = folder / "settings.json"
     if file.exists() and (found := json.loads(file.read_text())) != settings:

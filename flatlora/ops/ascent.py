@@ -38,7 +38,8 @@ def full_weight_ascent(
             ``sqrt(n eps)`` (for B ``sqrt(m eps)``) with eps = 2^-52: what the Gram matrices, made in float64, resolve.
 
     Returns:
-        (..., m, r), float64 for float64 factors, float32 for others. Zero where the gradient is zero or not finite.
+        (..., m, r), float64 for float64 factors, float32 for others. Zero where the gradient is zero
+        or not finite, and where A or B is not finite.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A, B, grad_A, grad_B = (tensor.to(dtype) for tensor in (A, B, grad_A, grad_B))
@@ -55,11 +56,13 @@ def full_weight_ascent(
     # the factor 1/(2s) of G cancels; with one term missing so does the missing 1/2
     scale = torch.where(squared > 0, rho / scaling / squared.clamp_min(1e-300).sqrt(), 0.0)
     scale = scale[..., None, None]
-    return grad_B @ (P * scale).to(dtype) + B @ (Q @ grad_A_A @ P * scale).to(dtype)
+    E = grad_B @ (P * scale).to(dtype) + B @ (Q @ grad_A_A @ P * scale).to(dtype)
+    return torch.where(scale > 0, E, 0.0)
 
 
 def _inverse_gram(gram: Tensor, count: int, rtol: float | None) -> Tensor:
     """Pseudo-inverse of a Gram matrix, whose eigenvalues are squared singular values."""
+    gram = torch.where(gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), gram, 0.0)  # else it is an error
     cutoff = count * torch.finfo(torch.float64).eps if rtol is None else rtol**2
     return torch.linalg.pinv(gram, hermitian=True, rtol=cutoff)
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,20 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in module.__dict__
 
 
+class _OneAdapter(NamedTuple):
+    """A linear layer, and its one adapter."""
+
+    name: str
+    base: Any
+    A: nn.Linear
+    B: nn.Linear
+
+    def rows(self) -> Tensor:
+        """The weight with one output per row: Conv1D stores (in, out)."""
+        weight: Tensor = self.base.weight
+        return weight.T if isinstance(self.base, Conv1D) else weight
+
+
 _Layer: Any = object  # for the type checker: in use, the class that peft has made comes next
 
 
@@ -99,10 +114,11 @@ class FlatLayer(_Layer):
     def _perturbed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.perturbation.trained = True
         method = self.perturbation.settings.method
-        if not args and not kwargs and self._is_fusible():
+        one = None if args or kwargs else self._one_adapter()
+        if one is not None:
             if isinstance(method, FlatLora):
-                return self._in_one_node_with_noise(x)
-            return method.forward(self, self._in_one_node, x)
+                return self._in_one_node_with_noise(one, x)
+            return method.forward(self, partial(self._in_one_node, one), x)
         out = method.forward(self, plain, x, *args, **kwargs)
         for tensor in tensors(out):
             if tensor.requires_grad:
@@ -165,41 +181,45 @@ class FlatLayer(_Layer):
         plain = self.plain_class is lora.Linear and isinstance(base, nn.Linear)
         return plain and not any(name in self.lora_variant for name in self._active())
 
-    def _is_fusible(self) -> bool:
-        """A linear layer with one adapter of two plain matrices, and nobody who watches their modules."""
-        names = self._active()
-        if len(names) != 1 or self.lora_variant:
-            return False
-        base, A, B = self.base_layer, *(self._modules[f]._modules.get(names[0]) for f in ("lora_A", "lora_B"))
-        plain = self.plain_class is lora.Linear and type(base) in (nn.Linear, Conv1D)
-        plain = plain and type(A) is type(B) is nn.Linear and A.bias is B.bias is None
-        return plain and not (_is_watched(base) or _is_watched(A) or _is_watched(B) or is_dtensor(base.weight))
+    def _one_adapter(self) -> _OneAdapter | None:
+        """What `lora_linear` takes: a linear layer with one adapter of two plain matrices, and nobody who watches their
+        modules. None for any other."""
+        names, modules = self._active(), self._modules
+        if len(names) != 1 or self.lora_variant or self.plain_class is not lora.Linear:
+            return None
+        base, A, B = modules["base_layer"], *(modules[f]._modules.get(names[0]) for f in ("lora_A", "lora_B"))
+        if type(base) not in (nn.Linear, Conv1D) or type(base.weight) not in (nn.Parameter, Tensor):
+            return None
+        if not (type(A) is type(B) is nn.Linear and A.bias is B.bias is None):
+            return None
+        watched = _is_watched(base) or _is_watched(A) or _is_watched(B)
+        return None if watched else _OneAdapter(names[0], base, A, B)
 
-    def _in_one_node(self, x: Tensor, noise: RowNoise | None = None) -> Tensor:
+    def _in_one_node(self, one: _OneAdapter, x: Tensor, noise: RowNoise | None = None) -> Tensor:
         """peft's forward, with noise in the merged weight if it is given, in one autograd node."""
-        base, (name,) = self.get_base_layer(), self._active()
-        A, B, dropout = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
+        name, base, A = one.name, one.base, one.A.weight
+        dropout = self.lora_dropout[name]
         drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
         return lora_linear(
-            x, _rows(base), base.bias, A, B, float(self.scaling[name]), noise,
+            x, one.rows(), base.bias, A, one.B.weight, float(self.scaling[name]), noise,
             dropped=dropout(self._cast_input_dtype(x, A.dtype)) if drops else None,
             backend=self.perturbation.settings.backend, began=self._backward_began,
         )  # fmt: skip
 
-    def _in_one_node_with_noise(self, x: Tensor) -> Tensor:
+    def _in_one_node_with_noise(self, one: _OneAdapter, x: Tensor) -> Tensor:
         """The row norms are made in the pass that makes the noise, where they are not known and the kernel can."""
-        state, weight = self.perturbation, _rows(self.get_base_layer())
+        state, weight = self.perturbation, one.rows()
         key, sample = state.draw(x.device)
         method: Any = state.settings.method
-        source = self._norms_are_of(sample)
-        norms = self._norms["merged"][1] if self._norms.get("merged", (None,))[0] == source else None
-        stale = norms is None and makes_norms(weight, state.settings.backend) and type(method) is FlatLora
+        source = self._norms_are_of(sample, [one.name], [one.base.weight, one.A.weight, one.B.weight])
+        known = self._norms.get("merged", (None,))[0] == source
+        stale = not known and makes_norms(weight, state.settings.backend) and type(method) is FlatLora
         if stale:
             norms = torch.empty(len(weight))
         else:
-            norms = method.noise_norms(self._row_norms(sample))
+            norms = method.noise_norms(self._cached("merged", source, self._merged_row_norms))
         relative = self._relative(weight.shape[1])
-        out = self._in_one_node(x, RowNoise(norms, relative, key, self.stream, stale))
+        out = self._in_one_node(one, x, RowNoise(norms, relative, key, self.stream, stale))
         if stale:
             self._norms["merged"] = source, norms
         return out
@@ -275,14 +295,15 @@ class FlatLayer(_Layer):
 
     def _row_norms(self, sample: int) -> Tensor:
         """``||W'_i||`` of the merged weight, (m,); with DoRA the absolute value of the magnitude vector."""
-        return self._cached("merged", self._norms_are_of(sample), self._merged_row_norms)
+        active = self._active()
+        return self._cached("merged", self._norms_are_of(sample, active, self._factors(active)), self._merged_row_norms)
 
-    def _norms_are_of(self, sample: int) -> tuple:
+    def _norms_are_of(self, sample: int, active: list[str], factors: list[Tensor]) -> tuple:
         """What the row norms depend on."""
-        state, active = self.perturbation, self._active()
+        state = self.perturbation
         when = state.window() if state.sees_steps else (*state.window(), sample)
-        versions = tuple((p.data_ptr(), p._version) for p in self._factors(active))
-        scales = tuple(float(self.scaling[name]) for name in active)  # a tensor when peft is to swap hot
+        versions = [(p.data_ptr(), p._version) for p in factors]
+        scales = [float(self.scaling[name]) for name in active]  # a tensor when peft is to swap hot
         return *when, *active, *scales, *versions
 
     def _cached(self, name: str, source: tuple, compute: Callable[[], Tensor]) -> Tensor:

@@ -36,8 +36,8 @@ class MergedLayer(FlatLayer):
         backend = self.perturbation.settings.backend
         return add_noise_(weight, row_std, key, stream, transposed=transposed, backend=backend)
 
-    def _is_fusible(self) -> bool:
-        return False
+    def _one_adapter(self) -> None:
+        return None
 
 
 class AttentionLayer(MergedLayer):

@@ -46,8 +46,8 @@ class QuantisedLayer(FlatLayer):
         out = rebuilt_linear(x.to(dtype), FourBitRows(base), bias, *self.noise(), self.stream, **settings)
         return out.to(x.dtype)
 
-    def _is_fusible(self) -> bool:
-        return False
+    def _one_adapter(self) -> None:
+        return None
 
     def anchor(self) -> Any:
         base = self.get_base_layer()

@@ -76,12 +76,13 @@ def lora_linear(
     if noise is not None:
         norms, key, stale = noise.norms, noise.key, noise.stale
         settings = (noise.layer, dtype, backend, noise.relative)
-    return _LoraLinear.apply(x, dropped, weight, bias, A, B, norms, key, scaling, low, settings, stale, began)
+    return _LoraLinear.apply(x, dropped, weight, bias, A, B, norms, key, (scaling, low, settings, stale, began))
 
 
 class _LoraLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x, dropped, weight, bias, A, B, norms, key, scaling, low, settings, stale, began):
+    def forward(ctx: Any, x, dropped, weight, bias, A, B, norms, key, options):
+        scaling, low, settings, stale, began = options
         source = x if dropped is None else dropped
         hidden = F.linear(source.to(low), A.to(low))  # (..., r)
         if norms is None:
@@ -126,7 +127,7 @@ class _LoraLinear(Function):
             grad_dropped = small @ A.to(low)
         grad_weight = linear_grad_weight(grad, x, weight) if need_weight else None
         grad_bias = linear_grad_bias(grad) if need_bias else None
-        return grad_x, grad_dropped, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None, None, None, None
+        return grad_x, grad_dropped, grad_weight, grad_bias, grad_A, grad_B, None, None, None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import report
 import torch
@@ -80,6 +81,9 @@ class Arguments:
     r: int = field(default=8, metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=16, metadata={"help": "the update is scaled by lora_alpha / r"})
     max_tokens: int = field(default=64, metadata={"help": "longer sentences are cut"})
+    dtype: Literal["bfloat16", "float32"] = field(
+        default="bfloat16", metadata={"help": "of the base model; adapters are float32"}
+    )
     validate: bool = field(
         default=False, metadata={"help": "test on 1,000 in-domain sentences of the training part that were not drawn"}
     )
@@ -120,8 +124,8 @@ def train(model: PeftModel, method: str, encode: Encoder, examples: list[Example
         inputs, labels = encode(batch)
         if method.partition(":")[0] in TWO_PASSES:
             with ascent(model):
-                F.cross_entropy(model(**inputs).logits, labels).backward()
-        loss = F.cross_entropy(model(**inputs).logits, labels)
+                F.cross_entropy(model(**inputs).logits.float(), labels).backward()
+        loss = F.cross_entropy(model(**inputs).logits.float(), labels)
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -144,13 +148,14 @@ def run(method: str, seed: int, encode: Encoder, task: Task, args: Arguments) ->
     """Train once; one row per domain."""
     drawn = random.Random(seed).sample(range(len(task.train)), args.train_samples)
     torch.manual_seed(seed)
-    base = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=len(task.labels))
+    dtype = getattr(torch, args.dtype)
+    base = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=len(task.labels), dtype=dtype)
     model = adapt(base, method, seed, args)
     start = time.perf_counter()
     loss = train(model, method, encode, [task.train[k] for k in drawn], seed, args)
     seconds = time.perf_counter() - start
     rho = 0.0 if method == "lora" else perturbation(model).rho
-    plain = model.merge_and_unload().eval()
+    model.eval()
     if args.validate:
         left = sorted(set(range(len(task.train))) - set(drawn))
         tests = {"validation": [task.train[k] for k in random.Random(0).sample(left, min(1000, len(left)))]}
@@ -158,7 +163,7 @@ def run(method: str, seed: int, encode: Encoder, task: Task, args: Arguments) ->
         tests = task.tests
     rows = []
     for domain, examples in tests.items():
-        n, hits = len(examples), count_correct(plain, encode, examples)
+        n, hits = len(examples), count_correct(model, encode, examples)
         row = {"method": method, "seed": seed, "domain": domain, "examples": n, "correct": hits, "accuracy": hits / n}
         rows.append(row | {"rho": rho, "training loss": f"{loss:.5f}", "training seconds": f"{seconds:.1f}"})
     return rows

@@ -19,6 +19,7 @@ from torch import nn
 from .layer import FlatLayer, flat_layers
 from .merged import AttentionLayer, ExpertsLayer
 from .quantised import QuantisedLayer
+from .spread import name_in_one_process
 from .state import Perturbation
 from .support import is_quantised, unsupported
 
@@ -142,6 +143,11 @@ class AdoptedLayer(FlatLayer):
         if hasattr(config, "make_method"):  # not so in a layer inside of this one, which is adopted with it
             state = Perturbation.shared(self.perturbation.model, config.settings())
             adopt(self, adapter_name, state, config.rho, config.on_unsupported, kwargs.get("target_name", "?"))
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator:
+        """The layer has the name that it has in one process: peft looks by name for what an adapter saves and loads,
+        and FSDP1 puts the names of its wrappers in between, which are in no state dict."""
+        return super().named_modules(memo, name_in_one_process(prefix), remove_duplicate)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

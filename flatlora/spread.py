@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+WRAPPED = "_fsdp_wrapped_module"  # where FSDP1 keeps what it wraps
+
+
 def global_rank() -> int:
     """The rank of this process in the default group; 0 without one."""
     distributed = torch.distributed
@@ -22,6 +25,11 @@ def global_rank() -> int:
 def is_sharded(parameter: Tensor) -> bool:
     """Outside of a forward: does this process hold but a part of it (FSDP2, tensor parallelism, ZeRO-3, FSDP1)?"""
     return is_dtensor(parameter) or hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened")
+
+
+def name_in_one_process(name: str) -> str:
+    """The name of a module without those of FSDP1's wrappers around it."""
+    return name.replace(f"{WRAPPED}.", "")
 
 
 def is_dtensor(tensor: Tensor | None) -> bool:
@@ -49,7 +57,7 @@ def calling_deepspeed() -> Any:
 
 
 def _inner(module: Any) -> Any:
-    return getattr(module, "_fsdp_wrapped_module", module)
+    return getattr(module, WRAPPED, module)
 
 
 def _is_here(module: Any) -> bool:

@@ -22,6 +22,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft.utils.other import fsdp_auto_wrap_policy
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Trainer, TrainingArguments
 
@@ -79,20 +80,37 @@ def make_rows(args: argparse.Namespace, model: torch.nn.Module, count: int) -> l
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
+def is_fsdp1(accelerator: Accelerator) -> bool:
+    return getattr(getattr(accelerator.state, "fsdp_plugin", None), "fsdp_version", None) == 1
+
+
+def make_state(model: torch.nn.Module, optimizer: Any) -> None:
+    """accelerate loads what an optimizer of FSDP1 has a place for, and a new AdamW has none: asking for its state makes
+    one."""
+    get_optimizer_state_dict(model, optimizer)
+
+
 def loop(args: argparse.Namespace) -> dict[str, Any]:
     accelerator = Accelerator(cpu=args.cpu)
     set_seed(0)
     model = make_model(args)
     rows = make_rows(args, model, args.steps * args.batch_size * accelerator.num_processes)
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version == 1:  # adapters are wrapped by themselves, frozen layers together
-        plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
+    fsdp1 = is_fsdp1(accelerator)
+    if fsdp1:  # adapters are wrapped by themselves, frozen layers together; the optimizer needs what comes out of it
+        accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
+        model = accelerator.prepare(model)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=args.batch_size))
+    loader = DataLoader(rows, batch_size=args.batch_size)
+    if fsdp1:
+        optimizer, loader = accelerator.prepare(optimizer, loader)
+    else:
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     state = perturbation(model)
     accelerator.register_for_checkpointing(state)
     first = 0
     if args.resume:
+        if fsdp1:
+            make_state(model, optimizer)
         accelerator.load_state(args.resume)
         first = state.steps
         loader = accelerator.skip_first_batches(loader, first)
@@ -113,6 +131,14 @@ def loop(args: argparse.Namespace) -> dict[str, Any]:
     return {"losses": losses, "strengths": strengths, "steps": state.steps, "main": accelerator.is_main_process}
 
 
+class ResumingTrainer(Trainer):
+    def create_optimizer(self, model: Any = None) -> Any:
+        optimizer = super().create_optimizer(model)
+        if is_fsdp1(self.accelerator):
+            make_state(model, optimizer)
+        return optimizer
+
+
 def train(args: argparse.Namespace) -> dict[str, Any]:
     arguments = TrainingArguments(
         args.out,
@@ -129,7 +155,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     set_seed(0)
     model = make_model(args)
     rows = make_rows(args, model, args.steps * args.batch_size * arguments.world_size)
-    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[FlatLoraCallback()])
+    kind = ResumingTrainer if args.resume else Trainer
+    trainer = kind(model, arguments, train_dataset=rows, callbacks=[FlatLoraCallback()])
     trainer.train(resume_from_checkpoint=args.resume)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -22,7 +22,7 @@ from transformers import set_seed
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "distributed"
-ENGINES = sorted(file.stem for file in EXAMPLES.glob("*.yaml"))
+ENGINES = [*sorted(file.stem for file in EXAMPLES.glob("*.yaml")), "fsdp1-flat"]
 LAUNCHERS = {"accelerate": "accelerate.commands.launch", "torchrun": "torch.distributed.run"}
 HALF = STEPS // 2
 RHO = 0.5
@@ -35,9 +35,19 @@ def base(tmp_path_factory):
     return str(folder)
 
 
+def configuration(engine, folder):
+    """accelerate's file of this engine; "fsdp1-flat" is FSDP1 with use_orig_params: false."""
+    text = (EXAMPLES / f"{engine.removesuffix('-flat')}.yaml").read_text()
+    if engine == "fsdp1-flat":
+        text = text.replace("fsdp_use_orig_params: true", "fsdp_use_orig_params: false")
+    file = folder / f"{engine}.yaml"
+    file.write_text(text)
+    return str(file)
+
+
 def launch(launcher, engine, jobs, folder, timeout=500):
     """The example in two processes, once for each list of arguments."""
-    config = str(EXAMPLES / f"{engine}.yaml")
+    config = configuration(engine, folder)
     options = ["--config_file", config, "--main_process_port", "0"]
     if launcher == "torchrun":
         options, jobs = ["--nproc-per-node", "2", "--standalone"], [[*job, "--config", config] for job in jobs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,6 +27,20 @@ def _check_count(name: str, value: Any, optional: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1{' or None' if optional else ''}, got {value!r}")
+
+
+def _check_loaded() -> None:
+    """
+    Raises:
+        RuntimeError: the adapter has been loaded from a checkpoint that leaves out all processes but the first.
+    """
+    plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1 and "FULL" in str(plugin.state_dict_type):
+        raise RuntimeError(
+            "fsdp_state_dict_type is FULL_STATE_DICT, and with FSDP1 peft loads the adapter of such a checkpoint in the "
+            "first process only: the others would go on with a new one. Train with SHARDED_STATE_DICT or FSDP2; to save "
+            "what is there, load the adapter of the checkpoint with flatlora.load and train it anew."
+        )
 
 
 class FlatLoraCallback(TrainerCallback, ExportableState):
@@ -99,6 +114,8 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         callbacks: Any = state.stateful_callbacks  # a dict by now, whatever its annotation says
         # a checkpoint from before this callback has no entry, and the trainer's own saving expects one
         saved = callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step:
+            _check_loaded()
         if state.global_step and isinstance(saved, dict) and saved.get("attributes"):
             self._perturbation.load_state_dict(saved["attributes"]["perturbation"])
             self._load_from_optimizer(kwargs.get("optimizer"))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import nn
 
 from .adoption import create_layer
@@ -90,7 +93,11 @@ class PerturbedLoraConfig(LoraConfig):
         return {name: value for name, value in super().to_dict().items() if name not in own}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save `adapter_config.json` as peft does, and our own settings beside it in `flatlora_config.json`."""
+        """Save `adapter_config.json` as peft does, and our own settings beside it in `flatlora_config.json`.
+
+        Warns of an adapter file without a tensor, which peft has written there before.
+        """
+        warn_of_no_tensors(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME))
         super().save_pretrained(save_directory, **kwargs)
         own = {name: value for name, value in asdict(self).items() if name in own_fields(type(self))}
         if type(self) is not FlatLoraConfig:
@@ -170,6 +177,19 @@ class FlatLoraConfig(PerturbedLoraConfig):
 def own_fields(kind: type[PerturbedLoraConfig]) -> set[str]:
     """The names that a configuration of ours adds to LoraConfig."""
     return {f.name for f in fields(kind)} - {f.name for f in fields(LoraConfig)}
+
+
+def warn_of_no_tensors(file: str) -> None:
+    """Nothing is trained of an adapter whose file is empty: loaded, it is a new one."""
+    if os.path.isfile(file):
+        with safe_open(file, "pt") as tensors:
+            if not tensors.keys():
+                warnings.warn(
+                    f"{file} holds no tensor: the state dict that it was made from has none of this adapter. Where the "
+                    "model is sharded (FSDP, ZeRO-3), call accelerator.get_state_dict(model) in all processes and pass "
+                    "it on: save_pretrained(folder, state_dict=...).",
+                    stacklevel=4,
+                )
 
 
 def config_class(name: str) -> type[PerturbedLoraConfig]:

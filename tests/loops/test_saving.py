@@ -72,6 +72,11 @@ def test_files_and_keys_are_those_of_plain_lora(settings, name, tmp_path):
     assert_saved_as_plain(tmp_path / "flat", tmp_path / "plain", "" if name == "default" else name)
 
 
+def test_a_file_without_a_tensor_is_said_to_be_empty(tmp_path):
+    with pytest.warns(UserWarning, match="adapter_model.safetensors holds no tensor.*accelerator.get_state_dict"):
+        flat_model().save_pretrained(tmp_path, state_dict={})  # as a sharded model has it in most processes
+
+
 STOCK = """
 import sys, warnings
 import torch

@@ -1,10 +1,14 @@
 """What cannot be spread in some way is refused by name, and never trained without its perturbation."""
 
 import os
+from contextlib import nullcontext
 
 import processes
 import pytest
 import tiny
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from loops.runs import flat_model, trainer
 from spread.engines import ENGINES
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -15,6 +19,7 @@ from flatlora import (
     BarConfig,
     BiLoraConfig,
     EFMLoraConfig,
+    FlatLoraCallback,
     FlatLoraConfig,
     FMLoraConfig,
     LoraSamConfig,
@@ -61,3 +66,17 @@ def split(rank, folder):
 def test_tensor_parallelism_is_refused(tmp_path):
     tiny.base_model().save_pretrained(tmp_path)
     processes.run(split, str(tmp_path))
+
+
+@pytest.mark.parametrize("version, kind", [(1, "FULL_STATE_DICT"), (1, "SHARDED_STATE_DICT"), (2, "FULL_STATE_DICT")])
+def test_a_checkpoint_that_fsdp1_loads_in_one_process_only(version, kind, monkeypatch, tmp_path):
+    def make():
+        return trainer(flat_model(), tmp_path, callbacks=[FlatLoraCallback()], save_strategy="steps", save_steps=2)
+
+    make().train()
+    resumed = make()  # the model of one process; what the callback looks at says that it is spread
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type=kind)
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+    expected = pytest.raises(RuntimeError, match="FULL_STATE_DICT.*first process only.*Train with SHARDED_STATE_DICT")
+    with expected if (version, kind) == (1, "FULL_STATE_DICT") else nullcontext():
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

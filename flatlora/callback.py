@@ -37,9 +37,9 @@ def _check_loaded() -> None:
     plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1 and "FULL" in str(plugin.state_dict_type):
         raise RuntimeError(
-            "fsdp_state_dict_type is FULL_STATE_DICT, and with FSDP1 peft loads the adapter of such a checkpoint in the "
-            "first process only: the others would go on with a new one. Train with SHARDED_STATE_DICT or FSDP2; to save "
-            "what is there, load the adapter of the checkpoint with flatlora.load and train it anew."
+            "fsdp_state_dict_type is FULL_STATE_DICT, and with FSDP1 peft loads the adapter of such a checkpoint in "
+            "the first process only: the others would go on with a new one. Train with SHARDED_STATE_DICT or FSDP2; "
+            "to keep what is there, load the adapter in the checkpoint with flatlora.load and begin a new run."
         )
 
 

@@ -44,7 +44,7 @@ from .ops import (
 )
 from .ops.norms import grouped_row_norms, norm_dtype
 from .passes import tensors
-from .spread import is_dtensor, moved_weight, replaced_forward, whole_weight
+from .spread import is_dtensor, moved_weight, refuse_fsdp1, replaced_forward, whole_weight
 from .state import Perturbation
 from .support import CONVOLUTIONS, SPLIT
 
@@ -119,11 +119,17 @@ class FlatLayer(_Layer):
             if isinstance(method, FlatLora):
                 return self._in_one_node_with_noise(one, x)
             return method.forward(self, partial(self._in_one_node, one), x)
+        self._refuse_flattened()
         out = method.forward(self, plain, x, *args, **kwargs)
         for tensor in tensors(out):
             if tensor.requires_grad:
                 tensor.register_hook(self._backward_began)
         return out
+
+    def _refuse_flattened(self) -> None:
+        dora = [self.lora_A[name] for name in self._active() if self.use_dora.get(name) and name in self.lora_A]
+        flattened = [A for A in dora if A.weight.ndim < 2]
+        refuse_fsdp1("DoRA", flattened, "Set use_orig_params=False, or use FSDP2.")
 
     @unserializable_hook  # an output may be saved, and its hooks need not be
     def _backward_began(self, _grad: Tensor | None = None) -> None:

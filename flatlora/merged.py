@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .layer import FlatLayer
 from .ops import add_noise_, squared_row_norms
 from .ops.merged import matrices
+from .spread import refuse_fsdp1
 
 
 class MergedLayer(FlatLayer):
@@ -82,6 +83,7 @@ class ExpertsLayer(MergedLayer):
     """A flat `lora.ParamWrapper`: a parameter that is a matrix, or a stack of them, one for each expert."""
 
     def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        refuse_fsdp1("An expert parameter", [self.lora_A[name] for name in self._active()], "Use FSDP2 or ZeRO-3.")
         base, transposed = self.get_base_layer(), self._param_ndim == 3 and not self._did_swap_in_out_features
         key, _ = self.perturbation.draw(self.get_param().device)
 

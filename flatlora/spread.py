@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 WRAPPED = "_fsdp_wrapped_module"  # where FSDP1 keeps what it wraps
 
 
@@ -58,6 +57,18 @@ def calling_deepspeed() -> Any:
 
 def _inner(module: Any) -> Any:
     return getattr(module, WRAPPED, module)
+
+
+def refuse_fsdp1(what: str, modules: Any, way_out: str) -> None:
+    """
+    Raises:
+        RuntimeError: peft reads the weight of a module without calling it, and FSDP1 brings it for a call only.
+    """
+    if any(_inner(module) is not module for module in modules):
+        raise RuntimeError(
+            f"{what} cannot be trained under FSDP1 with peft's wrap policy, with plain LoRA neither: peft reads the "
+            f"weights of lora_A and lora_B there without calling them, and they are not whole. {way_out}"
+        )
 
 
 def _is_here(module: Any) -> bool:

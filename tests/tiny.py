@@ -17,8 +17,8 @@ def base_model(**kwargs):
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **kwargs))
 
 
-def adapted(config):
-    model = base_model()
+def adapted(config, base=None):
+    model = base_model() if base is None else base
     torch.manual_seed(4)
     model = peft.get_peft_model(model, config)
     with torch.no_grad():  # B is zero at first, and half of the gradients with it

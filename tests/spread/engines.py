@@ -2,6 +2,8 @@
 
 import torch
 from peft.utils.other import fsdp_auto_wrap_policy
+from spread.kinds import KINDS
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -10,6 +12,9 @@ LEARNING_RATE = 0.05
 
 class Run:
     """A model spread by one engine, and its optimizer."""
+
+    processes = 2
+    kinds = ()  # of layers that are tried with it, names in kinds.py
 
     def __init__(self, model):
         self.module = model
@@ -37,15 +42,23 @@ class Run:
 
 
 class DDP(Run):
+    kinds = ("4-bit",)
+
     def spread(self, model):
         return DistributedDataParallel(model)
 
 
 class FSDP2(Run):
+    kinds = tuple(KINDS)
+
     def spread(self, model):
-        for layer in model.get_base_model().model.layers:
-            fully_shard(layer)
-        return fully_shard(model)
+        mesh, decoder_layers = self.mesh(), model.get_base_model()._no_split_modules
+        for layer in [module for module in model.modules() if type(module).__name__ in decoder_layers]:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def mesh(self):
+        return None  # all processes
 
     def whole(self):
         return {name: p.detach().full_tensor() for name, p in self.module.named_parameters()}
@@ -54,7 +67,18 @@ class FSDP2(Run):
         return [p.detach().to_local().clone() for p in self.model.parameters() if not p.requires_grad]
 
 
+class HSDP(FSDP2):
+    """Sharded over two processes, twice."""
+
+    processes = 4
+    kinds = ("dora",)
+
+    def mesh(self):
+        return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+
+
 class FSDP1(Run):
+    kinds = tuple(KINDS)
     use_orig_params = True
 
     def spread(self, model):
@@ -76,6 +100,7 @@ class FSDP1(Run):
 
 
 class FSDP1Flat(FSDP1):
+    kinds = ("dora", "experts")
     use_orig_params = False
 
 
@@ -90,6 +115,7 @@ class Zero2(Run):
         config = {
             "train_micro_batch_size_per_gpu": 2,
             "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+            "gradient_clipping": 1e9,  # the default is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -119,7 +145,16 @@ class Zero2(Run):
 
 
 class Zero3(Zero2):
+    kinds = tuple(KINDS)
     stage = 3
 
 
-ENGINES = {"ddp": DDP, "fsdp2": FSDP2, "fsdp1": FSDP1, "fsdp1-flat": FSDP1Flat, "zero2": Zero2, "zero3": Zero3}
+ENGINES = {
+    "ddp": DDP,
+    "fsdp2": FSDP2,
+    "hsdp": HSDP,
+    "fsdp1": FSDP1,
+    "fsdp1-flat": FSDP1Flat,
+    "zero2": Zero2,
+    "zero3": Zero3,
+}

@@ -28,7 +28,7 @@ from flatlora import (
 )
 
 GRADIENT_METHODS = [EFMLoraConfig, FMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig]
-SHARDING = [name for name in ENGINES if name != "ddp"]
+SHARDING = [name for name, kind in ENGINES.items() if name != "ddp" and kind.processes == 2]
 
 
 def step_with_whole_gradients(rank, folder):

@@ -9,30 +9,28 @@ import processes
 import pytest
 import torch
 from spread.engines import ENGINES
-from spread.kinds import KINDS
-from spread.record import CHECKPOINTING, RHO, STEPS, alone, record
+from spread.record import CHECKPOINTING, REFUSED, RHO, STEPS, alone, record
 
-SAME = {"zero": ["zero"], "off": list(CHECKPOINTING), "factors": ["factors"], **{kind: [kind] for kind in KINDS}}
+SAME = {"zero": ["zero"], "off": list(CHECKPOINTING), "factors": ["factors"]}
 FIRST = {0, 1, 2}  # q, k and v of the first layer: without checkpointing nothing asks for their input's gradient
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def ranks(request, tmp_path_factory):
+def engine(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ranks(engine, tmp_path_factory):
     """What the processes have written down."""
-    folder, count = tmp_path_factory.mktemp(request.param), ENGINES[request.param].processes
-    processes.run(record, request.param, str(folder), processes=count, timeout=240)
+    folder, count = tmp_path_factory.mktemp(engine), ENGINES[engine].processes
+    processes.run(record, engine, str(folder), processes=count, timeout=240)
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 
 @pytest.fixture(params=CHECKPOINTING)
 def flat(request, ranks):
     return [rank[request.param] for rank in ranks]
-
-
-@pytest.fixture(params=KINDS)
-def kind(request, ranks):
-    """Name of a kind of layer, and what came of it; nothing where it is refused (`record.REFUSED`) or not tried."""
-    return request.param, [rank[request.param] for rank in ranks if request.param in rank]
 
 
 def test_rho_0_is_plain_lora_bit_for_bit(ranks):
@@ -47,10 +45,14 @@ def test_rho_0_is_plain_lora_bit_for_bit(ranks):
 def test_the_training_is_that_of_one_process(ranks, run, same):
     """Gradients of all ranks averaged by hand. With noise this sees a wrong norm, key, recompute or step count."""
     expected, _ = alone(run, len(ranks))
-    for found in [rank[name]["after"] for rank in ranks for name in same if name in rank]:
-        assert found.keys() == expected.keys()
-        for name, p in expected.items():
-            torch.testing.assert_close(found[name], p.detach(), rtol=1e-5, atol=1e-5, equal_nan=True)  # packed bits
+    for found in [rank[name]["after"] for rank in ranks for name in same]:
+        assert_same_parameters(found, expected)
+
+
+def assert_same_parameters(found, expected):
+    assert found.keys() == expected.keys()
+    for name, p in expected.items():
+        torch.testing.assert_close(found[name], p.detach(), rtol=1e-5, atol=1e-5, equal_nan=True)  # packed bits
 
 
 def test_the_noise_moves_the_parameters_by_more_than_the_tolerance(ranks):
@@ -97,18 +99,22 @@ def test_row_norms_are_those_of_the_merged_weight(flat):
                 torch.testing.assert_close(made["row_std"], expected, rtol=1e-5, atol=0)
 
 
-def test_kinds_of_layers_have_the_noise_of_one_process(kind):
-    name, ranks = kind
-    for rank, found in enumerate(ranks):
-        for step, forward in zip(found["steps"], alone(name, len(ranks))[1][rank], strict=True):
-            assert forward and len(step["forward"]) == len(forward)
-            for made, expected in zip(step["forward"], forward, strict=True):
-                assert (made["key"], made["layer"]) == (expected["key"], expected["layer"])
-                torch.testing.assert_close(made["row_std"], expected["row_std"], rtol=1e-5, atol=0)
-            once = {made["layer"]: made for made in step["forward"]}
-            for made in step["backward"]:
-                first = once[made["layer"]]
-                assert made["key"] == first["key"] and torch.equal(made["row_std"], first["row_std"])
+def test_kinds_of_layers_are_trained_as_in_one_process(engine, ranks):
+    for kind in [kind for kind in ENGINES[engine].kinds if (engine, kind) not in REFUSED]:
+        expected, forwards = alone(kind, len(ranks))
+        for rank, forward in zip(ranks, forwards, strict=True):
+            assert_same_parameters(rank[kind]["after"], expected)
+            for step, noise in zip(rank[kind]["steps"], forward, strict=True):
+                assert_same_noise(step["forward"], noise)
+                once = {made["layer"]: made for made in noise}
+                assert_same_noise(step["backward"], [once[made["layer"]] for made in step["backward"]])
+
+
+def assert_same_noise(found, expected):
+    assert expected and len(found) == len(expected)
+    for made, once in zip(found, expected, strict=True):
+        assert (made["key"], made["layer"]) == (once["key"], once["layer"])
+        torch.testing.assert_close(made["row_std"], once["row_std"], rtol=1e-5, atol=0)
 
 
 def merged_norms(parameters, scaling=2):

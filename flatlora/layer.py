@@ -119,17 +119,13 @@ class FlatLayer(_Layer):
             if isinstance(method, FlatLora):
                 return self._in_one_node_with_noise(one, x)
             return method.forward(self, partial(self._in_one_node, one), x)
-        self._refuse_flattened()
+        dora = [self.lora_A[name] for name in self._active() if self.use_dora.get(name) and name in self.lora_A]
+        refuse_fsdp1("DoRA", [A for A in dora if A.weight.ndim < 2], "Set use_orig_params=False, or use FSDP2.")
         out = method.forward(self, plain, x, *args, **kwargs)
         for tensor in tensors(out):
             if tensor.requires_grad:
                 tensor.register_hook(self._backward_began)
         return out
-
-    def _refuse_flattened(self) -> None:
-        dora = [self.lora_A[name] for name in self._active() if self.use_dora.get(name) and name in self.lora_A]
-        flattened = [A for A in dora if A.weight.ndim < 2]
-        refuse_fsdp1("DoRA", flattened, "Set use_orig_params=False, or use FSDP2.")
 
     @unserializable_hook  # an output may be saved, and its hooks need not be
     def _backward_began(self, _grad: Tensor | None = None) -> None:

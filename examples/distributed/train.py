@@ -132,10 +132,10 @@ def loop(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class ResumingTrainer(Trainer):
-    def create_optimizer(self, model: Any = None) -> Any:
-        optimizer = super().create_optimizer(model)
+    def create_optimizer(self, *model: Any) -> Any:  # transformers 5.0 passes none
+        optimizer = super().create_optimizer(*model)
         if is_fsdp1(self.accelerator):
-            make_state(model, optimizer)
+            make_state(model[0] if model else self.model, optimizer)
         return optimizer
 
 

@@ -150,12 +150,9 @@ class FlatLayer(_Layer):
             none = base.weight.new_zeros(1).expand_as(base.weight)  # W = 0 without its memory: eps alone
             out = plain(x, *args, **kwargs) + self._product(x, none, None, *self.noise())
         else:
-            # AdaLoRA adds to the base product itself, some variants too
-            in_place = isinstance(self, AdaLoraLayer) or any(name in self.lora_variant for name in self._active())
 
             def product(x: Tensor) -> Tensor:  # the base layer's hooks have brought its weight by now
-                out = self._product(x, base.weight, base.bias, *self.noise())
-                return out.clone() if in_place else out
+                return self._product(x, base.weight, base.bias, *self.noise())
 
             with replaced_forward(base, product):
                 out = plain(x, *args, **kwargs)
@@ -304,7 +301,7 @@ class FlatLayer(_Layer):
         when = state.window() if state.sees_steps else (*state.window(), sample)
         versions = [(p.data_ptr(), p._version) for p in factors]
         scales = [float(self.scaling[name]) for name in active]  # a tensor when peft is to swap hot
-        return *when, *active, *scales, *versions
+        return torch.is_inference_mode_enabled(), *when, *active, *scales, *versions  # autograd takes no tensor of it
 
     def _cached(self, name: str, source: tuple, compute: Callable[[], Tensor]) -> Tensor:
         found = self._norms.get(name)

@@ -127,7 +127,7 @@ class Perturbation(Strength):
             if self._forced is None and not in_backward():
                 self._take_new_sample()
             sample = self._note().sample
-        source = (mix_rank(self.seed, self.rank), sample & 0xFFFFFFFF, device)
+        source = (mix_rank(self.seed, self.rank), sample & 0xFFFFFFFF, device, torch.is_inference_mode_enabled())
         if self._key is None or self._key[0] != source:
             key = self.empty_key(device)
             key[0], key[1] = source[:2]  # two fills: no copy from the host

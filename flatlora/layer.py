@@ -136,7 +136,7 @@ class FlatLayer(_Layer):
             self.perturbation.evaluated = True
 
     def _reached(self) -> None:
-        """This layer takes part in the coming optimizer step, see `steps.check_reached`."""
+        """This layer takes part in the coming optimizer step, see `checks.check_reached`."""
         state = self.perturbation
         if self.interval != state.interval:
             self.__dict__["interval"], state.reached = state.interval, state.reached + 1

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import check_alone, check_mode, check_reached, check_seen
 from .ops import resolve_backend
 from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .passes import Passes, entrances, in_backward, of_model
 from .settings import Settings, check_integer
 from .spread import calling_deepspeed, global_rank, is_deepspeed, is_sharded
-from .steps import check_mode, check_reached, overflowed, unwatch, watch
+from .steps import overflowed, unwatch, watch
 from .strength import Strength
 
 _numbers = itertools.count(1)
@@ -66,7 +67,8 @@ class Perturbation(Strength):
         self.climber_state: dict[str, Any] | None = None  # loaded, for when it is made
         self.interval = 0  # optimizer steps that ended here: what came since the last one is in this interval
         self.reached = 0  # flat layers that have run in this interval
-        self.passes_before = 0  # that had begun when this interval did
+        self.passes_before = (0, 0)  # that had begun when this interval did, and of these with gradients
+        self.witness: tuple = (None, None)  # the anchor and its value, see `checks.check_seen`
         self.flat_layer_count: int | None = None  # as last counted
         self.compiled = False  # a flat layer has been compiled: whether it runs is not seen
         self.trained = self.evaluated = False  # perturbed and evaluating passes, with gradients, in this interval
@@ -190,7 +192,7 @@ class Perturbation(Strength):
         """
         engine, steps = calling_deepspeed(), self.steps
         if engine is None:
-            return
+            return check_seen(self)
         if self.settings.method.uses_gradients and self.rho > 0:
             self.refuse_shards(engine)
         if engine is not self._engine:
@@ -204,7 +206,9 @@ class Perturbation(Strength):
 
     def gradients_are_there(self, optimizer: torch.optim.Optimizer) -> None:
         """What the optimizer is about to use: from before the step, or from the closure that it has just called."""
-        if not self._prepared and not overflowed(optimizer) and self._holds_adapter(optimizer):
+        if not self._holds_adapter(optimizer):
+            check_alone(self, optimizer)
+        elif not self._prepared and not overflowed(optimizer):
             self._prepared = True
             if self.rho > 0:
                 check_reached(self)
@@ -240,9 +244,13 @@ class Perturbation(Strength):
                 )
             self.steps, self.sees_steps, self._prepared = self.steps + 1, True, False
             self.interval, self.reached, self.trained, self.evaluated = self.interval + 1, 0, False, False
-            self.passes_before = self.passes.count
+            self.passes_before = self.passes.count, self.passes.recorded
             self._after_step()
             self.settings.method.after_step(self, optimizer)
+
+    def is_stepping(self) -> bool:
+        """Has an optimizer of the adapter begun a step?"""
+        return any(self._holds_adapter(optimizer) for optimizer in self._began)
 
     def noise_position(self) -> tuple[int, bool]:
         """Where the noise is, for `repeat_noise`."""
@@ -272,13 +280,16 @@ class Perturbation(Strength):
             if module.__dict__.get("perturbation") is self:
                 yield name, module
 
-    def anchor(self) -> nn.Parameter | None:
-        """One trainable adapter parameter: the optimizer that holds it is the one whose steps count."""
+    def factors(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters of the adapters in the layers that this perturbs."""
         for _, layer in self.flat_layers():
             for name, parameter in layer.named_parameters():
                 if "lora_" in name and parameter.requires_grad:
-                    return parameter
-        return None
+                    yield parameter
+
+    def anchor(self) -> nn.Parameter | None:
+        """One trainable adapter parameter: the optimizer that holds it is the one whose steps count."""
+        return next(self.factors(), None)
 
     def _holds_adapter(self, optimizer: torch.optim.Optimizer) -> bool:
         anchor = self.anchor()

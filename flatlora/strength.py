@@ -91,5 +91,12 @@ class Strength:
                 stacklevel=2,
             )
 
+    def needs_steps(self) -> bool:
+        """Does anything depend on the number of optimizer steps made?"""
+        schedule = self.settings.schedule
+        ramps = schedule != "constant" and (schedule in NEED_NO_LENGTH or self.total_steps is not None)
+        by_steps = self.settings.resample == "step" or self.settings.method.uses_gradients
+        return self.rho > 0 and (by_steps or (ramps and self._origin == (0.0, 0)))
+
     def _length_unknown(self) -> bool:
         return self.total_steps is None and self._origin == (0.0, 0)

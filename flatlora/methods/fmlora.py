@@ -121,7 +121,7 @@ class EFMLora(_FullWeightAscent, FactorMethod):
         for (_, layer, adapter, _, _), E in self.perturbations(state):
             before = layer.offsets.get(("lora_B", adapter))
             # a new tensor: a backward that is still to come may need the old one
-            average = self.beta * E if before is None else torch.lerp(before, E, self.beta)
+            average = self.beta * E if before is None else torch.lerp(before.to(E), E, self.beta)
             layer.offsets["lora_B", adapter] = average
 
 

@@ -114,3 +114,12 @@ def test_a_measurement_in_inference_mode_leaves_nothing_behind(options):
         results.append([out, *(p.grad for p in trainable(model))])
     assert torch.equal(measured, results[0][0])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", [EFMLoraConfig, BiLoraConfig, BarConfig])
+def test_shapes_on_the_meta_device(kind):
+    """What the method keeps goes where the model has gone."""
+    model = flat(kind).to("meta")
+    out = model(torch.empty(4, 6, device="meta"))
+    out.sum().backward()
+    assert out.is_meta and all(p.grad.is_meta for p in trainable(model))

@@ -88,7 +88,7 @@ class BiLora(FactorMethod):
         out = plain(x, *args, **kwargs)
         for adapter in layer.active_flat_adapters():
             # in the model's precision: x is saved for the backward anyway, a cast of it would be one more copy
-            A, B = layer.offsets[A2, adapter].to(x.dtype), layer.offsets[B2, adapter].to(x.dtype)
+            A, B = (_follow(layer, (factor, adapter), x.device).to(x.dtype) for factor in (A2, B2))
             out = out + (F.linear(F.linear(x, A), B) * layer.scaling[adapter]).to(out.dtype)
         return out
 
@@ -117,6 +117,16 @@ class BiLora(FactorMethod):
         for A, B in pairs:
             A.mul_(scale)
             B.mul_(scale)
+
+
+def _follow(layer: Any, key: tuple[str, str], device: torch.device) -> Tensor:
+    """A factor of module 2, brought to where the layer is by now: `model.to(device)` does not know of it."""
+    tensor, state = layer.offsets[key], layer.perturbation
+    if tensor.device != device:
+        tensor = layer.offsets[key] = tensor.detach().to(device).requires_grad_()
+        if state.climber is not None:  # it holds the old one: it is made again, with the state that it has
+            state.climber_state, state.climber = state.climber.state_dict(), None
+    return tensor
 
 
 def _climber(state: Any, optimizer: Optimizer) -> Optimizer:

@@ -116,11 +116,12 @@ class Perturbation(Strength):
 
     # ---- which noise ----
 
-    def draw(self, device: torch.device) -> tuple[Tensor, int]:
-        """Key and sample of the noise for the forward that asks, a training forward or one inside `perturbed`.
+    def drawn(self) -> tuple[int, int]:
+        """Seed, with the rank mixed in, and sample of the noise for the forward that asks, a training forward or one
+        inside `perturbed`.
 
-        The key is the int64 tensor (seed with the rank mixed in, sample). A new sample is taken at the first training
-        forward after a backward; a recompute takes the sample of its own forward.
+        A new sample is taken at the first training forward after a backward; a recompute takes the sample of its own
+        forward.
         """
         recalled = self.passes.recalled()
         if recalled is not None:
@@ -129,7 +130,12 @@ class Perturbation(Strength):
             if self._forced is None and not in_backward():
                 self._take_new_sample()
             sample = self._note().sample
-        source = (mix_rank(self.seed, self.rank), sample & 0xFFFFFFFF, device, torch.is_inference_mode_enabled())
+        return mix_rank(self.seed, self.rank), sample
+
+    def draw(self, device: torch.device) -> tuple[Tensor, int]:
+        """The same as the int64 tensor (seed, sample), the key, and the sample."""
+        seed, sample = self.drawn()
+        source = seed, sample & 0xFFFFFFFF, device, torch.is_inference_mode_enabled()
         if self._key is None or self._key[0] != source:
             key = self.empty_key(device)
             key[0], key[1] = source[:2]  # two fills: no copy from the host

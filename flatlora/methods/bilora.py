@@ -57,6 +57,7 @@ class BiLoraConfig(PerturbedLoraConfig):
 
 @dataclass(frozen=True)
 class BiLora(FactorMethod):
+    transforms = False  # a transform gives no gradients to module 2
     r: int = 8
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ from .passes import tensors
 from .spread import is_dtensor, moved_weight, replaced_forward, whole_weight
 from .state import Perturbation
 from .support import CONVOLUTIONS, SPLIT
-from .transforms import check_transformed, is_transformed, with_dense_noise
+from .transforms import is_transformed, transformed_forward
 
 
 def flat_layers(model: nn.Module) -> Iterator[Any]:
@@ -116,7 +116,7 @@ class FlatLayer(_Layer):
         self.perturbation.trained = True
         method = self.perturbation.settings.method
         if is_transformed():
-            return self._transformed(plain, x, *args, **kwargs)
+            return transformed_forward(self, plain, x, *args, **kwargs)
         one = None if args or kwargs else self._one_adapter()
         if one is not None:
             if isinstance(method, FlatLora):
@@ -126,16 +126,6 @@ class FlatLayer(_Layer):
         for tensor in tensors(out):
             if tensor.requires_grad:
                 tensor.register_hook(self._backward_began)
-        return out
-
-    def _transformed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        check_transformed(self)
-        method = self.perturbation.settings.method
-        if isinstance(method, FlatLora):
-            out = with_dense_noise(self, plain, x, *args, **kwargs)
-        else:
-            out = method.forward(self, plain, x, *args, **kwargs)
-        self._backward_began()  # there will be no hook to tell of it
         return out
 
     @unserializable_hook  # an output may be saved, and its hooks need not be

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from .method import FlatLora
 from .ops.blocks import is_watched
 from .ops.norms import norm_dtype
 from .ops.perturb import perturb_weight
@@ -44,8 +45,9 @@ def is_transformed() -> bool:
     return is_watched() and any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACES)
 
 
-def check_transformed(layer: Any) -> None:
-    """
+def transformed_forward(layer: Any, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A perturbed forward of a flat layer there; `plain` is peft's own.
+
     Raises:
         RuntimeError: the layer, or the method, is not perturbed inside of a transform.
     """
@@ -59,9 +61,15 @@ def check_transformed(layer: Any) -> None:
             "linear, convolution (groups=1) and embedding layers without a variant such as DoRA. Use loss.backward(), "
             "or call the model inside `with flatlora.unperturbed(model):`."
         )
+    if isinstance(method, FlatLora):
+        out = _with_dense_noise(layer, plain, x, *args, **kwargs)
+    else:
+        out = method.forward(layer, plain, x, *args, **kwargs)
+    layer._backward_began()  # there will be no hook to tell of it
+    return out
 
 
-def with_dense_noise(layer: Any, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _with_dense_noise(layer: Any, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """peft's forward with W + eps for the base layer's weight."""
     base, state = layer.get_base_layer(), layer.perturbation
     seed, sample = state.drawn()

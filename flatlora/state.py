@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from .ops import resolve_backend
 from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .passes import Passes, entrances, in_backward, of_model
-from .settings import Settings, check_integer
+from .settings import BOUNDS, Integer, Settings, check_integer
 from .spread import calling_deepspeed, global_rank, is_deepspeed, is_sharded
 from .steps import overflowed, unwatch, watch
 from .strength import Strength
@@ -52,6 +51,9 @@ class Perturbation(Strength):
             right for DDP, FSDP and ZeRO. Set it where processes share a batch (context or sequence parallelism).
         enabled: False keeps every pass clean.
     """
+
+    sample = Integer(0, 2**63 - 1)
+    seed = Integer(*BOUNDS["seed"])
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
@@ -111,8 +113,7 @@ class Perturbation(Strength):
 
     @rank.setter
     def rank(self, value: int | None) -> None:
-        check_integer("rank", value, 0, 2**32 - 1)
-        self._rank = value
+        self._rank = check_integer("rank", value, 0, 2**32 - 1)
 
     # ---- which noise ----
 
@@ -379,21 +380,3 @@ class Perturbation(Strength):
         self.__dict__.update(state)
         self._began = weakref.WeakKeyDictionary()
         self._enrol()
-
-
-@contextmanager
-def enabled(perturbation: Perturbation, value: bool) -> Iterator[None]:
-    before, perturbation.enabled = perturbation.enabled, value
-    try:
-        yield
-    finally:
-        perturbation.enabled = before
-
-
-@contextmanager
-def forced(perturbation: Perturbation, sample: int | None) -> Iterator[None]:
-    before, perturbation._forced = perturbation._forced, (sample,)
-    try:
-        yield
-    finally:
-        perturbation._forced = before

@@ -133,10 +133,16 @@ def _follow(layer: Any, key: tuple[str, str], device: torch.device) -> Tensor:
 def _climber(state: Any, optimizer: Optimizer) -> Optimizer:
     """The optimizer of module 2, each factor with the options that the user's has just now for module 1's."""
     followed = _followed(state, optimizer)
+    if any(group["lr"] is None for group, _ in followed):
+        raise RuntimeError(
+            "Bi-LoRA's module 2 climbs at the learning rate at which module 1 descends, and this "
+            f"{type(optimizer).__name__} has lr=None: give it one (Adafactor: relative_step=False, lr=...)"
+        )
     if state.climber is None:
-        kind = type(optimizer) if "maximize" in optimizer.defaults else AdamW
+        climbs = "maximize" in optimizer.defaults
+        kind = type(optimizer) if climbs else AdamW  # whose options have other meanings
         known = inspect.signature(kind).parameters
-        names = [name for name in optimizer.defaults if name in known]
+        names = [name for name in optimizer.defaults if name in known] if climbs else ["lr"]
         groups = [
             {"params": tensors, **{name: group[name] for name in names}, "maximize": True}
             for group, tensors in followed

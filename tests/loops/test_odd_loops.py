@@ -5,7 +5,7 @@ import tiny
 import torch
 import twin
 from kinds import every_method, step
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 
 from flatlora import BarConfig, BiLoraConfig, EFMLoraConfig, FlatLoraConfig, perturbation, perturbed
 
@@ -138,3 +138,27 @@ def test_a_model_that_changes_its_dtype_between_two_steps(kind, settings):
     model.float()
     step(model, SGD(twin.trainable(model), lr=0.1), 1, lambda model, i: model(twin.batch(i)[0].float()).square().mean())
     assert all(p.isfinite().all() for p in twin.trainable(model))
+
+
+class WithoutMaximize(Optimizer):
+    """As Adafactor and Lion: it cannot climb, and its `eps` is no number."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr, "eps": (1e-30, 1e-3), "weight_decay": 0.1})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= group["lr"] * p.grad
+
+
+def test_the_second_module_of_bilora_climbs_with_adamw_where_the_optimizer_cannot():
+    model = twin.adapted(BiLoraConfig, rho=0.2, schedule="constant")
+    optimizer = WithoutMaximize(twin.trainable(model), lr=0.1)
+    for i in range(2):
+        step(model, optimizer, i)
+    climber = perturbation(model).climber
+    assert type(climber) is AdamW and climber.param_groups[0]["lr"] == 0.1 and climber.param_groups[0]["maximize"]
+    assert all(tensor.any() for tensor in perturbation(model).tensors().values())
+    with pytest.raises(RuntimeError, match="WithoutMaximize has lr=None: give it one"):
+        step(model, WithoutMaximize(twin.trainable(model), lr=None), 0)

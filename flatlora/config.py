@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -17,7 +17,7 @@ from torch import nn
 
 from .adoption import create_layer
 from .method import FlatLora, Method
-from .settings import Settings, check_rho
+from .settings import BOUNDS, Settings, check_rho
 
 CONFIG_NAME = "flatlora_config.json"
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
@@ -73,7 +73,9 @@ class PerturbedLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.rho = check_rho(self.rho)
-        self.settings()
+        settings = self.settings()
+        for name in BOUNDS.keys() & own_fields(type(self)):
+            setattr(self, name, getattr(settings, name))  # an int, NumPy's as well
         if self.on_unsupported not in ("error", "warn"):
             raise ValueError(f"on_unsupported must be 'error' or 'warn', got {self.on_unsupported!r}")
         self._register_custom_module({nn.Module: create_layer})  # type: ignore[dict-item]  # any callable will do
@@ -115,7 +117,9 @@ class PerturbedLoraConfig(LoraConfig):
             ValueError: the adapter is no LoRA, it was trained with another method, or it was saved without our
                 settings and `rho` is not given.
         """
-        override = {name: kwargs.pop(name) for name in own_fields(cls) & kwargs.keys()}
+        ours = own_fields(cls)
+        settable = {f.name for f in fields(cls) if f.init} - HUB_OPTIONS
+        override = {name: kwargs.pop(name) for name in settable & kwargs.keys()}
         plain = PeftConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if type(plain) is not LoraConfig:
             raise ValueError(f"{pretrained_model_name_or_path!r} is a {type(plain).__name__}, not a LoRA adapter")
@@ -131,8 +135,14 @@ class PerturbedLoraConfig(LoraConfig):
                 f"{pretrained_model_name_or_path!r} has no {CONFIG_NAME}: it was not trained with flatlora. Pass rho=, "
                 "or load it with PeftModel.from_pretrained(..., is_trainable=True) and call flatlora.attach."
             )
+        unknown = (own or {}).keys() - ours
+        if unknown:
+            raise ValueError(
+                f"{CONFIG_NAME} of {pretrained_model_name_or_path!r} has settings that {cls.__name__} does not know: "
+                f"{sorted(unknown)}. Install the version of flatlora that saved it, or remove them from the file."
+            )
         values = {f.name: getattr(plain, f.name) for f in fields(LoraConfig) if f.init}
-        return cls(**values, **{**(own or {}), **override})
+        return cls(**{**values, **(own or {}), **override})
 
 
 @dataclass
@@ -220,7 +230,7 @@ def load_own(path: str, subfolder: str | None = None, **kwargs: Any) -> dict[str
         options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
         try:
             local = hf_hub_download(path, CONFIG_NAME, subfolder=subfolder, **options)
-        except (EntryNotFoundError, LocalEntryNotFoundError):
+        except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError):  # peft says what is wrong with a path
             return None
     if not os.path.isfile(local):
         return None

@@ -47,6 +47,7 @@ from .passes import tensors
 from .spread import is_dtensor, moved_weight, refuse_fsdp1, replaced_forward, whole_weight
 from .state import Perturbation
 from .support import CONVOLUTIONS, SPLIT
+from .transforms import is_transformed, transformed_forward
 
 
 def flat_layers(model: nn.Module) -> Iterator[Any]:
@@ -114,6 +115,8 @@ class FlatLayer(_Layer):
     def _perturbed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.perturbation.trained = True
         method = self.perturbation.settings.method
+        if is_transformed():
+            return transformed_forward(self, plain, x, *args, **kwargs)
         one = None if args or kwargs else self._one_adapter()
         if one is not None:
             if isinstance(method, FlatLora):
@@ -138,7 +141,7 @@ class FlatLayer(_Layer):
             self.perturbation.evaluated = True
 
     def _reached(self) -> None:
-        """This layer takes part in the coming optimizer step, see `steps.check_reached`."""
+        """This layer takes part in the coming optimizer step, see `checks.check_reached`."""
         state = self.perturbation
         if self.interval != state.interval:
             self.__dict__["interval"], state.reached = state.interval, state.reached + 1
@@ -152,12 +155,9 @@ class FlatLayer(_Layer):
             none = base.weight.new_zeros(1).expand_as(base.weight)  # W = 0 without its memory: eps alone
             out = plain(x, *args, **kwargs) + self._product(x, none, None, *self.noise())
         else:
-            # AdaLoRA adds to the base product itself, some variants too
-            in_place = isinstance(self, AdaLoraLayer) or any(name in self.lora_variant for name in self._active())
 
             def product(x: Tensor) -> Tensor:  # the base layer's hooks have brought its weight by now
-                out = self._product(x, base.weight, base.bias, *self.noise())
-                return out.clone() if in_place else out
+                return self._product(x, base.weight, base.bias, *self.noise())
 
             with replaced_forward(base, product):
                 out = plain(x, *args, **kwargs)
@@ -306,7 +306,7 @@ class FlatLayer(_Layer):
         when = state.window() if state.sees_steps else (*state.window(), sample)
         versions = [(p.data_ptr(), p._version) for p in factors]
         scales = [float(self.scaling[name]) for name in active]  # a tensor when peft is to swap hot
-        return *when, *active, *scales, *versions
+        return torch.is_inference_mode_enabled(), *when, *active, *scales, *versions  # autograd takes no tensor of it
 
     def _cached(self, name: str, source: tuple, compute: Callable[[], Tensor]) -> Tensor:
         found = self._norms.get(name)

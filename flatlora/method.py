@@ -20,6 +20,7 @@ class Method:
     """The door that every method goes through. `layer` is a `FlatLayer`, `state` the model's `Perturbation`."""
 
     passes = 1  # forward and backward passes of an optimizer step
+    transforms = True  # works inside of a transform of torch.func
     uses_gradients = False  # must see the optimizer's steps, with whole gradients
 
     def unsupported(self, layer: Any, adapter: str) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from numbers import Integral
+from types import NoneType
 from typing import Any
 
 import peft
@@ -12,7 +14,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from . import state
 from .adoption import abandon, adopt, release
 from .config import HUB_OPTIONS, FlatLoraConfig, PerturbedLoraConfig, config_class, load_own, plain_copy
 from .layer import flat_layers
@@ -136,7 +137,7 @@ def perturbation(model: nn.Module) -> Perturbation:
 
 def unperturbed(model: nn.Module) -> AbstractContextManager[None]:
     """Context manager: no noise inside, in training mode too."""
-    return state.enabled(perturbation(model), False)
+    return _for_now(perturbation(model), "enabled", False)
 
 
 def perturbed(model: nn.Module, sample: int | None = None) -> AbstractContextManager[None]:
@@ -148,9 +149,9 @@ def perturbed(model: nn.Module, sample: int | None = None) -> AbstractContextMan
         model: a flat model.
         sample: index of the noise sample; default the current one. The sample of training is not advanced.
     """
-    if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or not 0 <= sample < 2**32):
+    if isinstance(sample, bool) or not isinstance(sample, (Integral, NoneType)) or not 0 <= int(sample or 0) < 2**32:
         raise ValueError(f"sample must be None or an integer in [0, 2^32), got {sample!r}")
-    return state.forced(perturbation(model), sample)
+    return _for_now(perturbation(model), "_forced", (sample,))
 
 
 def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainable: bool = True, **kwargs: Any):
@@ -179,6 +180,17 @@ def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainabl
     return PeftModel.from_pretrained(
         model, path, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **kwargs
     )
+
+
+@contextmanager
+def _for_now(state: Perturbation, name: str, value: Any) -> Iterator[None]:
+    """An attribute has this value inside."""
+    before = getattr(state, name)
+    setattr(state, name, value)
+    try:
+        yield
+    finally:
+        setattr(state, name, before)
 
 
 def _choose(model: nn.Module, layers: Iterable[Any], names: Sequence[str] | None) -> set[str]:

@@ -28,6 +28,7 @@ class Passes:
         self.owner = owner
         self.unused = False  # a pass has begun, and nobody has called `first_use`
         self.count = 0  # of the passes that have begun
+        self.recorded = 0  # of those with gradients
         self._note = note
         self._entered: list[int] = []  # ids of the modules that are running, outermost first
         self._gradients = False  # were enabled where the outermost one was entered
@@ -75,6 +76,7 @@ class Passes:
             self._gradients = torch.is_grad_enabled()
             if not in_backward():
                 self.unused, self._backward_note, self.count = True, None, self.count + 1
+                self.recorded += self._gradients
                 self.owner.pass_begins()
                 (self._without.discard if self._gradients else self._without.add)(id(module))
             elif (

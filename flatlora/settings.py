@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from .method import FlatLora, Method
@@ -20,15 +21,22 @@ RAMPS: dict[str, Callable[[float, int], float]] = {  # of the progress t in [0, 
 }
 NEED_NO_LENGTH = ("constant", "inverse_sqrt")
 RESAMPLE = ("forward", "step")
+BOUNDS = {"total_steps": (1, 2**63 - 1), "seed": (-(2**63), 2**64 - 1)}
+
+
+def check_number(name: str, value: Any) -> float:
+    """A real number of any kind (NumPy's too) as a float, or an error."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    return float(value)
 
 
 def check_rho(rho: Any) -> float:
     """`rho` as a float, or an error: it must be a finite number >= 0."""
-    if isinstance(rho, bool) or not isinstance(rho, (int, float)):
-        raise TypeError(f"rho must be a number, got {rho!r} of type {type(rho).__name__}")
+    rho = check_number("rho", rho)
     if not math.isfinite(rho) or rho < 0:
         raise ValueError(f"rho must be finite and >= 0, got {rho}; 0 means plain LoRA, 0.05 to 0.10 is usual")
-    return float(rho)
+    return rho
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class Settings:
         _check_choice("schedule", self.schedule, tuple(RAMPS))
         _check_choice("resample", self.resample, RESAMPLE)
         _check_choice("backend", self.backend, ("auto", *BACKENDS))
-        check_integer("total_steps", self.total_steps, 1, 2**63 - 1)
-        check_integer("seed", self.seed, -(2**63), 2**64 - 1)
+        for name, bounds in BOUNDS.items():
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), *bounds))
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -55,11 +63,29 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
 
 
-def check_integer(name: str, value: Any, low: int, high: int) -> None:
-    """An integer in these bounds, or None; anything else is an error."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer or None, got {value!r} of type {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be None or in [{low}, {high}], got {value}")
+def check_integer(name: str, value: Any, low: int, high: int, optional: bool = True) -> Any:
+    """An integer of any kind (NumPy's too) in these bounds as an int, or None where it is optional, or an error."""
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        or_none = " or None" if optional else ""
+        raise TypeError(f"{name} must be an integer{or_none}, got {value!r} of type {type(value).__name__}")
+    if not low <= int(value) <= high:
+        raise ValueError(f"{name} must be {'None or ' if optional else ''}in [{low}, {high}], got {value}")
+    return int(value)
+
+
+class Integer:
+    """An attribute that is checked when it is set, by `check_integer`."""
+
+    def __init__(self, low: int, high: int, optional: bool = False) -> None:
+        self.bounds = low, high, optional
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, kind: type) -> Any:
+        return owner.__dict__[self.name]
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        owner.__dict__[self.name] = check_integer(self.name, value, *self.bounds)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_alone, check_mode, check_reached, check_seen
 from .ops import resolve_backend
 from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .passes import Passes, entrances, in_backward, of_model
-from .settings import Settings, check_integer
+from .settings import BOUNDS, Integer, Settings, check_integer
 from .spread import calling_deepspeed, global_rank, is_deepspeed, is_sharded
-from .steps import check_mode, check_reached, overflowed, unwatch, watch
+from .steps import overflowed, unwatch, watch
 from .strength import Strength
 
 _numbers = itertools.count(1)
@@ -52,6 +52,9 @@ class Perturbation(Strength):
         enabled: False keeps every pass clean.
     """
 
+    sample = Integer(0, 2**63 - 1)
+    seed = Integer(*BOUNDS["seed"])
+
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
         super().__init__(settings)
@@ -66,7 +69,8 @@ class Perturbation(Strength):
         self.climber_state: dict[str, Any] | None = None  # loaded, for when it is made
         self.interval = 0  # optimizer steps that ended here: what came since the last one is in this interval
         self.reached = 0  # flat layers that have run in this interval
-        self.passes_before = 0  # that had begun when this interval did
+        self.passes_before = (0, 0)  # that had begun when this interval did, and of these with gradients
+        self.witness: tuple = (None, None)  # the anchor and its value, see `checks.check_seen`
         self.flat_layer_count: int | None = None  # as last counted
         self.compiled = False  # a flat layer has been compiled: whether it runs is not seen
         self.trained = self.evaluated = False  # perturbed and evaluating passes, with gradients, in this interval
@@ -109,16 +113,16 @@ class Perturbation(Strength):
 
     @rank.setter
     def rank(self, value: int | None) -> None:
-        check_integer("rank", value, 0, 2**32 - 1)
-        self._rank = value
+        self._rank = check_integer("rank", value, 0, 2**32 - 1)
 
     # ---- which noise ----
 
-    def draw(self, device: torch.device) -> tuple[Tensor, int]:
-        """Key and sample of the noise for the forward that asks, a training forward or one inside `perturbed`.
+    def drawn(self) -> tuple[int, int]:
+        """Seed, with the rank mixed in, and sample of the noise for the forward that asks, a training forward or one
+        inside `perturbed`.
 
-        The key is the int64 tensor (seed with the rank mixed in, sample). A new sample is taken at the first training
-        forward after a backward; a recompute takes the sample of its own forward.
+        A new sample is taken at the first training forward after a backward; a recompute takes the sample of its own
+        forward.
         """
         recalled = self.passes.recalled()
         if recalled is not None:
@@ -127,7 +131,12 @@ class Perturbation(Strength):
             if self._forced is None and not in_backward():
                 self._take_new_sample()
             sample = self._note().sample
-        source = (mix_rank(self.seed, self.rank), sample & 0xFFFFFFFF, device)
+        return mix_rank(self.seed, self.rank), sample
+
+    def draw(self, device: torch.device) -> tuple[Tensor, int]:
+        """The same as the int64 tensor (seed, sample), the key, and the sample."""
+        seed, sample = self.drawn()
+        source = seed, sample & 0xFFFFFFFF, device, torch.is_inference_mode_enabled()
         if self._key is None or self._key[0] != source:
             key = self.empty_key(device)
             key[0], key[1] = source[:2]  # two fills: no copy from the host
@@ -190,7 +199,7 @@ class Perturbation(Strength):
         """
         engine, steps = calling_deepspeed(), self.steps
         if engine is None:
-            return
+            return check_seen(self)
         if self.settings.method.uses_gradients and self.rho > 0:
             self.refuse_shards(engine)
         if engine is not self._engine:
@@ -204,7 +213,9 @@ class Perturbation(Strength):
 
     def gradients_are_there(self, optimizer: torch.optim.Optimizer) -> None:
         """What the optimizer is about to use: from before the step, or from the closure that it has just called."""
-        if not self._prepared and not overflowed(optimizer) and self._holds_adapter(optimizer):
+        if not self._holds_adapter(optimizer):
+            check_alone(self, optimizer)
+        elif not self._prepared and not overflowed(optimizer):
             self._prepared = True
             if self.rho > 0:
                 check_reached(self)
@@ -240,9 +251,13 @@ class Perturbation(Strength):
                 )
             self.steps, self.sees_steps, self._prepared = self.steps + 1, True, False
             self.interval, self.reached, self.trained, self.evaluated = self.interval + 1, 0, False, False
-            self.passes_before = self.passes.count
+            self.passes_before = self.passes.count, self.passes.recorded
             self._after_step()
             self.settings.method.after_step(self, optimizer)
+
+    def is_stepping(self) -> bool:
+        """Has an optimizer of the adapter begun a step?"""
+        return any(self._holds_adapter(optimizer) for optimizer in self._began)
 
     def noise_position(self) -> tuple[int, bool]:
         """Where the noise is, for `repeat_noise`."""
@@ -272,13 +287,16 @@ class Perturbation(Strength):
             if module.__dict__.get("perturbation") is self:
                 yield name, module
 
-    def anchor(self) -> nn.Parameter | None:
-        """One trainable adapter parameter: the optimizer that holds it is the one whose steps count."""
+    def factors(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters of the adapters in the layers that this perturbs."""
         for _, layer in self.flat_layers():
             for name, parameter in layer.named_parameters():
                 if "lora_" in name and parameter.requires_grad:
-                    return parameter
-        return None
+                    yield parameter
+
+    def anchor(self) -> nn.Parameter | None:
+        """One trainable adapter parameter: the optimizer that holds it is the one whose steps count."""
+        return next(self.factors(), None)
 
     def _holds_adapter(self, optimizer: torch.optim.Optimizer) -> bool:
         anchor = self.anchor()
@@ -362,21 +380,3 @@ class Perturbation(Strength):
         self.__dict__.update(state)
         self._began = weakref.WeakKeyDictionary()
         self._enrol()
-
-
-@contextmanager
-def enabled(perturbation: Perturbation, value: bool) -> Iterator[None]:
-    before, perturbation.enabled = perturbation.enabled, value
-    try:
-        yield
-    finally:
-        perturbation.enabled = before
-
-
-@contextmanager
-def forced(perturbation: Perturbation, sample: int | None) -> Iterator[None]:
-    before, perturbation._forced = perturbation._forced, (sample,)
-    try:
-        yield
-    finally:
-        perturbation._forced = before

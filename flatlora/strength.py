@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from numbers import Real
 from typing import Any
 
-from .settings import NEED_NO_LENGTH, RAMPS, Settings, check_integer, check_rho
+from .settings import BOUNDS, NEED_NO_LENGTH, RAMPS, Integer, Settings, check_integer, check_rho
 
 
 class Strength:
     """``rho_t = rho * ramp(progress)``; `progress` is optimizer steps made over `total_steps`."""
+
+    total_steps = Integer(*BOUNDS["total_steps"], optional=True)
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -60,16 +63,15 @@ class Strength:
 
     @progress.setter
     def progress(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
             raise ValueError(f"progress must be a number in [0, 1], got {value!r}")
         self._origin = (float(value), self.steps)
 
     def set_step(self, step: int, total_steps: int | None = None) -> None:
         """Say which optimizer step the run is at, where the library cannot count (FSDP1, DeepSpeed) or has resumed."""
         if total_steps is not None:
-            check_integer("total_steps", total_steps, 1, 2**63 - 1)
             self.total_steps = total_steps
-        check_integer("step", step, 0, 2**63 - 1)
+        step = check_integer("step", step, 0, 2**63 - 1, optional=False)
         self._origin = (0.0, 0)
         if step != self.steps:
             self.steps = step
@@ -90,6 +92,13 @@ class Strength:
                 "or schedule='constant'.",
                 stacklevel=2,
             )
+
+    def needs_steps(self) -> bool:
+        """Does anything depend on the number of optimizer steps made?"""
+        schedule = self.settings.schedule
+        ramps = schedule != "constant" and (schedule in NEED_NO_LENGTH or self.total_steps is not None)
+        by_steps = self.settings.resample == "step" or self.settings.method.uses_gradients
+        return self.rho > 0 and (by_steps or (ramps and self._origin == (0.0, 0)))
 
     def _length_unknown(self) -> bool:
         return self.total_steps is None and self._origin == (0.0, 0)

@@ -3,11 +3,12 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
-from flatlora import FlatLoraConfig, attach, get_flat_peft_model, perturbation, perturbed
+from flatlora import FlatLoraConfig, attach, get_flat_peft_model, load, perturbation, perturbed
 from flatlora.ops import products
 
 SHAPES = {
@@ -181,6 +182,32 @@ def test_a_bad_sample_is_refused(value):
         perturbed(tiny.flat_model(), sample=value)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("total_steps", 0), ("total_steps", 2.5), ("sample", -1), ("sample", None), ("seed", "x"), ("rank", -1)],
+)
+def test_what_can_be_set_is_checked(name, value):
+    state = perturbation(tiny.flat_model())
+    before = getattr(state, name)
+    with pytest.raises((TypeError, ValueError), match=rf"{name} must be "):
+        setattr(state, name, value)
+    assert getattr(state, name) == before
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    numbers = {"rho": np.float32(0.25), "total_steps": np.int64(8), "seed": np.uint32(3)}
+    config = FlatLoraConfig(**numbers)
+    config.save_pretrained(tmp_path)
+    assert FlatLoraConfig.from_pretrained(tmp_path) == config == FlatLoraConfig(rho=0.25, total_steps=8, seed=3)
+    model = tiny.flat_model(**numbers)
+    state = perturbation(model)
+    state.progress = np.float32(0.5)
+    state.set_step(np.int64(2))
+    with perturbed(model, sample=np.int64(4)):
+        assert torch.equal(tiny.loss(model), tiny.loss(model))
+    assert all(type(value) in (int, float) for value in (state.rho, state.total_steps, state.seed, state.progress))
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_row_norms_are_made_once_for_each_optimizer_step(monkeypatch, accumulation):
     made, perturb = [], products.perturb_weight
@@ -201,3 +228,15 @@ def test_row_norms_are_made_once_for_each_optimizer_step(monkeypatch, accumulati
         if step > 0:  # once the optimizer has been seen, no other way is looked for
             assert sum(made) == layers
         made.clear()
+
+
+def test_arguments_override_what_is_in_the_files_and_unknown_settings_are_named(tmp_path):
+    FlatLoraConfig(rho=0.25, r=4).save_pretrained(tmp_path)
+    found = FlatLoraConfig.from_pretrained(tmp_path, rho=0.5, lora_dropout=0.1)
+    assert (found.rho, found.lora_dropout, found.r) == (0.5, 0.1, 4)
+    file = tmp_path / "flatlora_config.json"
+    file.write_text(file.read_text().replace('"rho"', '"sigma": 1, "rho"'))
+    with pytest.raises(ValueError, match=r"FlatLoraConfig does not know: \['sigma'\]. Install the version"):
+        FlatLoraConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json' at '/no/such/folder'"):
+        load(tiny.base_model(), "/no/such/folder")

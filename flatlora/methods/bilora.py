@@ -57,6 +57,7 @@ class BiLoraConfig(PerturbedLoraConfig):
 
 @dataclass(frozen=True)
 class BiLora(FactorMethod):
+    transforms = False  # a transform gives no gradients to module 2
     r: int = 8
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class BiLora(FactorMethod):
         out = plain(x, *args, **kwargs)
         for adapter in layer.active_flat_adapters():
             # in the model's precision: x is saved for the backward anyway, a cast of it would be one more copy
-            A, B = layer.offsets[A2, adapter].to(x.dtype), layer.offsets[B2, adapter].to(x.dtype)
+            A, B = (_follow(layer, (factor, adapter), x.device).to(x.dtype) for factor in (A2, B2))
             out = out + (F.linear(F.linear(x, A), B) * layer.scaling[adapter]).to(out.dtype)
         return out
 
@@ -119,13 +120,29 @@ class BiLora(FactorMethod):
             B.mul_(scale)
 
 
+def _follow(layer: Any, key: tuple[str, str], device: torch.device) -> Tensor:
+    """A factor of module 2, brought to where the layer is by now: `model.to(device)` does not know of it."""
+    tensor, state = layer.offsets[key], layer.perturbation
+    if tensor.device != device:
+        tensor = layer.offsets[key] = tensor.detach().to(device).requires_grad_()
+        if state.climber is not None:  # it holds the old one: it is made again, with the state that it has
+            state.climber_state, state.climber = state.climber.state_dict(), None
+    return tensor
+
+
 def _climber(state: Any, optimizer: Optimizer) -> Optimizer:
     """The optimizer of module 2, each factor with the options that the user's has just now for module 1's."""
     followed = _followed(state, optimizer)
+    if any(group["lr"] is None for group, _ in followed):
+        raise RuntimeError(
+            "Bi-LoRA's module 2 climbs at the learning rate at which module 1 descends, and this "
+            f"{type(optimizer).__name__} has lr=None: give it one (Adafactor: relative_step=False, lr=...)"
+        )
     if state.climber is None:
-        kind = type(optimizer) if "maximize" in optimizer.defaults else AdamW
+        climbs = "maximize" in optimizer.defaults
+        kind = type(optimizer) if climbs else AdamW  # whose options have other meanings
         known = inspect.signature(kind).parameters
-        names = [name for name in optimizer.defaults if name in known]
+        names = [name for name in optimizer.defaults if name in known] if climbs else ["lr"]
         groups = [
             {"params": tensors, **{name: group[name] for name in names}, "maximize": True}
             for group, tensors in followed

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from ..config import PerturbedLoraConfig
 from ..method import Method
 from ..ops.ascent import full_weight_ascent
+from ..settings import check_number
 from .factors import FactorMethod, Factors, gradient, trained_factors
 from .two_pass import TwoPass
 
@@ -77,7 +78,7 @@ class _FullWeightAscent:
     rtol: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rtol is not None and not 0 <= self.rtol < 1:
+        if self.rtol is not None and not 0 <= check_number("rtol", self.rtol) < 1:
             raise ValueError(f"rtol must be None or in [0, 1), got {self.rtol}")
 
     def perturbations(self, state: Any) -> Iterator[tuple[Factors, Tensor]]:
@@ -108,7 +109,7 @@ class EFMLora(_FullWeightAscent, FactorMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.beta <= 1:
+        if not 0 < check_number("beta", self.beta) <= 1:
             raise ValueError(f"beta must be in (0, 1], got {self.beta}; 1 keeps the newest perturbation alone")
 
     def unsupported(self, layer: Any, adapter: str) -> str | None:
@@ -121,7 +122,7 @@ class EFMLora(_FullWeightAscent, FactorMethod):
         for (_, layer, adapter, _, _), E in self.perturbations(state):
             before = layer.offsets.get(("lora_B", adapter))
             # a new tensor: a backward that is still to come may need the old one
-            average = self.beta * E if before is None else torch.lerp(before, E, self.beta)
+            average = self.beta * E if before is None else torch.lerp(before.to(E), E, self.beta)
             layer.offsets["lora_B", adapter] = average
 
 

@@ -60,6 +60,7 @@ class MergedRwp(FlatLora):
 
 @dataclass(frozen=True)
 class FactorRwp(FactorMethod):
+    transforms = False
     uses_gradients = False
 
     def offsets(self, layer: Any) -> dict[tuple[str, str], Tensor]:

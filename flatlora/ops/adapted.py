@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import native
-from .products import autocast_dtype, linear_forward, linear_grad_bias, linear_grad_weight, linear_grad_x
+from .blocks import is_watched
+from .products import (
+    autocast_dtype,
+    linear_forward,
+    linear_grad_bias,
+    linear_grad_weight,
+    linear_grad_x,
+    owned,
+)
 
 
 class RowNoise(NamedTuple):
@@ -86,7 +94,7 @@ class _LoraLinear(Function):
         source = x if dropped is None else dropped
         hidden = F.linear(source.to(low), A.to(low))  # (..., r)
         if norms is None:
-            out = F.linear(x, weight.to(x.dtype), bias)
+            out = owned(F.linear(x, weight.to(x.dtype), bias))
         else:
             factors = (B, A, scaling) if stale else None
             out = linear_forward(x, weight, bias, norms, key, *settings, factors=factors)
@@ -136,7 +144,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _plus_product(out: Tensor, left: Tensor, right: Tensor, in_place: bool = True) -> Tensor:
     """``out + left @ right``, the sum in the wider precision of the two, rounded to that of `out`."""
-    if not in_place:
+    if not in_place or is_watched():
         return (out + left @ right).to(out.dtype)
     flat, left = out.view(-1, out.shape[-1]), _rows(left)
     if out.dtype == left.dtype:

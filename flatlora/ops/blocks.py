@@ -22,14 +22,21 @@ def row_blocks(rows: int, columns: int, itemsize: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+def is_watched() -> bool:
+    """Does a mode see each operator? It may keep what is returned, as selective checkpointing does to give it back in
+    the recompute, and then that must not be changed in place."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """A block to write into on the CPU, the same memory at each call of a thread; None where there is none to share.
 
     Fresh memory of this size comes from the system page by page, which costs as much as the noise. CUDA's allocator
     keeps its own. While gradients are recorded (a backward that is itself differentiated) autograd keeps what it is
-    given, so nothing is shared then.
+    given, so nothing is shared then; nor where a mode may keep it, nor in inference mode, whose tensors are of no use
+    outside of it.
     """
-    if device.type != "cpu" or torch.is_grad_enabled():
+    if device.type != "cpu" or torch.is_grad_enabled() or torch.is_inference_mode_enabled() or is_watched():
         return None
     views = _local.__dict__.setdefault("views", {})
     found: Tensor | None = views.get((shape, dtype))

@@ -135,7 +135,8 @@ def _call(
 def has_sums(out: Tensor) -> bool:
     """Can `add_product` add to this tensor?"""
     known = out.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return known and LIBRARY is not None and out.device.type == "cpu" and out.is_contiguous()
+    batched = torch._C._functorch.is_legacy_batchedtensor(out)  # torch.autograd.grad(..., is_grads_batched=True)
+    return known and LIBRARY is not None and out.device.type == "cpu" and not batched and out.is_contiguous()
 
 
 def add_product(

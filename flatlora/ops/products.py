@@ -22,6 +22,8 @@ from . import blocks
 from .blocks import row_blocks, scratch
 from .perturb import Factors, perturb_weight
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 def perturbed_linear(
     x: Tensor,  # (..., n)
@@ -93,7 +95,7 @@ def perturbed_conv(
 
 def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a product with a weight of this dtype is made: autocast leaves float64 alone."""
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return dtype
 
@@ -117,11 +119,17 @@ def linear_forward(
     for rows, block in _blocks(weight, row_std, key, *settings, factors=factors):
         part = F.linear(x, block, None if bias is None else bias[rows])
         if len(block) == len(weight):
-            return part
+            return owned(part)
         out = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
         out[..., rows] = part
     assert out is not None
     return out
+
+
+def owned(out: Tensor) -> Tensor:
+    """A result of `F.linear`, which may be a view of one of two dimensions: what a Function returns must be none, or
+    it could not be changed in place (``nn.ReLU(inplace=True)``)."""
+    return _unsafe_view(out, out.shape) if out._is_view() else out
 
 
 def linear_grad_x(grad: Tensor, weight: Tensor, row_std: Tensor, key: Tensor, *settings: Any) -> Tensor:

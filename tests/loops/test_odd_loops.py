@@ -1,0 +1,164 @@
+"""Loops that step otherwise: several optimizers, an optimizer that is not torch's, gradients without a backward."""
+
+import pytest
+import tiny
+import torch
+import twin
+from kinds import every_method, step
+from torch.optim import SGD, AdamW, Optimizer
+
+from flatlora import BarConfig, BiLoraConfig, EFMLoraConfig, FlatLoraConfig, perturbation, perturbed
+
+
+def flat_model(**settings):
+    return twin.adapted(FlatLoraConfig, rho=0.2, seed=1, **settings)
+
+
+def optimizers_of(model):
+    """One for each parameter."""
+    return {p: SGD([p], lr=0.1) for p in twin.trainable(model)}
+
+
+def after_the_backward(model):
+    optimizers = optimizers_of(model)
+    for i in range(3):
+        twin.loss(model, i).backward()
+        for optimizer in reversed(optimizers.values()):
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def in_the_backward(model):
+    optimizers = optimizers_of(model)
+
+    def step(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(step)
+    for i in range(3):
+        twin.loss(model, i).backward()
+
+
+LOOPS = pytest.mark.parametrize("loop", [after_the_backward, in_the_backward], ids=lambda loop: loop.__name__)
+
+
+@LOOPS
+def test_an_optimizer_for_each_parameter_makes_the_steps_of_one(loop):
+    models = [flat_model(schedule="linear", total_steps=4) for _ in range(2)]
+    optimizer = SGD(twin.trainable(models[0]), lr=0.1)
+    for i in range(3):
+        step(models[0], optimizer, i)
+    loop(models[1])
+    assert tiny.same(*map(twin.trainable, models))
+    assert [(perturbation(m).steps, perturbation(m).sample) for m in models] == [(3, 2)] * 2
+
+
+@LOOPS
+@pytest.mark.parametrize("kind", [EFMLoraConfig, BiLoraConfig, BarConfig])
+def test_a_method_that_uses_gradients_refuses_to_see_them_one_by_one(kind, loop):
+    with pytest.raises(RuntimeError, match=r"shared out over several optimizers. Give one SGD all of them"):
+        loop(twin.adapted(kind, rho=0.2, schedule="constant"))
+    loop(twin.adapted(kind, rho=0.0, schedule="constant"))
+
+
+def test_an_optimizer_for_other_parameters_is_none_of_the_methods_business():
+    model, head = twin.adapted(EFMLoraConfig, rho=0.2), torch.nn.Parameter(torch.ones(()))
+    optimizers = [SGD([head], lr=0.1), SGD(twin.trainable(model), lr=0.1)]
+    (twin.loss(model, 0) * head).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def by_hand(model, set_step=False):
+    for i in range(3):
+        for half in range(2):
+            twin.loss(model, 2 * i + half).backward()
+        with torch.no_grad():
+            for p in twin.trainable(model):
+                p -= 0.1 * p.grad
+                p.grad = None
+        if set_step:
+            perturbation(model).set_step(i + 1)
+
+
+NEED_STEPS = [
+    (FlatLoraConfig, {"schedule": "cosine", "total_steps": 5}),
+    (FlatLoraConfig, {"schedule": "inverse_sqrt"}),
+    (FlatLoraConfig, {"schedule": "constant", "resample": "step"}),
+    (EFMLoraConfig, {"schedule": "constant"}),
+]
+
+
+@pytest.mark.parametrize("kind, settings", NEED_STEPS)
+def test_steps_that_nobody_sees_are_warned_of_where_they_count(kind, settings):
+    with pytest.warns(UserWarning, match=r"no torch.optim.Optimizer.*set_step") as caught:
+        by_hand(twin.adapted(kind, rho=0.2, **settings))
+    assert len(caught) == 1
+    if kind is FlatLoraConfig:
+        by_hand(twin.adapted(kind, rho=0.2, **settings), set_step=True)
+
+
+def test_steps_that_nobody_sees_do_not_matter_to_noise_whose_strength_is_constant_or_set():
+    by_hand(flat_model(schedule="constant"))
+    model = flat_model(schedule="cosine", total_steps=5)
+    perturbation(model).progress = 0.5
+    by_hand(model)
+
+
+def zeroth_order(model, perturb=False):
+    """A step of MeZO's kind: the gradient is made of losses alone."""
+    optimizer = SGD(twin.trainable(model), lr=0.1)
+    for i in range(2):
+        with torch.no_grad():
+            loss = twin.loss(model, i) if not perturb else _loss_at_noise(model, i)
+            for p in twin.trainable(model):
+                p.grad = torch.full_like(p, loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _loss_at_noise(model, i):
+    with perturbed(model):
+        return twin.loss(model, i)
+
+
+def test_gradients_without_a_backward_are_warned_of_once_and_can_be_perturbed():
+    with pytest.warns(UserWarning, match=r"passes under no_grad.*inside `with flatlora.perturbed") as caught:
+        zeroth_order(flat_model(schedule="constant"))
+    assert len(caught) == 1
+    zeroth_order(flat_model(schedule="constant"), perturb=True)
+
+
+@every_method
+def test_a_model_that_changes_its_dtype_between_two_steps(kind, settings):
+    model = twin.adapted(kind, rho=0.1, schedule="constant", **settings)  # float64
+    step(model, SGD(twin.trainable(model), lr=0.1), 0)
+    model.float()
+    step(model, SGD(twin.trainable(model), lr=0.1), 1, lambda model, i: model(twin.batch(i)[0].float()).square().mean())
+    assert all(p.isfinite().all() for p in twin.trainable(model))
+
+
+class WithoutMaximize(Optimizer):
+    """As Adafactor and Lion: it cannot climb, and its `eps` is no number."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr, "eps": (1e-30, 1e-3), "weight_decay": 0.1})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= group["lr"] * p.grad
+
+
+def test_the_second_module_of_bilora_climbs_with_adamw_where_the_optimizer_cannot():
+    model = twin.adapted(BiLoraConfig, rho=0.2, schedule="constant")
+    optimizer = WithoutMaximize(twin.trainable(model), lr=0.1)
+    for i in range(2):
+        step(model, optimizer, i)
+    climber = perturbation(model).climber
+    assert type(climber) is AdamW and climber.param_groups[0]["lr"] == 0.1 and climber.param_groups[0]["maximize"]
+    assert all(tensor.any() for tensor in perturbation(model).tensors().values())
+    with pytest.raises(RuntimeError, match="WithoutMaximize has lr=None: give it one"):
+        step(model, WithoutMaximize(twin.trainable(model), lr=None), 0)

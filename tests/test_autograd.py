@@ -1,0 +1,125 @@
+"""Flat layers where autograd is used in other ways than loss.backward(): what plain LoRA can do there, they can."""
+
+import functools
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from flatlora import (
+    BarConfig,
+    BiLoraConfig,
+    EFMLoraConfig,
+    FlatLoraConfig,
+    RwpConfig,
+    perturbed,
+)
+
+KINDS = {
+    "flat": functools.partial(FlatLoraConfig, seed=1),
+    "rwp": functools.partial(RwpConfig, seed=1),
+    "rwp-adapter": functools.partial(RwpConfig, space="adapter", seed=1),
+    "efmlora": EFMLoraConfig,
+    "bilora": BiLoraConfig,
+    "bar": BarConfig,
+}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, between=torch.tanh):
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(6, 5), nn.Linear(5, 6), between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x)))
+
+
+def adapted(config, model=TwoLayers, dtype=torch.float32, low=torch.float32, **settings):
+    """The adapted model, the same for every class of configuration; B is random."""
+    torch.manual_seed(0)
+    model = model().to(dtype)
+    settings = {"r": 2, "target_modules": ["first", "second"], **settings}
+    model = peft.get_peft_model(model, config(**settings), autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(1)
+    for p in trainable(model):
+        p.data = (0.3 * torch.randn(p.shape, generator=generator)).to(low)
+    return model.train()
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def flat(kind, rho=0.2, **options):
+    return adapted(functools.partial(kind, rho=rho, schedule="constant"), **options)
+
+
+def x_like(dtype=torch.float32):
+    return torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+
+
+@every_kind
+def test_what_comes_out_can_be_changed_in_place(kind):
+    results = []
+    for between in (torch.relu, nn.ReLU(inplace=True)):
+        model, x = flat(kind, model=functools.partial(TwoLayers, between)), x_like()
+        out = model(x).mul_(2)
+        out.square().sum().backward()
+        results.append([out, x.grad, *(p.grad for p in trainable(model))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def saves_products(_context, operator, *args, **kwargs):
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if operator in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_selective_checkpointing(kind, dtype):
+    contexts = functools.partial(create_selective_checkpoint_contexts, saves_products)
+    results = []
+    for options in ({}, {"context_fn": contexts}):
+        model, x = flat(kind, dtype=dtype), x_like(dtype)
+        checkpoint(model, x, use_reentrant=False, **options).float().square().sum().backward()
+        results.append([x.grad, *(p.grad for p in trainable(model))])
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # a sum that is not made in place is rounded once more
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batched_gradients(dtype):
+    model, x = flat(KINDS["flat"], dtype=dtype), x_like(dtype)
+    out = model(x)[0, 0]
+    eye = torch.eye(6, dtype=dtype)
+    one_by_one = torch.stack([torch.autograd.grad(out, x, row, retain_graph=True)[0] for row in eye])
+    (batched,) = torch.autograd.grad(out, x, eye, is_grads_batched=True)
+    torch.testing.assert_close(batched, one_by_one, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "torch"}, {"use_dora": True}], ids=str)
+def test_a_measurement_in_inference_mode_leaves_nothing_behind(options):
+    """Tensors of inference mode cannot be saved for a backward, nor written outside of it."""
+    models = [flat(KINDS["flat"], **options) for _ in range(2)]
+    with torch.inference_mode(), perturbed(models[0]):
+        measured = models[0](x_like())
+    results = []
+    for model in models:
+        out = model(x_like())
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in trainable(model))])
+    assert torch.equal(measured, results[0][0])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", [EFMLoraConfig, BiLoraConfig, BarConfig])
+def test_shapes_on_the_meta_device(kind):
+    """What the method keeps goes where the model has gone."""
+    model = flat(kind).to("meta")
+    out = model(torch.empty(4, 6, device="meta"))
+    out.sum().backward()
+    assert out.is_meta and all(p.grad.is_meta for p in trainable(model))

@@ -4,7 +4,7 @@
 |-------------------------------|----------------------------------------------------------------------------------|
 | bitsandbytes, 4 bits          | dequantised a block at a time                                                    |
 | bitsandbytes, 8 bits          | the same                                                                         |
-| torchao, HQQ                  | dequantised as a whole, by the package                                           |
+| torchao, HQQ, INC             | dequantised as a whole, by the package                                           |
 | others                        | not at hand: ||W_i||^2 and A W^T come from the layer's own forward, which is     |
 |                               | linear but for its bias, on the unit vectors (once) and on the rows of A         |
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .ops import merged_row_norms, row_norms_of_sum, squared_row_norms
 from .ops.blocks import row_blocks
 from .ops.merged import Rows
+from .support import FLOATS
 
 
 class FourBitRows:
@@ -89,7 +90,10 @@ def rows_of(base: Any) -> Rows | None:
         return base.dequantize()
     if type(weight).__module__.startswith("torchao."):
         return weight.dequantize()
-    return weight if weight is not None and weight.is_floating_point() else None
+    if hasattr(base, "quant_input"):  # Neural Compressor keeps (in, out); on Gaudi only its kernel knows the scales
+        dequantise = getattr(base, "dequant_weights", getattr(base, "qdq_weights", None))
+        return None if dequantise is None else dequantise(weight).T
+    return weight if weight is not None and weight.dtype in FLOATS else None
 
 
 @torch.no_grad()

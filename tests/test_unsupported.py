@@ -1,5 +1,7 @@
 """Layers of peft that cannot be perturbed are errors that name them and say why."""
 
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -9,6 +11,7 @@ from peft.tuners.lora.tp_layer import LoraParallelLinear
 from torch import nn
 
 from flatlora import FlatLoraConfig, attach, get_flat_peft_model
+from flatlora.support import LAYERS_OF_PEFT, QUANTISED, REASONS, VARIANTS
 
 
 class RowParallelLinear(nn.Linear):
@@ -48,3 +51,21 @@ def test_a_layer_split_by_tensor_parallelism():
     model["wide"]._hf_tp_plan, model["wide"]._hf_device_mesh = "colwise", None
     with pytest.raises(ValueError, match="'wide' .*split by tensor parallelism, and the row norms of a part"):
         get_flat_peft_model(model, FlatLoraConfig(target_modules=["wide"]))
+
+
+def classes_of_peft():
+    """name -> names of its bases, of the classes in peft's LoRA: also of those that need a package to be defined."""
+    folder = Path(peft.tuners.lora.__file__).parent
+    found = [node for file in folder.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    return {c.name: {ast.unparse(base) for base in c.bases} for c in found if isinstance(c, ast.ClassDef)}
+
+
+@pytest.mark.parametrize("kind", ["LoraLayer", "LoraVariant"])
+def test_each_layer_and_variant_of_peft_works_or_has_a_reason(kind):
+    """One that peft adds later is refused by name, and fails here."""
+    bases, found = classes_of_peft(), set()
+    while new := {name for name in bases if bases[name] & {kind, *found}} - found:
+        found |= new
+    merged = {"MultiheadAttention", "ParamWrapper"}
+    known = {c.__name__ for c in LAYERS_OF_PEFT + VARIANTS} | {*QUANTISED, *REASONS} | merged
+    assert {name for name in found if not name.startswith("_")} - known - {"DoraEmbeddingVariant"} == set()

@@ -123,8 +123,8 @@ transformers.integrations.eetq.eetq_kernels_hub = Kernels
 
 
 class PatchedLinear(nn.Module):
-    """As in Intel Neural Compressor, under the name that peft asks for: the weight in 8-bit floats, of shape (in, out), x rounded to such
-    numbers too, both with a scale."""
+    """As in Intel Neural Compressor, under the name that peft asks for: the weight in 8-bit floats, of shape (in, out),
+    x rounded to such numbers too, both with a scale."""
 
     def __init__(self):
         super().__init__()

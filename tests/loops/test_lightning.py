@@ -23,10 +23,12 @@ pytestmark = [
 class Tuned(lightning.LightningModule):
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.losses = model, []
 
     def training_step(self, batch, index):
-        return self.model(**batch).loss
+        loss = self.model(**batch).loss
+        self.losses.append(loss.item())
+        return loss
 
     def validation_step(self, batch, index):
         self.log("val_loss", self.model(**batch).loss)
@@ -48,7 +50,7 @@ def fit(module, folder, *, data=None, validate=False, resume=None, **settings):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     settings = {"max_epochs": 3, "enable_checkpointing": False, "num_sanity_val_steps": 0, **quiet, **settings}
     run = lightning.Trainer(default_root_dir=folder, **settings)
-    loaders = [DataLoader(batches(4) if data is None else data, batch_size=None)]
+    loaders = [DataLoader(batches(4), batch_size=None) if data is None else data]
     run.fit(
         module.train(), *loaders, *([DataLoader(batches(1), batch_size=None)] if validate else []), ckpt_path=resume
     )
@@ -87,16 +89,40 @@ def test_it_is_the_run_of_the_plain_loop(config, tmp_path):
     assert_same_adapter(module.model, adapter(model))
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(config, tmp_path):
-    def module(n):
-        return Tuned(plain_model(n, config, rho=RHO, lora_dropout=0.0))
+class Resumable:
+    """A loader that knows where it is, as Lightning asks of one that is to go on in the middle of an epoch."""
 
-    whole, first, rest = (module(n) for n in (0, 0, 1))
-    fit(whole, tmp_path, accumulate_grad_batches=2)
-    first.on_train_start = lambda: perturbation(first.model).set_step(0, STEPS)
-    fit(first, tmp_path, accumulate_grad_batches=2, max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
-    fit(rest, tmp_path, accumulate_grad_batches=2, resume=tmp_path / "first.ckpt")
+    def __init__(self):
+        self.batches, self.next = batches(4), 0
+
+    def __iter__(self):
+        self.next %= len(self)
+        while self.next < len(self):
+            self.next += 1
+            yield self.batches[self.next - 1]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["epoch", "mid-epoch"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(config, step, tmp_path):
+    class Saves(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if len(module.losses) == 2 * step:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    whole, rest = (Tuned(plain_model(n, config, rho=RHO)) for n in (0, 1))
+    fit(whole, tmp_path, data=Resumable(), accumulate_grad_batches=2, callbacks=[Saves()])
+    fit(rest, tmp_path, data=Resumable(), accumulate_grad_batches=2, resume=tmp_path / "saved.ckpt")
+    assert whole.losses[2 * step :] == rest.losses and len(whole.losses) == 2 * STEPS
     assert perturbation(rest.model).steps == STEPS
     assert_same_adapter(rest.model, adapter(whole.model))
 

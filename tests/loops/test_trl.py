@@ -14,6 +14,13 @@ from flatlora import BiLoraConfig, EFMLoraConfig, FlatLoraCallback, FlatLoraConf
 STEPS = 4
 WORDS = "one two three four five six seven eight nine ten".split()
 FLAT = {"rho": RHO, "seed": 7, "schedule": "constant"}
+LENGTH = 4  # of what is generated
+GENERATES = {
+    "num_generations": 2,
+    "beta": 0.1,  # so there is a reference
+    "max_completion_length": LENGTH,
+    "generation_kwargs": {"suppress_tokens": [2]},  # no end before the length
+}
 
 
 def tokenizer():
@@ -40,8 +47,8 @@ def number_of_words(completions, **kwargs):
     return [float(len(text.split())) for text in completions]
 
 
-def train(kind, arguments, model, data, folder, passes, *, task="CAUSAL_LM", more=None, **settings):
-    config = FlatLoraConfig(**{**tiny.LORA, **FLAT, "task_type": task})
+def train(kind, arguments, model, data, folder, passes, *, config=None, more=None, **settings):
+    config = config or FlatLoraConfig(**tiny.LORA, **FLAT)
     seen = passes(model)
     wrapped = isinstance(model, peft.PeftModel)
     run = trainer(
@@ -107,47 +114,26 @@ def test_dpo_with_the_reference_computed_beforehand(passes, tmp_path):
 
 def test_reward(passes, tmp_path):
     data = texts("prompt", "chosen", "rejected")
-    run, seen = train(RewardTrainer, RewardConfig, reward_model(), data, tmp_path, passes, task="SEQ_CLS")
+    config = FlatLoraConfig(**{**tiny.LORA, **FLAT, "task_type": "SEQ_CLS"})
+    run, seen = train(RewardTrainer, RewardConfig, reward_model(), data, tmp_path, passes, config=config)
     assert_clean_but_for_training(run, seen, training=STEPS, other=0)
 
 
 def test_grpo(passes, tmp_path):
-    length, rounds = 4, STEPS // 2  # each generation serves two optimizer steps, so old log-probabilities are needed
-    run, seen = train(
-        GRPOTrainer,
-        GRPOConfig,
-        tiny.base_model(),
-        texts("prompt"),
-        tmp_path,
-        passes,
-        more={"reward_funcs": number_of_words},
-        num_generations=2,
-        num_iterations=2,
-        beta=0.1,
-        max_completion_length=length,
-        generation_kwargs={"suppress_tokens": [2]},  # no end before the length
-    )
+    data, more, rounds = texts("prompt"), {"reward_funcs": number_of_words}, STEPS // 2
+    settings = {**GENERATES, "num_iterations": 2}  # steps to a generation, so old log-probabilities are needed
+    run, seen = train(GRPOTrainer, GRPOConfig, tiny.base_model(), data, tmp_path, passes, more=more, **settings)
     old, reference = 1, 1
-    assert_clean_but_for_training(run, seen, training=STEPS, other=rounds * (length + old + reference))
+    assert_clean_but_for_training(run, seen, training=STEPS, other=rounds * (LENGTH + old + reference))
 
 
 @pytest.mark.parametrize("config", [EFMLoraConfig, BiLoraConfig], ids=["efmlora", "bilora"])
-def test_sft_with_another_method(config, tmp_path):
-    run = trainer(
-        tiny.base_model(),
-        tmp_path,
-        kind=SFTTrainer,
-        arguments=SFTConfig,
-        callbacks=[FlatLoraCallback()],
-        data=texts("text"),
-        more={"processing_class": tokenizer(), "peft_config": config(**tiny.LORA)},
-        max_steps=STEPS,
-        bf16=False,
-    )
-    run.train()
+def test_sft_with_another_method(config, passes, tmp_path):
+    config = config(**tiny.LORA, rho=RHO, schedule="constant")
+    run, _ = train(SFTTrainer, SFTConfig, tiny.base_model(), texts("text"), tmp_path, passes, config=config)
     tensors = perturbation(run.model).tensors()
     layers = sum(isinstance(module, peft.tuners.lora.LoraLayer) for module in run.model.modules())
-    assert len(tensors) == layers * (1 if config is EFMLoraConfig else 2)
+    assert len(tensors) == layers * (1 if isinstance(config, EFMLoraConfig) else 2)
     assert all(tensor.any() for tensor in tensors.values())
     run.save_model(tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors", "flatlora_config.json"} <= {

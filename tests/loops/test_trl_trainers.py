@@ -6,7 +6,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import pytest
 import tiny
-from loops.test_trl import STEPS, assert_clean_but_for_training, number_of_words, texts, train
+from loops.test_trl import GENERATES, LENGTH, STEPS, assert_clean_but_for_training, number_of_words, texts, train
 from trl import GRPOTrainer, KTOConfig, KTOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.online_dpo import OnlineDPOTrainer
@@ -32,23 +32,10 @@ def test_kto_with_a_pass_for_the_divergence(passes, tmp_path):
 
 
 def test_rloo(passes, tmp_path):
-    length = 4
-    run, seen = train(
-        RLOOTrainer,
-        RLOOConfig,
-        tiny.base_model(),
-        texts("prompt"),
-        tmp_path,
-        passes,
-        more={"reward_funcs": number_of_words},
-        num_generations=2,
-        num_iterations=1,
-        beta=0.1,
-        max_completion_length=length,
-        generation_kwargs={"suppress_tokens": [2]},  # no end before the length
-    )
+    data, more, settings = texts("prompt"), {"reward_funcs": number_of_words}, {**GENERATES, "num_iterations": 1}
+    run, seen = train(RLOOTrainer, RLOOConfig, tiny.base_model(), data, tmp_path, passes, more=more, **settings)
     old, reference = 1, 1
-    assert_clean_but_for_training(run, seen, training=STEPS, other=STEPS * (length + old + reference))
+    assert_clean_but_for_training(run, seen, training=STEPS, other=STEPS * (LENGTH + old + reference))
 
 
 WITHOUT_REFERENCE = {

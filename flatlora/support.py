@@ -90,6 +90,8 @@ def _unsupported_base(layer: Any, base: Any) -> str | None:
         )
     if type(base).forward not in STOCK_FORWARDS and not hasattr(base, "embed_scale"):
         return f"{type(base).__name__} has a forward of its own"
+    if "forward" in base.__dict__ and not hasattr(base, "_hf_hook"):  # accelerate's brings the weight
+        return f"the forward of its {type(base).__name__} was replaced, as packages do that quantise x"
     return _unsupported_dtype(base.weight)
 
 

@@ -53,6 +53,14 @@ def test_a_layer_split_by_tensor_parallelism():
         get_flat_peft_model(model, FlatLoraConfig(target_modules=["wide"]))
 
 
+def test_a_base_layer_whose_forward_was_replaced():
+    """As by compressed-tensors, which quantises x there."""
+    model = nn.ModuleDict({"wide": nn.Linear(8, 6)})
+    model["wide"].forward = lambda x: nn.functional.linear(x.round(), model["wide"].weight)
+    with pytest.raises(ValueError, match="'wide' .*the forward of its Linear was replaced"):
+        get_flat_peft_model(model, FlatLoraConfig(target_modules=["wide"]))
+
+
 def classes_of_peft():
     """name -> names of its bases, of the classes in peft's LoRA: also of those that need a package to be defined."""
     folder = Path(peft.tuners.lora.__file__).parent

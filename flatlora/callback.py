@@ -112,21 +112,19 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
     ) -> None:
         self._perturbation, self._sharpness = perturbation(model), {}
         callbacks: Any = state.stateful_callbacks  # a dict by now, whatever its annotation says
+        saved = callbacks.get(type(self).__name__)
         # a checkpoint from before this callback has no entry, and the trainer's own saving expects one
-        saved = callbacks.setdefault(type(self).__name__, self.state())
+        callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:
             _check_loaded()
         if state.global_step and isinstance(saved, dict) and saved.get("attributes"):
             self._perturbation.load_state_dict(saved["attributes"]["perturbation"])
             self._load_from_optimizer(kwargs.get("optimizer"))
+            step = self._perturbation.steps  # without those that a scaler has skipped
+        else:
+            step = state.global_step
         total_steps = self._perturbation.settings.total_steps
-        self._perturbation.set_step(state.global_step, state.max_steps if total_steps is None else total_steps)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._perturbation is not None:
-            self._perturbation.set_step(state.global_step)
+        self._perturbation.set_step(step, state.max_steps if total_steps is None else total_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -138,7 +136,8 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
                     f"{type(method).__name__} needs to see the optimizer's step on the adapter's own parameters, and "
                     "here they are replaced (FSDP1, DeepSpeed). Use DDP or one process, or FlatLoraConfig."
                 )
-            self._perturbation.set_step(state.global_step)
+            if not self._perturbation.counts_steps:
+                self._perturbation.set_step(state.global_step)
             if method.uses_gradients:
                 self._save_in_optimizer(kwargs["optimizer"])
             if self._every is not None and state.global_step % self._every == 0:

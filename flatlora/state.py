@@ -207,6 +207,11 @@ class Perturbation(Strength):
             self.steps = steps  # as many as before: from here on the engine counts
         self._after_step()
 
+    @property
+    def counts_steps(self) -> bool:
+        """Are the optimizer's steps seen here? Not where it holds other parameters than the model (FSDP1)."""
+        return self.sees_steps or self._engine is not None
+
     def step_began(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of this process begins a step."""
         self._began[optimizer] = self.steps

@@ -16,14 +16,17 @@ from trl.experimental.tpo import TPOConfig, TPOTrainer
 from flatlora import TwoPassTrainerMixin
 
 PAIRS = ("prompt", "chosen", "rejected")
+kto_was_experimental = pytest.mark.filterwarnings("ignore:The `KTO.* is now located in `trl.experimental:FutureWarning")
 
 
+@kto_was_experimental
 def test_kto(passes, tmp_path):
     data = texts("prompt", "completion").add_column("label", [True, False] * 4)
     run, seen = train(KTOTrainer, KTOConfig, tiny.base_model(), data, tmp_path, passes, loss_type="apo_zero_unpaired")
     assert_clean_but_for_training(run, seen, training=STEPS, other=STEPS)
 
 
+@kto_was_experimental
 def test_kto_with_a_pass_for_the_divergence(passes, tmp_path):
     data = texts("prompt", "completion").add_column("label", [True, False] * 4)
     run, seen = train(KTOTrainer, KTOConfig, tiny.base_model(), data, tmp_path, passes)

@@ -1,6 +1,5 @@
 """Which backend runs, what it refuses, and that threads and forks do not matter."""
 
-import importlib
 import logging
 import os
 import shutil
@@ -133,7 +132,6 @@ def test_forked_processes_do_not_hang():
     assert "same in every process" in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 def test_build_without_a_compiler_succeeds(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

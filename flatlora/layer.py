@@ -44,7 +44,7 @@ from .ops import (
 )
 from .ops.norms import grouped_row_norms, norm_dtype
 from .passes import tensors
-from .spread import is_dtensor, moved_weight, refuse_fsdp1, replaced_forward, whole_weight
+from .spread import is_dtensor, is_gathered, moved_weight, refuse_fsdp1, replaced_forward, whole_weight
 from .state import Perturbation
 from .support import CONVOLUTIONS, SPLIT
 from .transforms import is_transformed, transformed_forward
@@ -154,12 +154,8 @@ class FlatLayer(_Layer):
         elif any(self.use_dora.get(name) for name in self._active()):
             none = base.weight.new_zeros(1).expand_as(base.weight)  # W = 0 without its memory: eps alone
             out = plain(x, *args, **kwargs) + self._product(x, none, None, *self.noise())
-        else:
-
-            def product(x: Tensor) -> Tensor:  # the base layer's hooks have brought its weight by now
-                return self._product(x, base.weight, base.bias, *self.noise())
-
-            with replaced_forward(base, product):
+        else:  # the base layer's hooks bring its weight
+            with replaced_forward(base, lambda x: self._product(x, base.weight, base.bias, *self.noise())):
                 out = plain(x, *args, **kwargs)
         return out
 
@@ -298,7 +294,10 @@ class FlatLayer(_Layer):
     def _row_norms(self, sample: int) -> Tensor:
         """``||W'_i||`` of the merged weight, (m,); with DoRA the absolute value of the magnitude vector."""
         active = self._active()
-        return self._cached("merged", self._norms_are_of(sample, active, self._factors(active)), self._merged_row_norms)
+        # addresses differ between processes, which must agree on whether to gather
+        gathered = any(is_gathered(A) for name, A in self.lora_A.items() if name in active)
+        source = self._norms_are_of(sample, active, [] if gathered else self._factors(active))
+        return self._cached("merged", source, self._merged_row_norms)
 
     def _norms_are_of(self, sample: int, active: list[str], factors: list[Tensor]) -> tuple:
         """What the row norms depend on."""

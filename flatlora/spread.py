@@ -76,6 +76,11 @@ def _is_here(module: Any) -> bool:
     return _inner(module) is module and weight.numel() > 0 and not weight.is_meta and not is_dtensor(weight)
 
 
+def is_gathered(module: Any) -> bool:
+    """Does the weight come by a collective operation, in which all processes must take part (FSDP1, ZeRO-3)?"""
+    return _inner(module) is not module or hasattr(module.weight, "ds_id")
+
+
 def whole_weight(module: Any) -> Tensor:
     """The weight of a module as its forward finds it: FSDP1, ZeRO-3 and offloading bring it for that time only.
 

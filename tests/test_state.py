@@ -208,6 +208,19 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     assert all(type(value) in (int, float) for value in (state.rho, state.total_steps, state.seed, state.progress))
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+def test_whether_norms_are_gathered_depends_on_nothing_that_differs_between_processes(gathered):
+    model = tiny.adapted(FlatLoraConfig(rho=0.1, **tiny.LORA))
+    layer = next(module for module in model.modules() if hasattr(module, "perturbation"))
+    for factor in (layer.lora_A, layer.lora_B):
+        if gathered:
+            factor["default"].weight.ds_id = 0  # as ZeRO-3 marks what it gathers
+    before = layer._row_norms(0)
+    weight = layer.get_base_layer().weight
+    weight.data = weight.data.clone()  # the same weight at another address, as after an all-gather
+    assert (layer._row_norms(0) is before) == gathered
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_row_norms_are_made_once_for_each_optimizer_step(monkeypatch, accumulation):
     made, perturb = [], products.perturb_weight

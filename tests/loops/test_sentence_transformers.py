@@ -3,10 +3,8 @@
 import pytest
 import tiny
 import torch
-import transformers
 from loops.runs import RHO, adapter, assert_same_adapter
 from loops.test_trl import texts, tokenizer
-from packaging import version
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
@@ -86,11 +84,6 @@ def test_without_strength_it_is_plain_lora(folder, tmp_path):
     assert_same_adapter(flat, adapter(plain))
 
 
-@pytest.mark.xfail(
-    version.parse(transformers.__version__) < version.parse("5.6"),
-    reason="before 5.6 transformers does not find any adapter, plain or flat, of a model without a head",
-    strict=True,
-)
 def test_what_is_saved_is_loaded_again(folder, tmp_path):
     model = embedder(folder)
     train(model, tmp_path / "run")

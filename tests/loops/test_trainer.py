@@ -15,7 +15,6 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from flatlora import FlatLoraCallback, FlatLoraConfig, get_flat_peft_model, perturbation
@@ -263,9 +262,6 @@ def test_early_stopping_and_the_best_model(tmp_path):
 
 # ---- the trainer's other features, beside us ----
 
-SAMPLING = {"train_sampling_strategy": "group_by_length"}
-if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # the name since transformers 5.2
-    SAMPLING = {"group_by_length": True}
 BESIDE = {
     "dropout": {},
     "label-smoothing": {"label_smoothing_factor": 0.1},
@@ -274,7 +270,7 @@ BESIDE = {
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "bf16": {"bf16": True},
     "clipping": {"max_grad_norm": 0.01},
-    "group-by-length": SAMPLING,
+    "group-by-length": {"train_sampling_strategy": "group_by_length"},
     "accumulation": {"gradient_accumulation_steps": 3},
 }
 

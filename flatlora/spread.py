@@ -78,7 +78,7 @@ def _is_here(module: Any) -> bool:
 
 def is_gathered(module: Any) -> bool:
     """Does the weight come by a collective operation, in which all processes must take part (FSDP1, ZeRO-3)?"""
-    return _inner(module) is not module or hasattr(module.weight, "ds_id")
+    return _inner(module) is not module or hasattr(getattr(module, "weight", module), "ds_id")  # AdaLoRA has no modules
 
 
 def whole_weight(module: Any) -> Tensor:

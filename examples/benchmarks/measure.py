@@ -107,11 +107,11 @@ def peak_bytes(run: Callable[[], None], device: torch.device | str = "cpu") -> i
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     sizes: list[int] = []
-    with profile(activities=[ProfilerActivity.CPU]):  # it wants to be set up in the main thread
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True):  # it wants to be set up in the main thread
         pass
 
     def profiled() -> None:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             run()
         events = profiler.profiler.kineto_results.events()
         sizes.extend(event.nbytes() for event in events if event.name() == "[memory]")  # negative: given back

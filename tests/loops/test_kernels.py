@@ -20,7 +20,9 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import triton
 from loops.runs import flat_model, trainer
+from packaging import version
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -129,6 +131,11 @@ def _with_the_loss_of_liger(rank):
         assert perturbation(fused).steps == 1
 
 
+@pytest.mark.xfail(
+    version.parse(triton.__version__) < version.parse("3.7"),
+    reason="the interpreter of triton 3.6 fails in Liger's kernel with today's NumPy",
+    strict=True,
+)
 def test_the_fused_loss_of_liger(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when a process imports triton
     processes.run(_with_the_loss_of_liger, processes=1)

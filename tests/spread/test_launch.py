@@ -62,8 +62,11 @@ def launch(launcher, engine, jobs, folder, timeout=500):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-# transformers before 5.18 cannot load an optimizer to a CPU that is one of several ("tagged with cpu:0")
-several_cpus = pytest.mark.xfail(version.parse(transformers.__version__) < version.parse("5.18"), strict=True)
+several_cpus = pytest.mark.xfail(
+    version.parse(transformers.__version__) < version.parse("5.18"),
+    reason="transformers before 5.18 loads no optimizer to the CPU of one process among several ('tagged with cpu:0')",
+    strict=True,
+)
 RUNS = [
     pytest.param((launcher, engine), id=f"{launcher}-{engine}", marks=several_cpus if trainer_on_cpu else ())
     for launcher in LAUNCHERS

@@ -8,7 +8,7 @@ sets the sentences, the initialisation, their order and the noise; every method 
 strength, without it each method has its default. Measurements are written to runs.csv as soon as they are made, and a
 run that was interrupted goes on from there.
 
-    python examples/family.py --methods lora --seeds 100 --validate --lr 3e-4     # how the learning rate was chosen
+    python examples/family.py --methods lora --seeds 100 --validate --lr 1e-3     # to choose the learning rate
 """
 
 from __future__ import annotations
@@ -38,31 +38,19 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from flatlora import (
-    BarConfig,
-    BiLoraConfig,
-    EFMLoraConfig,
-    FlatLoraConfig,
-    FMLoraConfig,
-    LoraSamConfig,
-    RwpConfig,
-    ascent,
-    get_flat_peft_model,
-    perturbation,
-)
+import flatlora
 from flatlora.analysis import Estimate
 
 CONFIGS = {
     "lora": LoraConfig,
-    "flat": FlatLoraConfig,
-    "rwp": RwpConfig,
-    "efmlora": EFMLoraConfig,
-    "fmlora": FMLoraConfig,
-    "lora-sam": LoraSamConfig,
-    "bilora": BiLoraConfig,
-    "bar": BarConfig,
+    "flat": flatlora.FlatLoraConfig,
+    "rwp": flatlora.RwpConfig,
+    "efmlora": flatlora.EFMLoraConfig,
+    "fmlora": flatlora.FMLoraConfig,
+    "lora-sam": flatlora.LoraSamConfig,
+    "bilora": flatlora.BiLoraConfig,
+    "bar": flatlora.BarConfig,
 }
-TWO_PASSES = ("fmlora", "lora-sam")
 
 
 @dataclass
@@ -77,7 +65,7 @@ class Arguments:
     train_samples: int = field(default=512, metadata={"help": "training sentences, drawn anew for each seed"})
     steps: int = field(default=320, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=16, metadata={"help": "sentences per step"})
-    lr: float = field(default=1e-3, metadata={"help": "peak learning rate, the same for every method"})
+    lr: float = field(default=3e-4, metadata={"help": "peak learning rate, the same for every method"})
     r: int = field(default=8, metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=16, metadata={"help": "the update is scaled by lora_alpha / r"})
     max_tokens: int = field(default=64, metadata={"help": "longer sentences are cut"})
@@ -111,19 +99,20 @@ def adapt(base: nn.Module, method: str, seed: int, args: Arguments) -> PeftModel
         return get_peft_model(base, LoraConfig(**options))
     noise = {"seed": seed} if name in ("flat", "rwp", "bilora") else {}
     strength = {"rho": float(rho)} if rho else {}
-    return get_flat_peft_model(base, CONFIGS[name](**options, **noise, **strength, total_steps=args.steps))
+    return flatlora.get_flat_peft_model(base, CONFIGS[name](**options, **noise, **strength, total_steps=args.steps))
 
 
 def train(model: PeftModel, method: str, encode: Encoder, examples: list[Example], seed: int, args: Arguments) -> float:
     """Returns the mean training loss of the last 20 steps."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr, weight_decay=0.0)
     scheduler = get_linear_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
+    two_passes = method != "lora" and flatlora.perturbation(model).settings.method.passes == 2
     losses = []
     model.train()
     for batch in itertools.islice(endless_batches(examples, args.batch_size, seed), args.steps):
         inputs, labels = encode(batch)
-        if method.partition(":")[0] in TWO_PASSES:
-            with ascent(model):
+        if two_passes:
+            with flatlora.ascent(model):
                 F.cross_entropy(model(**inputs).logits.float(), labels).backward()
         loss = F.cross_entropy(model(**inputs).logits.float(), labels)
         loss.backward()
@@ -154,7 +143,7 @@ def run(method: str, seed: int, encode: Encoder, task: Task, args: Arguments) ->
     start = time.perf_counter()
     loss = train(model, method, encode, [task.train[k] for k in drawn], seed, args)
     seconds = time.perf_counter() - start
-    rho = 0.0 if method == "lora" else perturbation(model).rho
+    rho = 0.0 if method == "lora" else flatlora.perturbation(model).rho
     model.eval()
     if args.validate:
         left = sorted(set(range(len(task.train))) - set(drawn))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +12,22 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
+import peft
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .layer import FlatLayer, flat_layers
+from .compiled import leave
+from .layer import OWN_ATTRIBUTES, FlatLayer, flat_layers
 from .merged import AttentionLayer, ExpertsLayer
 from .quantised import QuantisedLayer
 from .spread import name_in_one_process
-from .state import Perturbation
+from .state import Perturbation, check_same_settings
 from .support import is_quantised, unsupported
+
+_PEFT = os.path.dirname(peft.__file__)
 
 
 def create_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module:
@@ -74,9 +80,10 @@ def _parts(layer: Any) -> list[Any]:
 
 def _make_flat(layer: Any, state: Perturbation) -> None:
     if not isinstance(layer, FlatLayer):
-        layer.__dict__.update(perturbation=state, flat_adapters=set(), offsets={}, interval=-1, _norms={})
+        layer.__dict__.update(perturbation=state, flat_adapters=set(), offsets={}, _norms={})
         layer.__class__ = flat_class(type(layer))  # type: ignore[arg-type]
         layer.__dict__["stream"] = state.stream_of(layer.anchor())
+        layer.remember_base()
         layer._enrol()
 
 
@@ -90,8 +97,9 @@ def abandon(layer: Any, adapter: str) -> None:
 def release(layer: Any) -> None:
     """The layer is again what peft made, and nothing of ours stays on it."""
     plain = layer.plain_class
-    for name in ("perturbation", "stream", "number", "flat_adapters", "offsets", "interval", "strict", "_norms"):
-        layer.__dict__.pop(name)
+    leave(layer)
+    for name in OWN_ATTRIBUTES:
+        layer.__dict__.pop(name, None)
     layer.__class__ = plain
 
 
@@ -99,13 +107,15 @@ def _calling_tuner() -> BaseTuner:
     """The tuner that is injecting layers just now.
 
     peft hands a custom-module factory the target and no more, but the layers of a model share their state, and where
-    a pass begins is seen on the model. So the caller is asked: the one frame up the stack whose `self` is a tuner.
+    a pass begins is seen on the model. So the caller is asked: the nearest frame of peft's up the stack whose `self` is
+    a tuner. Locals of other frames are not read, which would keep them alive.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        tuner = frame.f_locals.get("self")
-        if isinstance(tuner, BaseTuner):
-            return tuner
+        if frame.f_code.co_filename.startswith(_PEFT) and frame.f_code.co_varnames[:1] == ("self",):
+            tuner = frame.f_locals["self"]
+            if isinstance(tuner, BaseTuner):
+                return tuner
         frame = frame.f_back
     raise RuntimeError("FlatLoraConfig makes layers only for a peft tuner (get_peft_model, inject_adapter_in_model)")
 
@@ -141,7 +151,8 @@ class AdoptedLayer(FlatLayer):
         with _as_plain(config):
             super().update_layer(adapter_name, *args, config=config, **kwargs)
         if hasattr(config, "make_method"):  # not so in a layer inside of this one, which is adopted with it
-            state = Perturbation.shared(self.perturbation.model, config.settings())
+            check_same_settings(self.perturbation, config.settings())
+            state = self.perturbation
             adopt(self, adapter_name, state, config.rho, config.on_unsupported, kwargs.get("target_name", "?"))
 
     def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator:
@@ -164,7 +175,8 @@ class AdoptedLayer(FlatLayer):
     ) -> nn.Module:
         """peft's door for layers that unload in their own way; ours lets the model's hooks go with the last layer."""
         state, inside = self.perturbation, list(flat_layers(self))
-        last = all(layer in inside for layer in flat_layers(state.model))
+        model = state.model
+        last = model is None or all(layer in inside for layer in flat_layers(model))
         own = getattr(super(), "unload_and_optionally_merge_module", None)
         if own is not None:
             base = own(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
@@ -181,7 +193,13 @@ class AdoptedLayer(FlatLayer):
         self._enrol()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _rebuild, (self.plain_class,), self.__dict__  # the class is made at run time, so by its recipe
+        # the class is made at run time, so by its recipe; what is cached holds weak references
+        return _rebuild, (self.plain_class,), {**self.__dict__, "_norms": {}}
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["user_thread"] = threading.get_ident()  # it runs in another one
+        return replica
 
 
 @cache

@@ -1,65 +1,61 @@
-"""What is looked at when an optimizer steps or a pass begins: does the adapter train with its perturbation at all?"""
+"""Detect training that silently runs without noise."""
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 
-def check_reached(state: Any) -> None:
-    """Has every layer whose factors have a gradient run its forward? Kernels that read the weights directly pass it by.
+def check_layers_run(state: Any) -> None:
+    """Has every layer whose factors are part of the model's output run its forward?
 
-    Layers that did not run and have no gradient are no mistake: experts that were not chosen, dropped layers. Nor are
-    gradients that were put there while no pass with gradients has begun: loaded, or made by hand. With several
-    processes layers that did not run have a gradient too, DDP's average; so there it is a mistake only if no layer ran
-    at all. Nothing is looked at in a step where all layers have run.
+    Kernels that read the LoRA weights directly (Unsloth's) pass a layer by. A layer that did not run may well have a
+    gradient: of a penalty on its weights, of an earlier pass, DDP's average. So it is asked whether the factors of such
+    a layer are in the graph of the model's outputs, which is searched only if there is such a layer.
 
     Raises:
         RuntimeError: a layer was passed by. With `on_unsupported="warn"` it is a warning, once.
     """
-    if state.reached == state.flat_layer_count or state.compiled or not state.enabled:
+    if state.compiled or not state.enabled or state.passes.training == state.passes_before[1]:
         return
-    if state.passes.recorded == state.passes_before[1]:
+    if len(state.layers_run) == len(state.layers_alive()):
         return
-    layers = list(state.flat_layers())
-    state.flat_layer_count = len(layers)
-    if state.reached and _several_processes():
+    idle = [layer for layer in state.layers_alive() if layer.number not in state.layers_run and _has_gradient(layer)]
+    used = state.passes.leaves() if idle else set()
+    idle = [layer for layer in idle if any(id(p) in used for _, p in _factors(layer))]
+    if not idle:
         return
-    passed_by = [(name, layer) for name, layer in layers if layer.interval != state.interval and _has_gradient(layer)]
-    if not passed_by:
-        return
-    name, layer = passed_by[0]
-    others = f" (and {len(passed_by) - 1} more)" if len(passed_by) > 1 else ""
+    names = {id(layer): name for name, layer in state.flat_layers()}
+    others = f" (and {len(idle) - 1} more)" if len(idle) > 1 else ""
     message = (
-        f"the layer {name!r} ({type(layer).__name__}){others} has gradients, but its forward has not run since the "
-        "last optimizer step: something reads the LoRA weights directly (fused kernels, such as Unsloth's, that "
-        "replace the forward of attention and MLP), and the adapter trains without noise."
+        f"the layer {names.get(id(idle[0]), '?')!r} ({type(idle[0]).__name__}){others} has gradients, but its forward "
+        "has not run since the last optimizer step: something reads the LoRA weights directly (fused kernels, such as "
+        "Unsloth's, that replace the forward of attention and MLP), and the adapter trains without noise."
     )
-    if any(layer.strict for _, layer in passed_by):
+    if any(layer.strict for layer in idle):
         raise RuntimeError(
             f"{message} Load the model without these kernels, or set on_unsupported='warn' to train it without noise."
         )
     _warn_once(state, f"{message} (on_unsupported='warn')")
 
 
-def check_mode(state: Any) -> None:
-    """Warn, once, of a model that is trained in evaluation mode or without a backward, where nothing is perturbed."""
-    if state.trained or not state.enabled or state.compiled:
+def check_train_mode(state: Any) -> None:
+    """Warn, once, of layers that train in evaluation mode or without a backward, where nothing is perturbed."""
+    if not state.enabled or state.compiled:
         return
-    passes, recorded = state.passes_before
-    if state.evaluated:
-        _warn_once(
-            state,
-            "this optimizer step trains without noise: all passes since the last one were in evaluation mode, which is "
-            "what `from_pretrained` leaves a model in. Call model.train() before training.",
-        )
+    passes, training = state.passes_before
+    if state.layers_in_eval:
+        _check_evaluated(state)
     elif (
-        state.passes.count > passes
-        and state.passes.recorded == recorded
-        and any(_has_gradient(layer) for _, layer in state.flat_layers())
+        not state.layers_perturbed
+        and state.passes.count > passes
+        and state.passes.training == training
+        and any(_has_gradient(layer) for layer in state.layers_alive())
     ):
         _warn_once(
             state,
@@ -68,7 +64,26 @@ def check_mode(state: Any) -> None:
         )
 
 
-def check_alone(state: Any, optimizer: Optimizer) -> None:
+def _check_evaluated(state: Any) -> None:
+    if not state.layers_perturbed:
+        return _warn_once(
+            state,
+            "this optimizer step trains without noise: all passes since the last one were in evaluation mode, which is "
+            "what `from_pretrained` leaves a model in. Call model.train() before training.",
+        )
+    # a layer that also ran perturbed was evaluated beside its training
+    only = state.layers_in_eval - state.layers_perturbed
+    layers = [(name, layer) for name, layer in state.flat_layers() if layer.number in only and _has_gradient(layer)]
+    if layers:
+        others = f" (and {len(layers) - 1} more)" if len(layers) > 1 else ""
+        _warn_once(
+            state,
+            f"the layer {layers[0][0]!r}{others} trains without noise: it is in evaluation mode, while other layers of "
+            "the model are not. Put it in training mode, freeze its adapter, or leave it out of target_modules.",
+        )
+
+
+def check_single_optimizer(state: Any, optimizer: Optimizer) -> None:
     """
     Raises:
         RuntimeError: a method that uses the gradients of a step is to see those of several optimizers, of which some
@@ -86,16 +101,16 @@ def check_alone(state: Any, optimizer: Optimizer) -> None:
         )
 
 
-def check_seen(state: Any) -> None:
+def check_steps_observed(state: Any) -> None:
     """Warn, once, of an adapter that changes while no optimizer step is seen, where steps are needed."""
-    if state.sees_steps or state.steps or not state.reached or not state.needs_steps():
+    if state.sees_steps or state.steps or not state.layers_run or not state.needs_steps():
         return
     anchor: Any = state.anchor()
     if anchor is None:
         return
-    before, value = state.witness
-    if before is not anchor or value.dtype != anchor.dtype or value.device != anchor.device:
-        state.witness = anchor, anchor.detach().clone()
+    before, value = state.snapshot
+    if before() is not anchor or value.dtype != anchor.dtype or value.device != anchor.device:
+        state.snapshot = weakref.ref(anchor), anchor.detach().clone()
     elif not torch.equal(value, anchor) and not state.is_stepping():
         _warn_once(
             state,
@@ -112,12 +127,11 @@ def _warn_once(state: Any, message: str) -> None:
         warnings.warn(message, stacklevel=2)
 
 
-def _has_gradient(layer: Any) -> bool:
-    # the regulariser of AdaLoRA gives A and B a gradient whether their layer has run or not
+def _factors(layer: Any) -> list[tuple[str, Tensor]]:
+    # the regularizer of AdaLoRA gives A and B a gradient whether their layer has run or not
     kind = "lora_E" if hasattr(layer, "lora_E") else "lora_"
-    return any(p.grad is not None and bool(p.grad.any()) for name, p in layer.named_parameters() if kind in name)
+    return [(name, p) for name, p in layer.named_parameters() if kind in name]
 
 
-def _several_processes() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+def _has_gradient(layer: Any) -> bool:
+    return any(p.grad is not None and bool(p.grad.any()) for _, p in _factors(layer))

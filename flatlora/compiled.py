@@ -1,4 +1,4 @@
-"""What compiled code knows of a flat layer: its number. What changes from step to step is looked up at run time."""
+"""What compiled code knows of a flat layer: its address. What changes from step to step is looked up at run time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .ops.library import OBSERVERS
 from .ops.norms import norm_dtype
+from .ops.products import autocast_dtype
 
 LAYERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by number
 _numbers = itertools.count()
@@ -23,6 +24,11 @@ def enrol(layer: Any) -> int:
     return number
 
 
+def leave(layer: Any) -> None:
+    """The layer is no longer flat."""
+    LAYERS.pop(layer.__dict__.get("number", -1), None)
+
+
 @torch.compiler.assume_constant_result
 def note_compiling(number: int) -> None:
     """Called while a flat layer of the perturbation of this number is compiled, not when its code runs."""
@@ -30,13 +36,24 @@ def note_compiling(number: int) -> None:
 
 
 @torch.library.custom_op("flatlora::layer_noise", mutates_args=())
-def _layer_noise(weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """`FlatLayer.noise` at the run time of compiled code."""
-    row_std, key = LAYERS[number].noise()
+def _layer_noise(weight: Tensor, address: Tensor) -> tuple[Tensor, Tensor]:
+    """`FlatLayer.noise` at the run time of compiled code. `address` is (number of the layer, its stream, number of its
+    perturbation): a tensor, so that equal layers share one compiled graph."""
+    row_std, key = LAYERS[int(address[0])].noise_of_compiled_forward()
     return row_std.clone(), key.clone()
 
 
 @_layer_noise.register_fake
-def _(weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, address: Tensor) -> tuple[Tensor, Tensor]:
     row_std = weight.new_empty(weight.shape[0], dtype=norm_dtype(weight.dtype))
-    return row_std, LAYERS[number].perturbation.empty_key(weight.device)
+    return row_std, torch.empty(2, dtype=torch.int64, device=weight.device if weight.device.type == "cuda" else "cpu")
+
+
+def compiled_perturbed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, row_std: Tensor, key: Tensor, address: Tensor, *, backend: str
+) -> Tensor:
+    """`perturbed_linear` of a layer in compiled code, as an operator."""
+    dtype = autocast_dtype(x.device.type, weight.dtype)
+    if dtype != weight.dtype:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    return torch.ops.flatlora.perturbed_linear(x, weight, bias, row_std, key, address, dtype, backend)

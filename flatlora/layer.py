@@ -15,6 +15,7 @@ with it go on as before. A forward that is not to be perturbed is peft's own for
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
 from transformers.pytorch_utils import Conv1D
 
-from .compiled import enrol, note_compiling
+from .compiled import compiled_perturbed_linear, enrol, note_compiling
 from .method import FlatLora
 from .ops import (
     RowNoise,
@@ -45,9 +46,10 @@ from .ops import (
 from .ops.norms import grouped_row_norms, norm_dtype
 from .passes import tensors
 from .spread import is_dtensor, is_gathered, moved_weight, refuse_fsdp1, replaced_forward, whole_weight
-from .state import Perturbation
-from .support import CONVOLUTIONS, SPLIT
+from .state import Perturbation, Record
+from .support import CONVOLUTIONS, SPLIT, check_changed_base, is_of_torch
 from .transforms import is_transformed, transformed_forward
+from .weights import quantised_row_norms, squared_norms
 
 
 def flat_layers(model: nn.Module) -> Iterator[Any]:
@@ -80,7 +82,14 @@ class _OneAdapter(NamedTuple):
         return weight.T if isinstance(self.base, Conv1D) else weight
 
 
+_ALWAYS = object()  # for what does not depend on the pass
 _Layer: Any = object  # for the type checker: in use, the class that peft has made comes next
+
+
+OWN_ATTRIBUTES = (  # of a flat layer, beside those of the class that peft made
+    *("perturbation", "stream", "number", "address", "flat_adapters", "offsets", "strict", "user_thread"),
+    *("_norms", "_base_forward"),
+)
 
 
 class FlatLayer(_Layer):
@@ -89,31 +98,66 @@ class FlatLayer(_Layer):
     plain_class: type
     perturbation: Perturbation
     stream: int  # index of the layer in the noise contract
-    number: int  # names the layer in compiled code
+    number: int  # names the layer in this process
+    address: Tensor  # the same for compiled code, see `compiled.py`
     flat_adapters: set[str]  # the adapters whose training is perturbed here
     offsets: dict[tuple[str, str], Tensor]  # what the method keeps here, by factor ("lora_B") and adapter
-    interval: int  # the last one, between two optimizer steps, in which this layer has run
     strict: bool  # kernels that pass this layer by are an error
+    user_thread: int  # where the user's code runs, in a replica of `nn.DataParallel`
     _norms: dict[str, tuple]  # cached norms, each with what it was computed from
+    _base_forward: Any  # of the base layer, as it was when the layer became flat
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain, compiling = super().forward, torch.compiler.is_compiling()
-        if compiling:
-            note_compiling(self.perturbation.number)
-        if self._rho(kwargs) == 0:
-            if not compiling and torch.is_grad_enabled():
-                self._ran_clean()
-            return plain(x, *args, **kwargs)
-        if not compiling:
+        plain = super().forward
+        if torch.compiler.is_compiling():
+            return self._forward_in_compiler(plain, x, *args, **kwargs)
+        if self._strength() == 0 or self.disable_adapters or self.merged:
+            return self._clean(plain, x, *args, **kwargs)
+        record = self._record()
+        if not record.perturbed:
+            return self._clean(plain, x, *args, **kwargs)
+        self._refuse_mixed_batch(kwargs)
+        with self.perturbation.forward_of(record):
             return self._perturbed(plain, x, *args, **kwargs)
-        return self._compiled(x) if self._is_plain_linear() else self._graph_break(plain, x, *args, **kwargs)
+
+    def _forward_in_compiler(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state = self.perturbation
+        note_compiling(state.number)
+        if self._strength() == 0 or self.disable_adapters or self.merged:
+            return plain(x, *args, **kwargs)
+        perturbed = state.compiled_forward_is_perturbed(self.training and self.get_base_layer().training)
+        if perturbed is None:
+            return self._graph_break(x, *args, **kwargs)
+        if not perturbed:
+            return plain(x, *args, **kwargs)
+        self._refuse_mixed_batch(kwargs)
+        return self._compiled(x) if self._is_plain_linear() else self._graph_break(x, *args, **kwargs)
 
     @torch.compiler.disable
-    def _graph_break(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._perturbed(plain, x, *args, **kwargs)
+    def _graph_break(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward(x, *args, **kwargs)
+
+    def _record(self) -> Record:
+        # an adapter that is injected after model.eval() is in training mode, its base layer is not
+        training = self.training and self.get_base_layer().training
+        return self.perturbation.record_of_forward(self.number, training, self.__dict__.get("user_thread"))
+
+    def _refuse_mixed_batch(self, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names gives each row of the batch a merged weight of its own, and the noise is relative to "
+                "one: call the model once per adapter, or under flatlora.unperturbed(model)"
+            )
+
+    def _clean(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            self._note_run()
+            if not (self.training and self.get_base_layer().training):
+                self.perturbation.layers_in_eval.add(self.number)
+        return plain(x, *args, **kwargs)
 
     def _perturbed(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.perturbation.trained = True
+        self.perturbation.layers_perturbed.add(self.number)
         method = self.perturbation.settings.method
         if is_transformed():
             return transformed_forward(self, plain, x, *args, **kwargs)
@@ -132,32 +176,57 @@ class FlatLayer(_Layer):
 
     @unserializable_hook  # an output may be saved, and its hooks need not be
     def _backward_began(self, _grad: Tensor | None = None) -> None:
-        self._reached()
+        self._note_run()
         self.perturbation.backward_began()
 
-    def _ran_clean(self) -> None:
-        self._reached()
-        if not (self.training and self.get_base_layer().training):
-            self.perturbation.evaluated = True
-
-    def _reached(self) -> None:
-        """This layer takes part in the coming optimizer step, see `checks.check_reached`."""
-        state = self.perturbation
-        if self.interval != state.interval:
-            self.__dict__["interval"], state.reached = state.interval, state.reached + 1
+    def _note_run(self) -> None:
+        """This layer takes part in the coming optimizer step, see `checks.check_layers_run`."""
+        self.perturbation.layers_run.add(self.number)
 
     def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """peft's forward with Gaussian noise in the merged weight, see `noise`."""
         base = self.get_base_layer()
         if isinstance(base, nn.Embedding):
-            out = self._add_row_noise(plain(x, *args, **kwargs), x)
-        elif any(self.use_dora.get(name) for name in self._active()):
-            none = base.weight.new_zeros(1).expand_as(base.weight)  # W = 0 without its memory: eps alone
-            out = plain(x, *args, **kwargs) + self._product(x, none, None, *self.noise())
-        else:  # the base layer's hooks bring its weight
-            with replaced_forward(base, lambda x: self._product(x, base.weight, base.bias, *self.noise())):
-                out = plain(x, *args, **kwargs)
-        return out
+            return self._add_row_noise(plain(x, *args, **kwargs), x)
+        if self._base_has_changed(base):
+            return self._add_noise_product(plain(x, *args, **kwargs), x, x)
+        if any(self.use_dora.get(name) for name in self._active()):
+            return self._add_noise_product(plain(x, *args, **kwargs), x, base.weight)
+        # the base layer's hooks bring its weight
+        with replaced_forward(base, lambda x: self._product(x, base.weight, base.bias, *self.noise())):
+            return plain(x, *args, **kwargs)
+
+    def _add_noise_product(self, out: Tensor, x: Tensor, like: Tensor) -> Tensor:
+        """``out + x eps^T``: the base layer's product stays its own. eps is rounded to the dtype of `like`."""
+        base: Any = self.get_base_layer()
+        if isinstance(base, CONVOLUTIONS):
+            shape = base.weight.shape
+        else:
+            shape = (self.in_features, self.out_features)[:: 1 if isinstance(base, Conv1D) else -1]
+        none = torch.zeros(1, dtype=like.dtype, device=like.device).expand(shape)  # W = 0 without its memory: eps alone
+        return out + self._product(x, none, None, *self.noise())
+
+    # ---- what the base layer is ----
+
+    def remember_base(self) -> None:
+        """Note how the base layer makes its product, which is ours to make while it stays that way."""
+        self.__dict__["_base_forward"] = type(self.get_base_layer()).forward
+
+    def _base_has_changed(self, base: Any) -> bool:
+        """Has something else taken the place of the base layer's product (QAT, float8, quantization, a patch)?
+
+        Raises:
+            RuntimeError: it has, and the new weight cannot be perturbed.
+        """
+        replaced = "forward" in base.__dict__ and "_old_forward" not in base.__dict__  # accelerate's brings the weight
+        if not replaced and type(base).forward is self._base_forward and self._is_base_weight_ours(base):
+            return False
+        check_changed_base(self, base)
+        return True
+
+    def _is_base_weight_ours(self, base: Any) -> bool:
+        weight = base._parameters.get("weight")
+        return weight is None or is_of_torch(weight)  # None: a parametrization or FSDP brings it
 
     @contextmanager
     def moved(self, offsets: dict[tuple[str, str], Tensor]) -> Iterator[None]:
@@ -207,38 +276,44 @@ class FlatLayer(_Layer):
     def _in_one_node_with_noise(self, one: _OneAdapter, x: Tensor) -> Tensor:
         """The row norms are made in the pass that makes the noise, where they are not known and the kernel can."""
         state, weight = self.perturbation, one.rows()
-        key, sample = state.draw(x.device)
+        key, _ = state.draw(x.device)
         method: Any = state.settings.method
-        source = self._norms_are_of(sample, [one.name], [one.base.weight, one.A.weight, one.B.weight])
-        known = self._norms.get("merged", (None,))[0] == source
-        stale = not known and makes_norms(weight, state.settings.backend) and type(method) is FlatLora
-        if stale:
-            norms = torch.empty(len(weight))
+        source = self._norms_source([one.name], [one.base.weight, one.A.weight, one.B.weight])
+        known = self._is_cached("merged", source)
+        compute_norms = not known and makes_norms(weight, state.settings.backend) and type(method) is FlatLora
+        if compute_norms:
+            norms = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
         else:
             norms = method.noise_norms(self._cached("merged", source, self._merged_row_norms))
         relative = self._relative(weight.shape[1])
-        out = self._in_one_node(one, x, RowNoise(norms, relative, key, self.stream, stale))
-        if stale:
-            self._norms["merged"] = source, norms
+        out = self._in_one_node(one, x, RowNoise(norms, relative, key, self.stream, compute_norms))
+        if compute_norms:
+            self._keep("merged", source, norms)
         return out
 
     def _compiled(self, x: Tensor) -> Tensor:
         """peft's forward of a plain linear layer, with operators that `torch.compile` can keep in one graph."""
-        base = self.get_base_layer()
-        row_std, key = torch.ops.flatlora.layer_noise(base.weight.detach(), self.number)
-        out = self._product(x, base.weight, base.bias, row_std, key)
+        base, backend = self.get_base_layer(), self.perturbation.settings.backend
+        row_std, key = torch.ops.flatlora.layer_noise(base.weight.detach(), self.address)
+        weight = base.weight
+        out = compiled_perturbed_linear(x, weight, base.bias, row_std, key, self.address, backend=backend)
         dtype = out.dtype
         for name in self._active():
             x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
             out = out + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
         return out.to(dtype)
 
+    def noise_of_compiled_forward(self) -> tuple[Tensor, Tensor]:
+        """`noise` at the run time of compiled code, which has been compiled as perturbed."""
+        with self.perturbation.forward_of(self._record()):
+            return self.noise()
+
     def noise(self) -> tuple[Tensor, Tensor]:
         """Standard deviation of each row of eps, (m,), and the key of the noise, for the forward that asks."""
         if is_dtensor(getattr(self.get_base_layer(), "weight", None)):
             raise RuntimeError(f"the layer cannot be perturbed: {SPLIT}. Use DDP, FSDP or ZeRO.")
-        key, sample = self.perturbation.draw(self._device())
-        return self._row_std(self._row_norms(sample), self._columns()), key
+        key, _ = self.perturbation.draw(self._device())
+        return self._row_std(self._row_norms(), self._columns()), key
 
     def _row_std(self, row_norms: Tensor, n: int) -> Tensor:
         method: Any = self.perturbation.settings.method
@@ -249,22 +324,6 @@ class FlatLayer(_Layer):
         return self._strength() * self.perturbation.ramp / math.sqrt(n)
 
     # ---- when ----
-
-    def _rho(self, kwargs: dict[str, Any]) -> float:
-        """rho of the flat adapters that are active here (the largest); 0 where this forward is to be clean."""
-        state = self.perturbation
-        if self.disable_adapters or self.merged:
-            return 0.0
-        rho = self._strength()
-        # an adapter that is injected after model.eval() is in training mode, its base layer is not
-        if rho == 0 or not state.wants_noise(self.training and self.get_base_layer().training):
-            return 0.0
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names gives each row of the batch a merged weight of its own, and the noise is relative to "
-                "one: call the model once per adapter, or under flatlora.unperturbed(model)"
-            )
-        return rho
 
     def _strength(self) -> float:
         rhos = self.perturbation.rhos
@@ -291,27 +350,42 @@ class FlatLayer(_Layer):
 
     # ---- how strong ----
 
-    def _row_norms(self, sample: int) -> Tensor:
+    def _row_norms(self) -> Tensor:
         """``||W'_i||`` of the merged weight, (m,); with DoRA the absolute value of the magnitude vector."""
         active = self._active()
-        # addresses differ between processes, which must agree on whether to gather
+        # which tensors there are differs between processes, which must agree on whether to gather
         gathered = any(is_gathered(A) for name, A in self.lora_A.items() if name in active)
-        source = self._norms_are_of(sample, active, [] if gathered else self._factors(active))
+        source = self._norms_source(active, [] if gathered else self._factors(active))
         return self._cached("merged", source, self._merged_row_norms)
 
-    def _norms_are_of(self, sample: int, active: list[str], factors: list[Tensor]) -> tuple:
-        """What the row norms depend on."""
-        state = self.perturbation
-        when = state.window() if state.sees_steps else (*state.window(), sample)
-        versions = [(p.data_ptr(), p._version) for p in factors]
+    def _norms_source(self, active: list[str], factors: list[Tensor]) -> tuple:
+        """What the row norms were computed from: norms are used again for the very same factors, in the same pass.
+
+        A write through `.data` changes no version counter, so norms are not kept from one pass to the next.
+        """
         scales = [float(self.scaling[name]) for name in active]  # a tensor when peft is to swap hot
-        return torch.is_inference_mode_enabled(), *when, *active, *scales, *versions  # autograd takes no tensor of it
+        versions = [p._version for p in factors]
+        # autograd takes no tensor of inference mode
+        return self.perturbation.token(), factors, (torch.is_inference_mode_enabled(), *active, *scales, *versions)
+
+    def _is_cached(self, name: str, source: tuple) -> bool:
+        if name not in self._norms or source[0] is None:
+            return False
+        token, factors, rest = self._norms[name][0]
+        same = token is source[0] and rest == source[2] and len(factors) == len(source[1])
+        return same and all(ref() is p for ref, p in zip(factors, source[1], strict=True))
 
     def _cached(self, name: str, source: tuple, compute: Callable[[], Tensor]) -> Tensor:
-        found = self._norms.get(name)
-        if found is None or found[0] != source:
-            found = self._norms[name] = (source, compute())
-        return found[1]
+        if self._is_cached(name, source):
+            return self._norms[name][1]
+        value = compute()
+        self._keep(name, source, value)
+        return value
+
+    def _keep(self, name: str, source: tuple, value: Tensor) -> None:
+        """An address may be used again by another tensor; a weak reference is not."""
+        token, factors, rest = source
+        self._norms[name] = (token, [weakref.ref(p) for p in factors], rest), value
 
     def _factors(self, active: list[str]) -> list[Tensor]:
         weight = self.get_base_layer().weight
@@ -324,6 +398,8 @@ class FlatLayer(_Layer):
     @torch.no_grad()
     def _merged_row_norms(self) -> Tensor:
         active, base, magnitudes = self._active(), self.get_base_layer(), self._magnitudes()
+        if not is_of_torch(base.weight):
+            return self._row_norms_of_quantized(base)
         dtype = norm_dtype(base.weight.dtype)
         if magnitudes is not None:
             return magnitudes.to(dtype)
@@ -338,6 +414,16 @@ class FlatLayer(_Layer):
             return grouped_row_norms(weight, squared, B, A, groups)
         return merged_row_norms(weight, squared, torch.cat(B, dim=1), torch.cat(A))
 
+    def _row_norms_of_quantized(self, base: Any) -> Tensor:
+        """Row norms over a weight that is stored in another form; the factors are concatenated, scales folded in."""
+        stored = [*base.parameters(), *base.buffers()]
+        takes = self._norms.get("takes", (torch.float32,))[0]
+        squared = self._cached_of("base", stored, lambda: squared_norms(base, self.in_features, takes))
+        A, B = zip(*(self._dense_factors(name) for name in self._active()), strict=True)
+        scales = [float(self.scaling[name]) for name in self._active()]
+        scaled = [b.float() * scale for b, scale in zip(B, scales, strict=True)]
+        return quantised_row_norms(base, squared, torch.cat(scaled, dim=1), torch.cat([a.float() for a in A]), takes)
+
     def _magnitudes(self) -> Tensor | None:
         """With DoRA: the row norms, which are the magnitudes of the last adapter applied."""
         dora = [name for name in self._active() if self.use_dora.get(name)]
@@ -346,8 +432,12 @@ class FlatLayer(_Layer):
     def _squared(self, weight: Tensor) -> Tensor:
         """``||W_i||^2`` of the base weight, which is computed once."""
         base = self.get_base_layer().weight
-        source = (base.data_ptr(), base._version, base.dtype, base.device)
-        return self._cached("base", source, lambda: squared_row_norms(weight))
+        return self._cached_of("base", [base], lambda: squared_row_norms(weight))
+
+    def _cached_of(self, name: str, stored: list[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """`compute()`, kept for as long as these are the same tensors, unchanged."""
+        kinds = [(p._version, p.data_ptr(), p.dtype, p.device) for p in stored]
+        return self._cached(name, (_ALWAYS, stored, (torch.is_inference_mode_enabled(), kinds)), compute)
 
     def _dense_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A, (r, n), and B, (m, r), whose product this adapter adds, without its scale."""
@@ -395,4 +485,7 @@ class FlatLayer(_Layer):
         return out + noise.view_as(out)
 
     def _enrol(self) -> None:
-        self.__dict__["number"] = enrol(self)
+        self.perturbation.enrol(self)
+        number = enrol(self)
+        address = torch.tensor([number, self.stream, self.perturbation.number], dtype=torch.int64, device="cpu")
+        self.__dict__.update(number=number, address=address)

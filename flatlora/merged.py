@@ -71,9 +71,9 @@ class AttentionLayer(MergedLayer):
     def parts(self) -> list[Any]:
         return [self, self.get_base_layer().out_proj]
 
-    def _reached(self) -> None:
-        super()._reached()
-        self.get_base_layer().out_proj._reached()
+    def _note_run(self) -> None:
+        super()._note_run()
+        self.get_base_layer().out_proj._note_run()
 
     def anchor(self) -> Any:
         return self.get_base_layer().in_proj_weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from numbers import Integral
 from types import NoneType
 from typing import Any
@@ -11,13 +11,13 @@ from typing import Any
 import peft
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .adoption import abandon, adopt, release
 from .config import HUB_OPTIONS, FlatLoraConfig, PerturbedLoraConfig, config_class, load_own, plain_copy
 from .layer import flat_layers
-from .passes import of_model
+from .parts import perturbations
+from .passes import of_model, root_of
 from .settings import Settings, check_rho
 from .state import Perturbation
 
@@ -91,7 +91,7 @@ def attach(
         raise ValueError(f"{type(model).__name__} has no LoRA layer: make one with get_flat_peft_model")
     chosen = _choose(model, layers.values(), adapter_names)
     before = perturbation(model) if any(flat_layers(model)) else None
-    state = Perturbation.shared(_root(model), settings)
+    state = Perturbation.shared(root_of(model), settings)
     state.passes.watch(model)
     adopted = []
     try:
@@ -114,11 +114,17 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not flat.
     """
-    _strip(model, perturbation(model))
-    configs = getattr(model, "peft_config", {})
-    for name, config in configs.items():
-        if isinstance(config, PerturbedLoraConfig):
-            configs[name] = plain_copy(config)
+    states = _perturbations(model)
+    for layer in list(flat_layers(model)):
+        release(layer)
+    for state in states:
+        if not state.layers_alive():  # of a part of a model the rest stays flat
+            state.close()
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        for name, config in (configs or {}).items():
+            if isinstance(config, PerturbedLoraConfig):
+                configs[name] = plain_copy(config)
     return model
 
 
@@ -128,20 +134,24 @@ def perturbation(model: nn.Module) -> Perturbation:
     Raises:
         ValueError: the model has no flat layer.
     """
-    for layer in flat_layers(model):
-        return layer.perturbation
-    raise ValueError(
-        f"{type(model).__name__} has no flat LoRA layer: make it with get_flat_peft_model, or call attach on it"
-    )
+    states = _perturbations(model)
+    if len(states) > 1:
+        names = sorted({_differences(states[0], other) for other in states[1:]})
+        raise ValueError(
+            f"the parts of {type(model).__name__} were adapted with different settings ({', '.join(names)}), so that "
+            "they have no perturbation in common. Give them the same, or ask for that of a part, perturbation(part)."
+        )
+    return states[0]
 
 
 def unperturbed(model: nn.Module) -> AbstractContextManager[None]:
-    """Context manager: no noise inside, in training mode too."""
-    return _for_now(perturbation(model), "enabled", False)
+    """Context manager: no noise inside, in training mode too; in this thread."""
+    return _override(model, enabled=False)
 
 
 def perturbed(model: nn.Module, sample: int | None = None) -> AbstractContextManager[None]:
-    """Context manager: noise of the present strength rho_t inside, in evaluation mode and under `no_grad` too.
+    """Context manager: noise of the present strength rho_t inside, in evaluation mode and under `no_grad` too; in this
+    thread.
 
     Averaging the loss over several samples estimates the objective of Flat-LoRA, E_eps L(W + sBA + eps).
 
@@ -151,7 +161,7 @@ def perturbed(model: nn.Module, sample: int | None = None) -> AbstractContextMan
     """
     if isinstance(sample, bool) or not isinstance(sample, (Integral, NoneType)) or not 0 <= int(sample or 0) < 2**32:
         raise ValueError(f"sample must be None or an integer in [0, 2^32), got {sample!r}")
-    return _for_now(perturbation(model), "_forced", (sample,))
+    return _override(model, forced=True, sample=None if sample is None else int(sample))
 
 
 def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainable: bool = True, **kwargs: Any):
@@ -182,15 +192,33 @@ def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainabl
     )
 
 
+def _perturbations(model: nn.Module) -> list[Perturbation]:
+    found = perturbations(model)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no flat LoRA layer: make it with get_flat_peft_model, or call attach on it"
+        )
+    return found
+
+
+def _differences(first: Perturbation, second: Perturbation) -> str:
+    values = vars(first.settings) | {"rho": first.rhos}
+    others = vars(second.settings) | {"rho": second.rhos}
+    return ", ".join(
+        f"{name}: {values[name]!r} and {others[name]!r}" for name in values if values[name] != others[name]
+    )
+
+
+def _override(model: nn.Module, **changes: Any) -> AbstractContextManager[None]:
+    return _override_all(_perturbations(model), changes)
+
+
 @contextmanager
-def _for_now(state: Perturbation, name: str, value: Any) -> Iterator[None]:
-    """An attribute has this value inside."""
-    before = getattr(state, name)
-    setattr(state, name, value)
-    try:
+def _override_all(states: list[Perturbation], changes: dict[str, Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for state in states:
+            stack.enter_context(state.override(**changes))
         yield
-    finally:
-        setattr(state, name, before)
 
 
 def _choose(model: nn.Module, layers: Iterable[Any], names: Sequence[str] | None) -> set[str]:
@@ -210,14 +238,6 @@ def _choose(model: nn.Module, layers: Iterable[Any], names: Sequence[str] | None
     return chosen
 
 
-def _root(model: nn.Module) -> nn.Module:
-    """The model inside peft's wrappers, where the hooks are kept."""
-    inner = getattr(model, "base_model", None)
-    if isinstance(inner, BaseTuner):
-        return inner.model
-    return model.model if isinstance(model, BaseTuner) else model
-
-
 def _take_back(model: nn.Module, before: set[nn.Module]) -> None:
     """Put the base layers back where an injection that failed half-way has replaced them."""
     for name, module in list(model.named_modules()):
@@ -229,9 +249,3 @@ def _take_back(model: nn.Module, before: set[nn.Module]) -> None:
     left = of_model(model)
     if left is not None and not any(flat_layers(model)):
         left.close()
-
-
-def _strip(model: nn.Module, perturbation: Perturbation) -> None:
-    for layer in list(flat_layers(model)):
-        release(layer)
-    perturbation.close()

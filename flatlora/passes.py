@@ -1,121 +1,185 @@
-"""Which pass of a model is running: seen by hooks where a pass begins and ends.
+"""Track forward passes with hooks: where one begins and ends, and whether it trains.
 
-Were gradients enabled where the outermost model was entered? Asking inside a layer would be wrong: reentrant gradient
-checkpointing runs its first pass under `no_grad`. And a forward that is computed again in a backward must have the
-noise of its own first time, which hooks on the outputs of that forward bring back.
+Which pass is running is a fact of a thread: one may train while another answers with the same model. Whether a pass
+trains is decided where the outermost model is entered, since reentrant gradient checkpointing runs its first forward
+under `no_grad`; a `no_grad` block inside of a training pass is told from it by `recompute.find_checkpoints`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
+
+from .recompute import Checkpoints, find_checkpoints, in_backward
+
+
+class _Running(threading.local):
+    """The pass that is running in this thread."""
+
+    def __init__(self) -> None:
+        self.entered: list[int] = []  # ids of the modules that are running, outermost first
+        self.gradients = False  # the pass trains
+        self.unused = False  # a pass has begun, and nobody has called `first_use`
+        self.token: object | None = None  # names the pass
+        self.recorded: tuple[int, Any] = (-1, None)  # backward, and the record of the pass that it belongs to
 
 
 class Passes:
     """Watches the places where a pass of one model may begin.
 
     Args:
-        owner: whose passes these are; `of_model` finds it, and its `pass_begins()` is called for each.
-        note: called when a pass with gradients ends; what it returns is `recalled` while the backward of that pass
-            runs.
+        owner: whose passes these are; `of_model` finds it. Its `pass_begins(module)` is called for each; what its
+            `record_of_pass()` returns when a training pass ends is `recorded` in the backward of that pass.
     """
 
-    def __init__(self, owner: Any, note: Callable[[], Any]) -> None:
-        self.owner = owner
-        self.unused = False  # a pass has begun, and nobody has called `first_use`
+    def __init__(self, owner: Any) -> None:
+        self.belong_to(owner)
         self.count = 0  # of the passes that have begun
-        self.recorded = 0  # of those with gradients
-        self._note = note
-        self._entered: list[int] = []  # ids of the modules that are running, outermost first
-        self._gradients = False  # were enabled where the outermost one was entered
-        self._without: set[int] = set()  # ids of modules that were outermost last without them
-        self._backward_note: Any = None
-        self._handles: list = []
+        self.training = 0  # of those that train
+        self._outputs: list[weakref.ref] = []  # tensors that the last training pass has returned
+        self._leaves: set[int] | None = None  # what they were computed from, where somebody has asked
+        self._keep_leaves = False
+        self.now_training = False  # for compiled code, whose guards read plain attributes: a training pass is running
+        self._running = _Running()
+        self._watched: list[weakref.ref] = []  # modules
+
+    def belong_to(self, owner: Any) -> None:
+        """Say whose passes these are. Held weakly: the hooks of a model lead here, and must not keep it alive."""
+        self._owner = weakref.ref(owner)
 
     def watch(self, module: nn.Module) -> None:
         """Take `module` for a place where a pass may begin."""
         if _watcher(module) is not self:
-            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
-            self._handles.append(module.register_forward_hook(self._exit, always_call=True))
+            module.register_forward_pre_hook(self._enter, prepend=True)
+            module.register_forward_hook(self._exit, always_call=True)
+            self._watched.append(weakref.ref(module))
 
-    def close(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def watched(self) -> list[nn.Module]:
+        """The modules where a pass may begin."""
+        return [module for module in (ref() for ref in self._watched) if module is not None]
+
+    def close(self, model: nn.Module | None = None) -> None:
+        """Take the hooks away; in `model` also those that a copy of a part of it has brought along."""
+        for module in [*self.watched(), *(() if model is None else model.modules())]:
+            _remove_hooks(module, self)
+        self._watched = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # the handles of a tuner that is gone, as transformers' add_adapter leaves them, cannot be copied
-        alive = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
-        return {**self.__dict__, "_handles": alive}
+        return {"count": self.count, "training": self.training}
 
-    def with_gradients(self) -> bool:
-        """Were gradients enabled where the outermost model was entered (or here, outside of any model)?"""
-        return self._gradients if self._entered else torch.is_grad_enabled()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _outputs=[], _leaves=None, _keep_leaves=False, now_training=False)
+        self.__dict__.update(_running=_Running(), _watched=[])
+        self._owner = _nobody  # until the owner comes, if it is in the same copy
+
+    def __deepcopy__(self, memo: dict) -> Passes:
+        owner = self._owner()
+        if owner is None or owner.is_copied_with_its_model(memo):
+            new = memo[id(self)] = object.__new__(type(self))
+            new.__setstate__(self.__getstate__())
+            return new
+        return self  # of a part of a model alone: its passes are those of the model
+
+    def trains(self, checkpoints: Checkpoints | None) -> bool:
+        """Does the forward that asks train?
+
+        A `no_grad` block inside of a training pass does not; the first forward of a reentrant checkpoint does. Outside
+        of the models that are watched gradients decide.
+        """
+        running = self._running
+        if torch.is_grad_enabled():
+            return running.gradients if running.entered else True
+        return checkpoints is not None and bool(checkpoints.running)
+
+    def token(self) -> object | None:
+        """Names the pass that is running in this thread; None outside of the models that are watched."""
+        return self._running.token
 
     def first_use(self) -> bool:
         """True once in a pass, and always outside of the models that are watched."""
-        first = self.unused or not self._entered
-        self.unused = False
+        first = self._running.unused or not self._running.entered
+        self._running.unused = False
         return first
 
-    def recalled(self) -> Any:
-        """In a backward: what was noted of the forward that it belongs to, if known. Elsewhere None."""
-        return self._backward_note if in_backward() else None
+    def recorded(self) -> Any:
+        """In a backward: the record of the pass that it belongs to, as far as hooks on its outputs tell. Else None."""
+        backward, record = self._running.recorded
+        return record if backward != -1 and backward == torch._C._current_graph_task_id() else None
+
+    def leaves(self) -> set[int]:
+        """Ids of the parameters that the outputs of the last training pass were computed from.
+
+        The outputs are not kept alive for this. If they are gone, it is known from the next pass on.
+        """
+        if self._leaves is None:
+            alive = [tensor for tensor in (ref() for ref in self._outputs) if tensor is not None]
+            self._keep_leaves = not alive
+            return _leaves_of(alive)
+        return self._leaves
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # compiled code asks torch itself
             return
-        if id(module) in self._entered:  # left over from a pass that an interrupt broke off
-            del self._entered[self._entered.index(id(module)) :]
-        if not self._entered:
-            self._gradients = torch.is_grad_enabled()
+        running = self._running
+        if id(module) in running.entered:  # left over from a pass that an interrupt broke off
+            del running.entered[running.entered.index(id(module)) :]
+        if not running.entered:
+            running.gradients = torch.is_grad_enabled() or bool(find_checkpoints().running)
+            running.recorded = running.recorded if in_backward() else (-1, None)
+            running.token = object()
             if not in_backward():
-                self.unused, self._backward_note, self.count = True, None, self.count + 1
-                self.recorded += self._gradients
-                self.owner.pass_begins()
-                (self._without.discard if self._gradients else self._without.add)(id(module))
-            elif (
-                self._gradients
-                and id(module) in self._without
-                and self._backward_note is None
-                and not self.owner.forced
-            ):
-                raise RuntimeError(
-                    f"{type(module).__name__} is computed again in a backward, and its first pass was under no_grad: "
-                    "that cannot be told from an evaluation, so it was not perturbed. Under torch.utils.checkpoint use "
-                    "use_reentrant=False, or checkpoint the layers (model.gradient_checkpointing_enable()). With a "
-                    "loss that caches gradients (sentence-transformers' Cached losses) make the whole training step "
-                    "inside `with flatlora.perturbed(model, sample=step):`."
-                )
-        self._entered.append(id(module))
+                running.unused, self.count = True, self.count + 1
+                self.training += running.gradients
+                self.now_training = running.gradients
+                owner = self._owner()
+                if owner is not None:
+                    owner.pass_begins(module)
+        running.entered.append(id(module))
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if id(module) in self._entered:
-            del self._entered[self._entered.index(id(module)) :]
-        if self._entered or not self._gradients or in_backward():
+        running = self._running
+        if id(module) in running.entered:
+            del running.entered[running.entered.index(id(module)) :]
+        if running.entered:
             return
-        note = self._note()
+        running.token, self.now_training = None, False
+        owner = self._owner()
+        if not running.gradients or in_backward() or owner is None:
+            return
+        record = owner.record_of_pass()
 
         @unserializable_hook  # an output may be saved, and its hooks need not be
         def recall(_grad: Tensor) -> None:
-            self._backward_note = note
+            running.recorded = torch._C._current_graph_task_id(), record
 
-        for tensor in tensors(output):
-            if tensor.requires_grad and tensor.grad_fn is not None:
-                tensor.register_hook(recall)
+        found = [tensor for tensor in tensors(output) if tensor.requires_grad and tensor.grad_fn is not None]
+        self._outputs = [weakref.ref(tensor) for tensor in found]
+        self._leaves = _leaves_of(found) if self._keep_leaves else None
+        for tensor in found:
+            tensor.register_hook(recall)
 
 
 def of_model(module: nn.Module) -> Any:
     """The owner of the passes that begin at this very module, or None."""
     watcher = _watcher(module)
-    return None if watcher is None else watcher.owner
+    return None if watcher is None else watcher._owner()
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The model inside peft's wrappers, whose names the layers have."""
+    inner = getattr(model, "base_model", None)
+    if isinstance(inner, BaseTuner):
+        return inner.model
+    return model.model if isinstance(model, BaseTuner) else model
 
 
 def entrances(model: nn.Module) -> list[nn.Module]:
@@ -137,9 +201,33 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def in_backward() -> bool:
-    """Is this thread running a backward? Compiled code is traced as a forward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def _leaves_of(outputs: list[Tensor]) -> set[int]:
+    todo: list[Any] = [output.grad_fn for output in outputs]
+    seen, found = set(todo), set()
+    while todo:
+        node = todo.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.add(id(leaf))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return found
+
+
+def _nobody() -> None:
+    return None
+
+
+def _remove_hooks(module: nn.Module, passes: Passes) -> None:
+    for hooks, flags in (
+        (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
+        (module._forward_hooks, [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]),
+    ):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is passes]:
+            for found in (hooks, *flags):
+                found.pop(key, None)
 
 
 def _watcher(module: nn.Module) -> Passes | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .layer import FlatLayer
 from .ops import perturbed_linear, rebuilt_linear
 from .spread import replaced_forward
-from .weights import FourBitRows, quantised_row_norms, squared_norms
+from .weights import FourBitRows
 
 
 class QuantisedLayer(FlatLayer):
@@ -31,12 +31,18 @@ class QuantisedLayer(FlatLayer):
     def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base, backend = self.get_base_layer(), self.perturbation.settings.backend
         self._norms["takes"] = (x.dtype,)
-        if self.plain_class.__name__ == "Linear4bit" and self._magnitudes() is None:
+        if self._is_four_bit_product(base):
             with replaced_forward(base, self._four_bit_product):
                 return plain(x, *args, **kwargs)
         out = plain(x, *args, **kwargs)  # first: a layer may quantise its weight at its first forward
-        none = x.new_zeros(1).expand(self.out_features, self.in_features)  # W = 0 without its memory: eps alone
+        none = torch.zeros(1, dtype=x.dtype, device=x.device).expand(
+            self.out_features, self.in_features
+        )  # W = 0 without its memory: eps alone
         return out + perturbed_linear(x, none, None, *self.noise(), self.stream, backend=backend).to(out.dtype)
+
+    def _is_four_bit_product(self, base: Any) -> bool:
+        four_bit = self.plain_class.__name__ == "Linear4bit" and self._magnitudes() is None
+        return four_bit and not self._base_has_changed(base)
 
     def _four_bit_product(self, x: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
@@ -65,13 +71,8 @@ class QuantisedLayer(FlatLayer):
 
     @torch.no_grad()
     def _merged_row_norms(self) -> Tensor:
-        base, (takes,) = self.get_base_layer(), self._norms.get("takes", (torch.get_default_dtype(),))
         magnitudes = self._magnitudes()
-        if magnitudes is not None:
-            return magnitudes.float()
-        stored = tuple((t.data_ptr(), t._version) for t in (*base.parameters(), *base.buffers()))
-        squared = self._cached("base", stored, lambda: squared_norms(base, self.in_features, takes))
-        A, B = zip(*(self._dense_factors(name) for name in self._active()), strict=True)
-        scales = [float(self.scaling[name]) for name in self._active()]
-        scaled = [b.float() * scale for b, scale in zip(B, scales, strict=True)]
-        return quantised_row_norms(base, squared, torch.cat(scaled, dim=1), torch.cat([a.float() for a in A]), takes)
+        return self._row_norms_of_quantized(self.get_base_layer()) if magnitudes is None else magnitudes.float()
+
+    def _is_base_weight_ours(self, base: Any) -> bool:
+        return True  # it is the package's

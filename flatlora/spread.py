@@ -15,6 +15,9 @@ from torch import Tensor, nn
 WRAPPED = "_fsdp_wrapped_module"  # where FSDP1 keeps what it wraps
 
 
+_CALL = nn.Module._wrapped_call_impl.__code__  # what calls each module
+
+
 def global_rank() -> int:
     """The rank of this process in the default group; 0 without one."""
     distributed = torch.distributed
@@ -44,13 +47,15 @@ def calling_deepspeed() -> Any:
     """The DeepSpeed engine in whose forward this is called, or None.
 
     DeepSpeed puts an optimizer of its own in place of the user's, and nothing on the model leads to it. The engine
-    counts its steps, and a training forward is always called by it.
+    counts its steps, and a training forward is always called by it. It is a module, so only the frames of torch's
+    module calls are looked at: to read the locals of other frames would keep them alive.
     """
     frame: FrameType | None = sys._getframe(1) if "deepspeed" in sys.modules else None
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if is_deepspeed(caller):
-            return caller
+        if frame.f_code is _CALL:
+            caller = frame.f_locals["self"]
+            if is_deepspeed(caller):
+                return caller
         frame = frame.f_back
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -16,12 +17,16 @@ class Strength:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._engine_ref: Callable[[], Any] = lambda: None  # the DeepSpeed engine that makes the steps, weakly
         self.rhos: dict[str, float] = {}
         self.total_steps = settings.total_steps
         self._counted = 0  # steps, without those that a DeepSpeed engine counts
-        self._engine: Any = None  # the DeepSpeed engine that makes the steps
         self._origin = (0.0, 0)  # progress, and the step it was set at
         self._warned = False
+
+    @property
+    def _engine(self) -> Any:
+        return self._engine_ref()
 
     @property
     def steps(self) -> int:

@@ -10,6 +10,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear  # x W^T + b, written out
 from transformers.pytorch_utils import Conv1D
 
 from .spread import is_dtensor
@@ -31,7 +32,7 @@ VARIANTS = (
 )
 LAYERS_OF_PEFT = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, SVDLinear, SVDConv2d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-STOCK_FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)}
+STOCK_FORWARDS = {kind.forward for kind in (nn.Linear, Conv1D, nn.Embedding, FalconLinear, *CONVOLUTIONS)}
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,6 +53,33 @@ REASONS = {
     "TeLinear": "Transformer Engine may normalise x inside the layer, and the noise must multiply what W multiplies",
     "ArrowLinearVariant": "Arrow mixes the adapters anew for each token, so that there is no one merged weight",
 }
+
+
+def is_of_torch(weight: Tensor) -> bool:
+    """Is this a tensor of numbers, and not one of a package's own (quantized)? torch's own subclasses shard or fake."""
+    return type(weight) in (nn.Parameter, Tensor) or type(weight).__module__.startswith("torch.")
+
+
+def check_changed_base(layer: Any, base: Any) -> None:
+    """
+    Raises:
+        RuntimeError: the base layer is not the one that the adapter was made for, and noise cannot be added to it.
+    """
+    reason = None
+    weight = getattr(base, "weight", None)
+    if isinstance(layer.get_base_layer(), CONVOLUTIONS):
+        if not isinstance(weight, Tensor) or not is_of_torch(weight) or weight.dtype not in FLOATS:
+            reason = "the weight of a convolution is not stored as numbers of floating point"
+    elif isinstance(weight, Tensor) and is_of_torch(weight) and weight.dtype in FLOATS:
+        shape = (layer.out_features, layer.in_features)
+        if tuple(weight.shape) not in (shape, shape[::-1]):
+            reason = f"its weight is of shape {tuple(weight.shape)}, and the adapter is for {shape}"
+    if reason is not None:
+        raise RuntimeError(
+            f"the base layer of a {type(layer).__name__} is a {type(base).__name__} now, which has taken the place of "
+            f"the layer that the adapter was made for, and it cannot be perturbed: {reason}. Change the base layer before "
+            "the adapter is made, or call flatlora.detach(model) to train without noise."
+        )
 
 
 def is_quantised(plain: type) -> bool:

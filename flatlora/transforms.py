@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
@@ -21,7 +22,7 @@ from .method import FlatLora
 from .ops.blocks import is_watched
 from .ops.norms import norm_dtype
 from .ops.perturb import perturb_weight
-from .spread import moved_weight
+from .spread import moved_weight, replaced_forward
 
 TRACES = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 
@@ -54,6 +55,7 @@ def transformed_forward(layer: Any, plain: Callable, x: Tensor, *args: Any, **kw
     base, method = layer.get_base_layer(), layer.perturbation.settings.method
     known = isinstance(base, (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d))
     known = known and getattr(base, "groups", 1) == 1 and not layer.lora_variant and base.weight.is_floating_point()
+    known = known and not layer._base_has_changed(base)
     if not known or not method.transforms:
         raise RuntimeError(
             f"{type(method).__name__} cannot perturb a {type(layer).__name__} over {type(base).__name__} inside of a "
@@ -70,8 +72,18 @@ def transformed_forward(layer: Any, plain: Callable, x: Tensor, *args: Any, **kw
 
 
 def _with_dense_noise(layer: Any, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """peft's forward with W + eps for the base layer's weight."""
-    base, state = layer.get_base_layer(), layer.perturbation
+    """peft's forward with W + eps for the base layer's weight, as its hooks and parametrizations have made it."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Embedding):  # some have a forward of their own, which scales
+        with moved_weight(base, _dense_noise(layer, base)):
+            return plain(x, *args, **kwargs)
+    with replaced_forward(base, lambda x: _base_product(base, x, base.weight + _dense_noise(layer, base))):
+        return plain(x, *args, **kwargs)
+
+
+def _dense_noise(layer: Any, base: Any) -> Tensor:
+    """eps, of the shape of the weight."""
+    state = layer.perturbation
     seed, sample = state.drawn()
     rows = base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
     (m, n), dtype = rows.shape, norm_dtype(rows.dtype)
@@ -85,8 +97,16 @@ def _with_dense_noise(layer: Any, plain: Callable, x: Tensor, *args: Any, **kwar
         z = torch.ops.flatlora.normals(like, m, n, seed, sample, layer.stream, state.settings.backend)
         eps = row_std[:, None] * z
     eps = eps.T if isinstance(base, Conv1D) else eps.view(base.weight.shape)
-    with moved_weight(base, eps):
-        return plain(x, *args, **kwargs)
+    return eps.to(base.weight)
+
+
+def _base_product(base: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """The base layer's forward with another weight."""
+    if isinstance(base, Conv1D):
+        return F.linear(x, weight.T, base.bias)
+    if isinstance(base, nn.Linear):
+        return F.linear(x, weight, base.bias)
+    return base._conv_forward(x, weight, base.bias)
 
 
 def _product(layer: Any, name: str) -> Tensor:

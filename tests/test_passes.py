@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -207,21 +208,29 @@ def test_the_whole_model_under_a_checkpoint():
     assert tiny.same(*results)
 
 
-def test_the_whole_model_under_a_reentrant_checkpoint_is_an_error():
+@pytest.mark.parametrize("settings", [{}, {"rho": 0.0}], ids=["flat", "rho=0"])
+@pytest.mark.parametrize(
+    "change", [lambda model: nullcontext(), unperturbed, lambda model: model.eval() and nullcontext()]
+)
+def test_the_whole_model_under_a_reentrant_checkpoint(change, settings):
     class Logits(nn.Module):
-        def __init__(self):
+        def __init__(self, model):
             super().__init__()
-            self.model = tiny.flat_model()
-            self.embed = self.model.get_input_embeddings()
+            self.model, self.embed = model, model.get_input_embeddings()
 
-        def forward(self, x):
-            return checkpoint(
-                lambda h: self.model(inputs_embeds=h).logits, self.embed(x).requires_grad_(), use_reentrant=True
-            )
+        def forward(self, x, wrap):
+            h = self.embed(x).detach().requires_grad_()
+            run = lambda h: self.model(inputs_embeds=h).logits  # noqa: E731
+            return checkpoint(run, h, use_reentrant=True) if wrap else run(h)
 
-    out = Logits()(tiny.tokens())
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+    results = []
+    for wrap in (False, True):
+        model = tiny.flat_model(**settings)
+        with change(model):
+            out = Logits(model)(tiny.tokens(), wrap)
         out.square().mean().backward()
+        results.append(tiny.gradients(model))
+    assert tiny.same(*results)
 
 
 def test_a_module_used_twice_in_a_forward_has_one_noise():

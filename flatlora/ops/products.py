@@ -58,7 +58,8 @@ def perturbed_linear(
     if dtype != weight.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if torch.compiler.is_compiling():  # the registered operator; eager calls are spared its overhead
-        return torch.ops.flatlora.perturbed_linear(x, weight, bias, row_std, key, layer, dtype, backend, owner)
+        address = torch.tensor([0, layer, owner], dtype=torch.int64, device="cpu")
+        return torch.ops.flatlora.perturbed_linear(x, weight, bias, row_std, key, address, dtype, backend)
     return _PerturbedLinear.apply(x, weight, bias, row_std, key, layer, dtype, backend)
 
 

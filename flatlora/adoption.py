@@ -184,6 +184,7 @@ class AdoptedLayer(FlatLayer):
             if merge:
                 self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             base = self.get_base_layer()
+        state.drop([self, *inside])
         if last:
             state.close()
         return base

@@ -10,24 +10,37 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .passes import leaves_of
+
+
+def note_bypassed(state: Any, layers: set[int], outputs: list[Tensor]) -> None:
+    """At the end of a training pass: note the layers that did not run, but whose factors are in the graph of its outputs.
+
+    The graph is searched once for each layer that is first seen not to run: experts that were not chosen and dropped
+    layers are in order, and a model has many of them.
+    """
+    idle = [layer for layer in state.layers_alive() if layer.number not in layers and layer.number not in state.idle]
+    if not idle or state.compiled or not state.enabled or state.rho == 0:
+        return
+    leaves = leaves_of(outputs)
+    for layer in idle:
+        bypassed = any(id(p) in leaves for _, p in _factors(layer))
+        (state.layers_bypassed if bypassed else state.idle).add(layer.number)
+
 
 def check_layers_run(state: Any) -> None:
-    """Has every layer whose factors are part of the model's output run its forward?
+    """Has every layer run its forward whose factors are part of the model's output?
 
-    Kernels that read the LoRA weights directly (Unsloth's) pass a layer by. A layer that did not run may well have a
-    gradient: of a penalty on its weights, of an earlier pass, DDP's average. So it is asked whether the factors of such
-    a layer are in the graph of the model's outputs, which is searched only if there is such a layer.
+    Kernels that read the LoRA weights directly (Unsloth's) pass a layer by. That a layer has a gradient shows nothing:
+    a penalty on its weights gives it one, and so do an earlier pass and DDP's average.
 
     Raises:
         RuntimeError: a layer was passed by. With `on_unsupported="warn"` it is a warning, once.
     """
-    if state.compiled or not state.enabled or state.passes.training == state.passes_before[1]:
+    numbers = state.layers_bypassed - state.layers_run
+    if not numbers or state.compiled or not state.enabled:
         return
-    if len(state.layers_run) == len(state.layers_alive()):
-        return
-    idle = [layer for layer in state.layers_alive() if layer.number not in state.layers_run and _has_gradient(layer)]
-    used = state.passes.leaves() if idle else set()
-    idle = [layer for layer in idle if any(id(p) in used for _, p in _factors(layer))]
+    idle = [layer for layer in state.layers_alive() if layer.number in numbers and _has_gradient(layer)]
     if not idle:
         return
     names = {id(layer): name for name, layer in state.flat_layers()}

@@ -111,6 +111,7 @@ class FlatLayer(_Layer):
         plain = super().forward
         if torch.compiler.is_compiling():
             return self._forward_in_compiler(plain, x, *args, **kwargs)
+        self.perturbation.passes.note_layer(self.number)
         if self._strength() == 0 or self.disable_adapters or self.merged:
             return self._clean(plain, x, *args, **kwargs)
         record = self._record()
@@ -364,7 +365,7 @@ class FlatLayer(_Layer):
         A write through `.data` changes no version counter, so norms are not kept from one pass to the next.
         """
         scales = [float(self.scaling[name]) for name in active]  # a tensor when peft is to swap hot
-        versions = [p._version for p in factors]
+        versions = [(p._version, p.data_ptr()) for p in factors]
         # autograd takes no tensor of inference mode
         return self.perturbation.token(), factors, (torch.is_inference_mode_enabled(), *active, *scales, *versions)
 

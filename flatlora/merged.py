@@ -75,6 +75,10 @@ class AttentionLayer(MergedLayer):
         super()._note_run()
         self.get_base_layer().out_proj._note_run()
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.perturbation.passes.note_layer(self.get_base_layer().out_proj.number)
+        return super().forward(x, *args, **kwargs)
+
     def anchor(self) -> Any:
         return self.get_base_layer().in_proj_weight
 

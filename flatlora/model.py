@@ -119,7 +119,7 @@ def detach(model: nn.Module) -> nn.Module:
         release(layer)
     for state in states:
         if not state.layers_alive():  # of a part of a model the rest stays flat
-            state.close()
+            state.close(model)
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
         for name, config in (configs or {}).items():

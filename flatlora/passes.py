@@ -28,6 +28,7 @@ class _Running(threading.local):
         self.gradients = False  # the pass trains
         self.unused = False  # a pass has begun, and nobody has called `first_use`
         self.token: object | None = None  # names the pass
+        self.layers: set[int] = set()  # numbers of the layers whose forward has run
         self.recorded: tuple[int, Any] = (-1, None)  # backward, and the record of the pass that it belongs to
 
 
@@ -35,17 +36,15 @@ class Passes:
     """Watches the places where a pass of one model may begin.
 
     Args:
-        owner: whose passes these are; `of_model` finds it. Its `pass_begins(module)` is called for each; what its
-            `record_of_pass()` returns when a training pass ends is `recorded` in the backward of that pass.
+        owner: whose passes these are; `of_model` finds it. It is told where a pass begins, `pass_begins(module)`, and
+            where a training pass ends, `pass_ended(layers, outputs)`; what its `record_of_pass()` returns then is
+            `recorded` in the backward of that pass.
     """
 
     def __init__(self, owner: Any) -> None:
         self.belong_to(owner)
         self.count = 0  # of the passes that have begun
         self.training = 0  # of those that train
-        self._outputs: list[weakref.ref] = []  # tensors that the last training pass has returned
-        self._leaves: set[int] | None = None  # what they were computed from, where somebody has asked
-        self._keep_leaves = False
         self.now_training = False  # for compiled code, whose guards read plain attributes: a training pass is running
         self._running = _Running()
         self._watched: list[weakref.ref] = []  # modules
@@ -75,7 +74,7 @@ class Passes:
         return {"count": self.count, "training": self.training}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _outputs=[], _leaves=None, _keep_leaves=False, now_training=False)
+        self.__dict__.update(state, now_training=False)
         self.__dict__.update(_running=_Running(), _watched=[])
         self._owner = _nobody  # until the owner comes, if it is in the same copy
 
@@ -113,16 +112,9 @@ class Passes:
         backward, record = self._running.recorded
         return record if backward != -1 and backward == torch._C._current_graph_task_id() else None
 
-    def leaves(self) -> set[int]:
-        """Ids of the parameters that the outputs of the last training pass were computed from.
-
-        The outputs are not kept alive for this. If they are gone, it is known from the next pass on.
-        """
-        if self._leaves is None:
-            alive = [tensor for tensor in (ref() for ref in self._outputs) if tensor is not None]
-            self._keep_leaves = not alive
-            return _leaves_of(alive)
-        return self._leaves
+    def note_layer(self, number: int) -> None:
+        """The forward of a layer runs."""
+        self._running.layers.add(number)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # compiled code asks torch itself
@@ -133,7 +125,7 @@ class Passes:
         if not running.entered:
             running.gradients = torch.is_grad_enabled() or bool(find_checkpoints().running)
             running.recorded = running.recorded if in_backward() else (-1, None)
-            running.token = object()
+            running.token, running.layers = object(), set()
             if not in_backward():
                 running.unused, self.count = True, self.count + 1
                 self.training += running.gradients
@@ -162,8 +154,7 @@ class Passes:
             running.recorded = torch._C._current_graph_task_id(), record
 
         found = [tensor for tensor in tensors(output) if tensor.requires_grad and tensor.grad_fn is not None]
-        self._outputs = [weakref.ref(tensor) for tensor in found]
-        self._leaves = _leaves_of(found) if self._keep_leaves else None
+        owner.pass_ended(running.layers, found)
         for tensor in found:
             tensor.register_hook(recall)
 
@@ -201,7 +192,8 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _leaves_of(outputs: list[Tensor]) -> set[int]:
+def leaves_of(outputs: list[Tensor]) -> set[int]:
+    """Ids of the parameters that tensors were computed from, by their autograd graph."""
     todo: list[Any] = [output.grad_fn for output in outputs]
     seen, found = set(todo), set()
     while todo:

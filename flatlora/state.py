@@ -18,6 +18,7 @@ from .checks import (
     check_single_optimizer,
     check_steps_observed,
     check_train_mode,
+    note_bypassed,
 )
 from .ops import resolve_backend
 from .ops.library import OBSERVERS
@@ -124,12 +125,14 @@ class Perturbation(Strength):
         self.forced_now, self.enabled_now = False, self._enabled  # for compiled code, which reads plain attributes
         self._thread, self._lock = _Thread(), threading.Lock()
         self._looked_for_parts = False
+        self.idle: set[int] = set()  # numbers of layers that have once been seen not to run, rightly
 
     def _begin_interval(self) -> None:
         """What is noted between two optimizer steps that count."""
         self.layers_run: set[int] = set()  # numbers of the layers that have run in a pass with gradients
         self.layers_perturbed: set[int] = set()  # of those, with noise
         self.layers_in_eval: set[int] = set()  # and without, since they are in evaluation mode
+        self.layers_bypassed: set[int] = set()  # of others, whose factors the outputs depend on all the same
         self.passes_before = self.passes.count, self.passes.training
         self._interval_start = self._position()
 
@@ -335,6 +338,10 @@ class Perturbation(Strength):
             self._engine_ref = weakref.ref(engine)
             self.steps = steps  # as many as before: from here on the engine counts
         self._after_step()
+
+    def pass_ended(self, layers: set[int], outputs: list[Tensor]) -> None:
+        """Called where a training pass ends, with the numbers of the layers that have run and what it returns."""
+        note_bypassed(self, layers, outputs)
 
     @property
     def counts_steps(self) -> bool:
@@ -573,14 +580,19 @@ class Perturbation(Strength):
             self._weights.append((weakref.ref(anchor), layer.stream))
         self._layers.append(weakref.ref(layer))
 
+    def drop(self, layers: list[Any]) -> None:
+        """Layers that are no longer in the model."""
+        self._layers = [ref for ref in self._layers if not any(ref() is layer for layer in layers)]
+
     def _enrol(self) -> None:
         self.number = next(_numbers)  # names this object in compiled code
         OBSERVERS[self.number] = self
         watch(self)
 
-    def close(self) -> None:
-        """Take every hook away."""
-        self.passes.close(self.model)
+    def close(self, model: nn.Module | None = None) -> None:
+        """Take every hook away; also those in `model` that a copy of a part of it has brought along."""
+        self.passes.close(model)
+        self._layers = []
         unwatch(self)
 
     def is_copied_with_its_model(self, memo: dict) -> bool:
@@ -633,7 +645,7 @@ def _none() -> None:
 
 _NOT_COPIED = {
     *("_model", "_began", "_origins", "_leader", "_stepped", "_last_counted", "_weights", "_layers", "snapshot"),
-    *("_engine_ref", "_overrides", "forced_now", "enabled_now", "_thread", "_lock", "_looked_for_parts", "number"),
+    *("_engine_ref", "_overrides", "forced_now", "enabled_now", "_thread", "_lock", "_looked_for_parts", "idle", "number"),
 }
 _UNKNOWN_FORWARD = (
     "a layer is computed again in a backward, by no checkpoint of torch and no autograd Function, so that it is not "

@@ -53,7 +53,7 @@ def model_of(**configs):
 
 
 def strengths(model):
-    return {layer._rho({}) for layer in flat_layers(model)}
+    return {layer._strength() for layer in flat_layers(model)}
 
 
 @pytest.fixture

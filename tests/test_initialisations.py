@@ -124,7 +124,7 @@ def test_a_second_adapter_that_changes_the_base_weight_renews_its_norms(way):
     assert not torch.equal(layer.base_layer.weight, before)
     model.set_adapter("second")
     weight = layer.base_layer.weight + layer.get_delta_weight("second")
-    torch.testing.assert_close(layer._row_norms(0), weight.norm(dim=1))
+    torch.testing.assert_close(layer._row_norms(), weight.norm(dim=1))
     assert_dense(model.double())
 
 

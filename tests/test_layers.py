@@ -136,7 +136,7 @@ def test_the_weight_and_the_forward_are_whole_after_an_exception():
         model(x[..., :-1])
     assert torch.equal(base.weight, before) and set(base.__dict__) == attributes
     assert torch.equal(model(x), model(x))
-    assert not perturbation(model).passes._entered
+    assert not perturbation(model).passes.token()
 
 
 def test_a_weight_that_trains_gets_its_gradient():

@@ -95,7 +95,7 @@ def test_row_norms_are_those_of_the_dequantised_merged_weight(case):
     optimizer = torch.optim.SGD(trained(layer), lr=0.1)
     for _ in range(2):
         torch.testing.assert_close(
-            layer._row_norms(0), merged_weight(model, layer).norm(dim=1), rtol=case.tolerance, atol=0
+            layer._row_norms(), merged_weight(model, layer).norm(dim=1), rtol=case.tolerance, atol=0
         )
         model(torch.randn(3, N)).square().sum().backward()
         optimizer.step()
@@ -234,13 +234,13 @@ def test_merging_writes_the_weight_and_drops_its_norms(case):
     model, layer = flat_model(case)
     x = torch.randn(3, N)
     model(x)
-    before = layer._row_norms(0)
+    before = layer._row_norms()
     model.base_model.merge_adapter()
     assert torch.equal(model(x), clean(model, x))
     model.base_model.unmerge_adapter()
     model(x)
-    torch.testing.assert_close(layer._row_norms(0), merged_weight(model, layer).norm(dim=1), rtol=2e-5, atol=0)
-    assert not torch.equal(layer._row_norms(0), before)
+    torch.testing.assert_close(layer._row_norms(), merged_weight(model, layer).norm(dim=1), rtol=2e-5, atol=0)
+    assert not torch.equal(layer._row_norms(), before)
     merged = model.merge_and_unload()
     assert type(merged.layer).__module__.startswith("bitsandbytes.") and not merged._forward_hooks
 

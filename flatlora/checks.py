@@ -14,7 +14,7 @@ from .passes import leaves_of
 
 
 def note_bypassed(state: Any, layers: set[int], outputs: list[Tensor]) -> None:
-    """At the end of a training pass: note the layers that did not run, but whose factors are in the graph of its outputs.
+    """At the end of a training pass: note layers whose factors are in the graph of its outputs, and that did not run.
 
     The graph is searched once for each layer that is first seen not to run: experts that were not chosen and dropped
     layers are in order, and a model has many of them.

@@ -43,6 +43,7 @@ from .ops import (
     squared_row_norms,
     sums_merged_rows,
 )
+from .ops.blocks import unwatched
 from .ops.norms import grouped_row_norms, norm_dtype
 from .passes import tensors
 from .spread import is_dtensor, is_gathered, moved_weight, refuse_fsdp1, replaced_forward, whole_weight
@@ -379,7 +380,8 @@ class FlatLayer(_Layer):
     def _cached(self, name: str, source: tuple, compute: Callable[[], Tensor]) -> Tensor:
         if self._is_cached(name, source):
             return self._norms[name][1]
-        value = compute()
+        with unwatched():
+            value = compute()
         self._keep(name, source, value)
         return value
 

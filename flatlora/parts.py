@@ -1,19 +1,19 @@
 """Parts of one model that were adapted separately (vision and language, two encoders) share one perturbation.
 
 Each part gets a perturbation when it is adapted, since nothing is known of the whole then. The parts are joined when a
-function of ours is given the whole, or at the first training pass: with the settings and the seed of the first part in
+function of ours is given the whole, or where the whole is called: with the settings and the seed of the first part in
 the order of the model's modules, and with noise streams that go on counting from part to part.
 """
 
 from __future__ import annotations
 
-import gc
 import weakref
 from typing import Any
 
 from torch import nn
 
 from .passes import root_of
+from .spread import calling_modules
 from .steps import unwatch, watched
 
 
@@ -32,16 +32,13 @@ def perturbations(model: nn.Module) -> list[Any]:
 
 
 def join_parts(state: Any) -> None:
-    """Join a perturbation with those of other parts of the same model."""
-    others = [other for other in watched() if other is not state and other.model is not None]
-    if state.model is None or not others:
+    """Where a pass begins: join the perturbations of the modules that call each other just now."""
+    if len(watched()) == 1:
         return
-    parents = _parents()
-    ours = _ancestors(state.model, parents)
-    for other in others:
-        shared = [module for module in _ancestors(other.model, parents) if any(module is one for one in ours)]
-        if shared:
-            perturbations(shared[-1])  # the outermost
+    for module in calling_modules():
+        if module not in state.known_modules and not getattr(module, "_is_replica", False):
+            state.known_modules.add(module)
+            perturbations(module)
 
 
 def _join(model: nn.Module, states: list[Any]) -> list[Any]:
@@ -76,7 +73,7 @@ def _move(state: Any, into: Any, model: nn.Module) -> None:
 
 def _keep_apart(state: Any, others: list[Any]) -> None:
     """Other streams than those of other parts: the same seed must not mean the same noise."""
-    taken = {layer.stream for other in others for layer in other.layers_alive()}
+    taken = {layer.stream for other in others for layer in other.layers_alive() if other.seed == state.seed}
     if any(layer.stream in taken for layer in state.layers_alive()):
         state.layers = max(taken) + 1
         state._weights = []
@@ -89,21 +86,3 @@ def _give_streams(state: Any, into: Any) -> None:
     for layer in layers:
         layer.__dict__.update(perturbation=into, stream=into.stream_of(layer.anchor()))
         into.enrol(layer)
-
-
-def _parents() -> dict[int, list[nn.Module]]:
-    """The modules of this process by the id of their children: torch's modules do not know their parents."""
-    parents: dict[int, list[nn.Module]] = {}
-    for found in gc.get_objects():
-        if issubclass(type(found), nn.Module) and "_modules" in found.__dict__:
-            for child in found._modules.values():
-                parents.setdefault(id(child), []).append(found)
-    return parents
-
-
-def _ancestors(module: nn.Module, parents: dict[int, list[nn.Module]]) -> list[nn.Module]:
-    """The module and all that contain it, nearest first."""
-    found = [module]
-    for one in found:  # grows while it is gone through
-        found += [parent for parent in parents.get(id(one), ()) if not any(parent is other for other in found)]
-    return found

@@ -95,7 +95,7 @@ class Passes:
         running = self._running
         if torch.is_grad_enabled():
             return running.gradients if running.entered else True
-        return checkpoints is not None and bool(checkpoints.running)
+        return checkpoints is not None and checkpoints.will_recompute_with_gradients()
 
     def token(self) -> object | None:
         """Names the pass that is running in this thread; None outside of the models that are watched."""
@@ -123,7 +123,7 @@ class Passes:
         if id(module) in running.entered:  # left over from a pass that an interrupt broke off
             del running.entered[running.entered.index(id(module)) :]
         if not running.entered:
-            running.gradients = torch.is_grad_enabled() or bool(find_checkpoints().running)
+            running.gradients = torch.is_grad_enabled() or find_checkpoints().will_recompute_with_gradients()
             running.recorded = running.recorded if in_backward() else (-1, None)
             running.token, running.layers = object(), set()
             if not in_backward():

@@ -24,7 +24,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint as torch_checkpoint
 
 _CHECKPOINT_FILE = torch_checkpoint.__file__
-_RECORDS = "_flatlora_records"  # attribute of a checkpoint object: {layer: record}
+_RECORDS = "_flatlora_records"  # attribute of a checkpoint object: {(layer, gradients enabled): record}
 
 
 class Checkpoints(NamedTuple):
@@ -33,16 +33,24 @@ class Checkpoints(NamedTuple):
     running: list[Any]  # whose first forward runs now
     recomputed: Any  # whose forward is computed again, or None
 
+    def will_recompute_with_gradients(self) -> bool:
+        """Does a checkpoint run its first forward under `no_grad`, so that gradients are off for its sake?"""
+        return any(isinstance(checkpoint, BackwardCFunction) for checkpoint in self.running)
+
     def write(self, layer: int, record: Any) -> None:
         """Leave the record of a layer's forward for the recompute."""
         for checkpoint in self.running:
-            checkpoint.__dict__.setdefault(_RECORDS, {})[layer] = record
+            checkpoint.__dict__.setdefault(_RECORDS, {})[layer, torch.is_grad_enabled()] = record
 
-    def read(self, layer: int, default: Any = None) -> Any:
-        """The record of the first forward of a layer that is computed again."""
+    def read(self, layer: int) -> Any:
+        """The record of the first forward of a layer that is computed again; None if there is none.
+
+        A layer may run twice, once under `no_grad`; but the first forward of a reentrant checkpoint is under it whole.
+        """
         if self.recomputed is None:
-            return default
-        return self.recomputed.__dict__.get(_RECORDS, {}).get(layer, default)
+            return None
+        records, gradients = self.recomputed.__dict__.get(_RECORDS, {}), torch.is_grad_enabled()
+        return records.get((layer, gradients), records.get((layer, not gradients)))
 
 
 def in_backward() -> bool:

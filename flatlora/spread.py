@@ -43,21 +43,27 @@ def is_deepspeed(model: Any) -> bool:
     return kind is not None and isinstance(model, kind)
 
 
+def calling_modules() -> Iterator[nn.Module]:
+    """The modules in whose call this is called, innermost first.
+
+    Only the frames of torch's module calls are looked at: to read the locals of other frames would keep them alive.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
 def calling_deepspeed() -> Any:
     """The DeepSpeed engine in whose forward this is called, or None.
 
     DeepSpeed puts an optimizer of its own in place of the user's, and nothing on the model leads to it. The engine
-    counts its steps, and a training forward is always called by it. It is a module, so only the frames of torch's
-    module calls are looked at: to read the locals of other frames would keep them alive.
+    counts its steps, and a training forward is always called by it.
     """
-    frame: FrameType | None = sys._getframe(1) if "deepspeed" in sys.modules else None
-    while frame is not None:
-        if frame.f_code is _CALL:
-            caller = frame.f_locals["self"]
-            if is_deepspeed(caller):
-                return caller
-        frame = frame.f_back
-    return None
+    if "deepspeed" not in sys.modules:
+        return None
+    return next((module for module in calling_modules() if is_deepspeed(module)), None)
 
 
 def _inner(module: Any) -> Any:

@@ -21,6 +21,7 @@ from .checks import (
     note_bypassed,
 )
 from .ops import resolve_backend
+from .ops.blocks import unwatched
 from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .parts import join_parts
@@ -124,7 +125,7 @@ class Perturbation(Strength):
         self._overrides: dict[int, Override] = {}  # by thread
         self.forced_now, self.enabled_now = False, self._enabled  # for compiled code, which reads plain attributes
         self._thread, self._lock = _Thread(), threading.Lock()
-        self._looked_for_parts = False
+        self.known_modules: weakref.WeakSet = weakref.WeakSet()  # that have called a pass
         self.idle: set[int] = set()  # numbers of layers that have once been seen not to run, rightly
 
     def _begin_interval(self) -> None:
@@ -288,8 +289,9 @@ class Perturbation(Strength):
         seed, sample = self.drawn()
         source, known = (seed, sample & 0xFFFFFFFF, device, torch.is_inference_mode_enabled()), self._key
         if known is None or known[0] != source:
-            key = self.empty_key(device)
-            key[0], key[1] = source[:2]  # two fills: no copy from the host
+            with unwatched():
+                key = self.empty_key(device)
+                key[0], key[1] = source[:2]  # two fills: no copy from the host
             known = self._key = source, key
         return known[1], sample
 
@@ -326,9 +328,7 @@ class Perturbation(Strength):
             RuntimeError: DeepSpeed makes the optimizer's steps, and the method needs to see them.
         """
         self.bind(module)
-        if not self._looked_for_parts:
-            self._looked_for_parts = True
-            join_parts(self)
+        join_parts(self)
         engine, steps = calling_deepspeed(), self.steps
         if engine is None:
             return check_steps_observed(self)
@@ -645,11 +645,11 @@ def _none() -> None:
 
 _NOT_COPIED = {
     *("_model", "_began", "_origins", "_leader", "_stepped", "_last_counted", "_weights", "_layers", "snapshot"),
-    *("_engine_ref", "_overrides", "forced_now", "enabled_now", "_thread", "_lock", "_looked_for_parts", "idle", "number"),
+    *("_engine_ref", "_overrides", "forced_now", "enabled_now", "_thread", "_lock", "known_modules", "idle", "number"),
 }
 _UNKNOWN_FORWARD = (
     "a layer is computed again in a backward, by no checkpoint of torch and no autograd Function, so that it is not "
-    "known how it was perturbed in its first forward. torch.utils.checkpoint works, with use_reentrant=False or True, and so "
-    "does model.gradient_checkpointing_enable(). With a loss that caches gradients (sentence-transformers' Cached "
-    "losses) make the whole training step inside `with flatlora.perturbed(model, sample=step):`."
+    "known how it was perturbed in its first forward. torch.utils.checkpoint works, with use_reentrant=False or True. With a "
+    "loss that caches gradients (sentence-transformers' Cached losses) make the whole training step inside "
+    "`with flatlora.perturbed(model, sample=step):`."
 )

@@ -76,9 +76,9 @@ def check_changed_base(layer: Any, base: Any) -> None:
             reason = f"its weight is of shape {tuple(weight.shape)}, and the adapter is for {shape}"
     if reason is not None:
         raise RuntimeError(
-            f"the base layer of a {type(layer).__name__} is a {type(base).__name__} now, which has taken the place of "
-            f"the layer that the adapter was made for, and it cannot be perturbed: {reason}. Change the base layer before "
-            "the adapter is made, or call flatlora.detach(model) to train without noise."
+            f"the base layer of a {type(layer).__name__} is a {type(base).__name__} now, which has taken the place "
+            f"of the layer that the adapter was made for, and it cannot be perturbed: {reason}. Change the base layer "
+            "before the adapter is made, or call flatlora.detach(model) to train without noise."
         )
 
 

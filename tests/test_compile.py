@@ -122,7 +122,9 @@ def test_the_operator_is_differentiable_twice():
     weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
 
     def product(x, weight):
-        return torch.ops.flatlora.perturbed_linear(x, weight, None, row_std, key, torch.tensor([0, 0, 0]), x.dtype, "reference")
+        return torch.ops.flatlora.perturbed_linear(
+            x, weight, None, row_std, key, torch.tensor([0, 0, 0]), x.dtype, "reference"
+        )
 
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(product, (x, weight))

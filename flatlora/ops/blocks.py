@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 BLOCK_BYTES = 16 * 2**20
 ROW_MULTIPLE = 64  # the torch backend makes its noise 64 rows at a time
@@ -26,6 +29,12 @@ def is_watched() -> bool:
     """Does a mode see each operator? It may keep what is returned, as selective checkpointing does to give it back in
     the recompute, and then that must not be changed in place."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """No mode sees the operators inside: what is computed once and kept is not computed again in a recompute, where
+    selective checkpointing counts the operators."""
+    return _disable_current_modes() if is_watched() else nullcontext()
 
 
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:

@@ -186,10 +186,13 @@ def _collected_at_the_step():
 
 @pytest.mark.usefixtures("_collected_at_the_step")
 def test_a_model_that_the_collector_ends_during_a_step():
-    gone, model = weakref.ref(perturbation(flat_model())), flat_model(total_steps=STEPS).train()
+    other, model = flat_model(), flat_model(total_steps=STEPS).train()
+    gone, cycle = weakref.ref(perturbation(other)), [other]
+    cycle.append(cycle)
     optimizer = AdamW(trained(model))
     gradients(model, batches(1), optimizer)
-    assert gone() is not None  # held by its own cycles
+    del other, cycle
+    assert gone() is not None  # in a cycle of the user's
     optimizer.step()
     assert gone() is None
     assert perturbation(model).steps == 1

@@ -211,9 +211,7 @@ def checkpointed(model):
     return tiny.loss(model)
 
 
-@pytest.mark.parametrize(
-    "loss", [unperturbed_loss, off, checkpointed], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("loss", [unperturbed_loss, off, checkpointed], ids=lambda f: f.__name__)
 def test_layers_that_run(loss):
     model = tiny.flat_model()
     optimizer = optimizer_of(model)
@@ -225,7 +223,9 @@ def test_layers_in_evaluation_mode_beside_others_that_train_are_warned_of_once()
     model = tiny.flat_model()
     optimizer = optimizer_of(model)
     model.base_model.model.model.layers[0].eval()
-    with pytest.warns(UserWarning, match=r"'model.layers.0.self_attn.q_proj' \(and 6 more\) trains without noise") as caught:
+    with pytest.warns(
+        UserWarning, match=r"'model.layers.0.self_attn.q_proj' \(and 6 more\) trains without noise"
+    ) as caught:
         for _ in range(3):
             step(model, optimizer)
     assert len(caught) == 1

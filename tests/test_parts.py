@@ -1,0 +1,172 @@
+"""Parts of one model that were adapted separately: one perturbation, streams of their own (invariant 11)."""
+
+import copy
+import gc
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from flatlora import (
+    EFMLoraConfig,
+    FlatLoraCallback,
+    FlatLoraConfig,
+    attach,
+    detach,
+    get_flat_peft_model,
+    perturbation,
+    perturbed,
+    unperturbed,
+)
+from flatlora.layer import flat_layers
+from flatlora.ops import perturb_weight
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Whole(nn.Module):
+    """Vision and language, each adapted by itself, as InternVL's wrap_backbone_lora and wrap_llm_lora do."""
+
+    def __init__(self, vision=None, language=None, adapt=get_flat_peft_model, **settings):
+        super().__init__()
+        torch.manual_seed(0)
+        settings = {"rho": 0.3, "schedule": "constant", "seed": 3, "init_lora_weights": False} | settings
+        for name, own in (("vision", vision), ("language", language)):
+            part = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+            setattr(self, name, adapt(part, FlatLoraConfig(target_modules=["0"], **settings | (own or {}))))
+
+    def forward(self, x, labels=None):
+        return {"loss": self.language(self.vision(x)).square().mean()}
+
+
+def injected(part, config):
+    return peft.inject_adapter_in_model(config, part)
+
+
+def z_of(layer, sample=0):
+    key = torch.tensor([layer.perturbation.seed, sample])
+    return perturb_weight(torch.zeros(8, 8), torch.ones(8), key, layer.stream)
+
+
+def streams(model):
+    return [layer.stream for layer in flat_layers(model)]
+
+
+@pytest.mark.parametrize("adapt", [get_flat_peft_model, injected])
+@pytest.mark.parametrize(
+    "first", [lambda m: m(X), perturbation, lambda m: unperturbed(m)], ids=["pass", "state", "off"]
+)
+def test_the_parts_share_one_perturbation_and_no_noise(first, adapt):
+    model = Whole(adapt=adapt).train()
+    first(model)
+    vision, language = flat_layers(model)
+    assert vision.perturbation is language.perturbation is perturbation(model) is perturbation(model.language)
+    assert not torch.equal(z_of(vision), z_of(language))
+    again = Whole(adapt=adapt).train()  # while the first one lives
+    first(again)
+    assert streams(again) == streams(model) == [0, 1]
+    assert torch.equal(again(X)["loss"], model(X)["loss"])
+
+
+def test_functions_reach_all_parts():
+    model = Whole()
+    with torch.no_grad():
+        clean = model.eval()(X)["loss"]
+        with perturbed(model):
+            noisy = model(X)["loss"]
+    model.train()
+    with unperturbed(model):
+        assert torch.equal(model(X)["loss"], clean)
+    assert torch.equal(model(X)["loss"], noisy) and not torch.equal(noisy, clean)
+    detach(model)
+    assert torch.equal(model(X)["loss"], clean) and not list(flat_layers(model))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert all(type(part.peft_config["default"]) is peft.LoraConfig for part in (model.vision, model.language))
+
+
+def test_the_callback_reaches_all_parts(tmp_path):
+    model, seen = Whole(schedule="cosine"), []
+
+    class See(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append([layer.perturbation.rho_t for layer in flat_layers(model)])
+
+    options = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "remove_unused_columns": False}
+    args = TrainingArguments(str(tmp_path), max_steps=4, per_device_train_batch_size=2, disable_tqdm=True, **options)
+    data = [{"x": torch.randn(8), "labels": 0} for _ in range(8)]
+    Trainer(model, args, train_dataset=data, callbacks=[FlatLoraCallback(), See()]).train()
+    assert [step[0] for step in seen] == [step[1] for step in seen] and seen[-1][0] == pytest.approx(0.3)
+
+
+def test_one_optimizer_step_counts_once():
+    model = Whole(schedule="linear", total_steps=4).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(X)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert perturbation(model).steps == 3 and perturbation(model).sample == 2
+
+
+@pytest.mark.parametrize("other", [{"rho": 0.1}, {"schedule": "linear", "total_steps": 9}, {"seed": 4}], ids=str)
+def test_parts_with_settings_of_their_own(other):
+    model = Whole(language=other).train()
+    with pytest.raises(ValueError, match=r"the parts of Whole were adapted with different settings \((rho|sch|seed)"):
+        perturbation(model)
+    with torch.no_grad():
+        clean = model.eval()(X)["loss"]
+    model.train()
+    with unperturbed(model):
+        assert torch.equal(model(X)["loss"], clean)
+    vision, language = flat_layers(model)
+    assert not torch.equal(z_of(vision), z_of(language))
+    assert perturbation(model.language).rho == other.get("rho", 0.3)
+    detach(model)
+    assert torch.equal(model(X)["loss"], clean)
+
+
+def test_models_that_have_nothing_to_do_with_each_other_stay_apart():
+    one, two = Whole().train(), Whole().train()
+    assert torch.equal(one(X)["loss"], two(X)["loss"])
+    assert perturbation(one) is not perturbation(two) and streams(one) == streams(two)
+
+
+def test_a_gradient_method_sees_all_parts():
+    def make():
+        parts = [
+            get_flat_peft_model(
+                nn.Sequential(nn.Linear(8, 8)), EFMLoraConfig(target_modules=["0"], rho=0.3, init_lora_weights=False)
+            )
+            for _ in range(2)
+        ]
+        return nn.Sequential(*parts).train()
+
+    model = make()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(X).square().mean().backward()
+        optimizer.step()
+    assert len(perturbation(model).tensors()) == 2
+
+
+def test_attach_on_the_whole():
+    plain = Whole(adapt=lambda part, config: peft.get_peft_model(part, peft.LoraConfig(target_modules=["0"])))
+    attach(plain, rho=0.2, schedule="constant")
+    assert streams(plain) == [0, 1] and perturbation(plain) is perturbation(plain.language)
+
+
+def test_a_copied_part_has_noise_of_its_own():
+    model = Whole().train()
+    perturbation(model)
+    model.third = copy.deepcopy(model.language)
+    assert perturbation(model) is perturbation(model.third) and streams(model) == [0, 1, 2]
+
+
+def test_a_part_that_is_gone_is_forgotten():
+    model = Whole().train()
+    state = perturbation(model)
+    del model.language
+    gc.collect()
+    assert len(state.layers_alive()) == 1

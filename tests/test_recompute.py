@@ -1,0 +1,250 @@
+"""What is computed again has the noise of its own first forward, whoever called it (invariants 4, 5 and 10)."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
+
+from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation, perturbed, unperturbed
+
+X = torch.randn(4, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.run = None
+
+    def features(self, x):
+        for block in self.blocks:
+            x = block(x) if self.run is None else self.run(block, x)
+        return x
+
+    def forward(self, x):
+        return self.features(x)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = Backbone(), nn.Linear(8, 2)
+
+    def encode(self, x):
+        return self.backbone.features(x)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+class ByFunction(torch.autograd.Function):
+    """A checkpoint of one's own, as DeepSpeed, Unsloth and fairscale have them."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run = run
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.run(x)
+        torch.autograd.backward(out, grad)
+        return None, x.grad
+
+
+def reentrant(block, x):
+    return checkpoint(block, x, use_reentrant=True)
+
+
+def non_reentrant(block, x):
+    return checkpoint(block, x, use_reentrant=False)
+
+
+def nested(block, x):
+    return checkpoint(lambda x: checkpoint(block, x, use_reentrant=False), x, use_reentrant=False)
+
+
+def nested_reentrant(block, x):
+    return checkpoint(lambda x: checkpoint(block, x, use_reentrant=True), x, use_reentrant=True)
+
+
+def reentrant_in_non_reentrant(block, x):
+    return checkpoint(lambda x: torch.tanh(reentrant(block, x)).atanh(), x, use_reentrant=False)
+
+
+def selective(block, x):
+    def save_products(ctx, op, *args, **kwargs):
+        kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.tanh.default)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts():
+        return create_selective_checkpoint_contexts(save_products)
+
+    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+
+def own_function(block, x):
+    return ByFunction.apply(block, x)
+
+
+def composable(block, x):
+    from torch.distributed._composable import checkpoint as by_hooks
+
+    if not getattr(block, "_by_hooks", False):
+        by_hooks(block)
+        block._by_hooks = True
+    return block(x)
+
+
+WAYS = [
+    *(reentrant, non_reentrant, nested, nested_reentrant, reentrant_in_non_reentrant),
+    *(selective, own_function, composable),
+]
+ways = pytest.mark.parametrize("run", WAYS, ids=lambda run: run.__name__)
+
+
+def net(**settings):
+    torch.manual_seed(0)
+    settings = {"rho": 0.3, "schedule": "constant", "seed": 7, "init_lora_weights": False} | settings
+    targets = ["head", *(f"backbone.blocks.{i}.1" for i in range(3))]
+    return get_flat_peft_model(Net().double(), FlatLoraConfig(target_modules=targets, **settings)).train()
+
+
+def gradients(model):
+    return [p.grad.clone() for p in tiny.trainable(model) if p.grad is not None]
+
+
+def by_call(model, x):
+    return model(x)
+
+
+def by_method(model, x):
+    return model.base_model.model.encode(x)
+
+
+def results(call, run, between=lambda model: None, after=lambda model: None):
+    """(output, gradients) of a pass whose blocks are checkpointed by `run`, after one ordinary pass of the whole."""
+    model = net()
+    model(X).square().sum().backward()
+    model.zero_grad()
+    model.base_model.model.backbone.run = run
+    out = call(model, X.clone().requires_grad_())
+    model.base_model.model.backbone.run = None
+    after(model)
+    between(model)
+    model.zero_grad()
+    out.square().sum().backward()
+    return [out.detach(), *gradients(model)]
+
+
+@ways
+@pytest.mark.parametrize("call", [by_call, by_method], ids=lambda call: call.__name__)
+def test_gradients_are_those_of_the_same_pass_without_checkpointing(call, run):
+    for got, want in zip(results(call, run), results(call, None), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+def another_step(model):
+    model(X).square().sum().backward()
+    model(X + 1).square().sum().backward()
+
+
+def to_evaluation(model):
+    model.eval()
+
+
+def switched_off(model):
+    perturbation(model).enabled = False
+
+
+@ways
+@pytest.mark.parametrize("call", [by_call, by_method], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("between", [another_step, to_evaluation, switched_off], ids=lambda f: f.__name__)
+def test_what_runs_between_forward_and_backward_does_not_matter(between, call, run):
+    for got, want in zip(results(call, run, between), results(call, None, between), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_sequential_over_the_layers(use_reentrant):
+    found = []
+    for parts in (None, 2):
+        torch.manual_seed(0)
+        layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)]).double()
+        config = FlatLoraConfig(target_modules=list("0123"), rho=0.3, schedule="constant", init_lora_weights=False)
+        model = get_flat_peft_model(layers, config).train()
+        x = X.clone().requires_grad_()
+        out = model(x) if parts is None else checkpoint_sequential(layers, parts, x, use_reentrant=use_reentrant)
+        out.square().sum().backward()
+        found.append([out.detach(), x.grad, *gradients(model)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_a_forward_in_a_backward_that_belongs_to_no_checkpoint_is_an_error():
+    """A loss that caches gradients by hand: the first pass is an evaluation, as far as anybody can see."""
+
+    def loss(model):
+        with torch.no_grad():
+            out = model(X)
+
+        def again(grad):
+            with torch.enable_grad():
+                torch.autograd.backward(model(X), grad)
+
+        out.requires_grad_().register_hook(again)
+        return out.square().sum()
+
+    with pytest.raises(RuntimeError, match=r"not known how it was perturbed.*perturbed\(model, sample=step\)"):
+        loss(net()).backward()
+    loss(net(rho=0.0)).backward()
+    loss(net().eval()).backward()
+    model = net()
+    with unperturbed(model):
+        loss(model).backward()
+    model, reference = net(), net()
+    with perturbed(model, sample=3):
+        loss(model).backward()
+    with perturbed(reference, sample=3):
+        reference(X).square().sum().backward()
+    for got, want in zip(gradients(model), gradients(reference), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+class Recycle(nn.Module):
+    """Self-conditioning: a first pass under no_grad inside of the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.inner = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.seen = self.inner(self.f(x))
+        return self.f(x + self.seen)
+
+
+@pytest.mark.parametrize("wrap", [None, non_reentrant], ids=["", "checkpointed"])
+def test_a_no_grad_block_inside_of_a_training_forward_is_clean(wrap):
+    found = {}
+    for rho in (0.0, 0.3):
+        torch.manual_seed(0)
+        config = FlatLoraConfig(target_modules=["f", "inner.0"], rho=rho, schedule="constant", init_lora_weights=False)
+        model = get_flat_peft_model(Recycle().double(), config).train()
+        x = X.clone().requires_grad_()
+        out = model(x) if wrap is None else wrap(model, x)
+        found[rho] = out.detach(), model.base_model.model.seen
+        out.square().sum().backward()
+        assert torch.equal(model.base_model.model.seen, found[rho][1])  # also in the recompute
+    assert torch.equal(found[0.0][1], found[0.3][1]) and not torch.equal(found[0.0][0], found[0.3][0])

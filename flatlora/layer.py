@@ -247,7 +247,7 @@ class FlatLayer(_Layer):
         hooked = base._forward_pre_hooks or base._forward_hooks or "forward" in base.__dict__
         if hooked or not isinstance(self.perturbation.settings.method, FlatLora):
             return False
-        plain = self.plain_class is lora.Linear and isinstance(base, nn.Linear)
+        plain = self.plain_class is lora.Linear and type(base).forward is self._base_forward is nn.Linear.forward
         return plain and not any(name in self.lora_variant for name in self._active())
 
     def _one_adapter(self) -> _OneAdapter | None:

@@ -649,7 +649,7 @@ _NOT_COPIED = {
 }
 _UNKNOWN_FORWARD = (
     "a layer is computed again in a backward, by no checkpoint of torch and no autograd Function, so that it is not "
-    "known how it was perturbed in its first forward. torch.utils.checkpoint works, with use_reentrant=False or True. With a "
-    "loss that caches gradients (sentence-transformers' Cached losses) make the whole training step inside "
+    "known how it was perturbed in its first forward. torch.utils.checkpoint works, with use_reentrant=False or True. "
+    "With a loss that caches gradients (sentence-transformers' Cached losses) make the whole training step inside "
     "`with flatlora.perturbed(model, sample=step):`."
 )

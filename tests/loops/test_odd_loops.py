@@ -1,5 +1,7 @@
 """Loops that step otherwise: several optimizers, an optimizer that is not torch's, gradients without a backward."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -162,3 +164,76 @@ def test_the_second_module_of_bilora_climbs_with_adamw_where_the_optimizer_canno
     assert all(tensor.any() for tensor in perturbation(model).tensors().values())
     with pytest.raises(RuntimeError, match="WithoutMaximize has lr=None: give it one"):
         step(model, WithoutMaximize(twin.trainable(model), lr=None), 0)
+
+
+SUBSETS = {
+    "only B": lambda name: "lora_B" in name,
+    "only A": lambda name: "lora_A" in name,
+    "the last layer": lambda name: ".2." in name or "second" in name,
+}
+
+
+@pytest.mark.parametrize("chosen", SUBSETS.values(), ids=SUBSETS.keys())
+@every_method
+def test_an_optimizer_of_some_of_the_factors_makes_steps_too(kind, settings, chosen):
+    model = twin.adapted(kind, rho=0.2, **{"total_steps": 5} | settings)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    held = [p for name, p in model.named_parameters() if p.requires_grad and chosen(name)] or twin.trainable(model)[-2:]
+    assert len(held) < len(names)
+    optimizer = SGD(held, lr=0.1)
+    for i in range(3):
+        step(model, optimizer, i)
+    assert perturbation(model).steps == 3
+
+
+def test_optimizers_of_parts_that_come_one_after_another():
+    model = flat_model(schedule="linear", total_steps=8, resample="step")
+    parameters = twin.trainable(model)
+    for part in (parameters[2:], parameters[:2], parameters[1:2]):
+        optimizer = SGD(part, lr=0.1)
+        for i in range(2):
+            step(model, optimizer, i)
+    assert (perturbation(model).steps, perturbation(model).sample) == (6, 6)
+
+
+def find_learning_rate(model, optimizer, restore_options=True):
+    """As Lightning and torch-lr-finder do: keep both states, make some steps, put them back."""
+    kept = [copy.deepcopy(each.state_dict()) for each in (model, optimizer)]
+    for i in range(5):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * 2**i
+        step(model, optimizer, i)
+    for each, state in zip((model, optimizer), kept, strict=True):
+        each.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "kind", [SGD, AdamW, lambda p, lr: SGD(p, lr=lr, momentum=0.9)], ids=["SGD", "AdamW", "momentum"]
+)
+@pytest.mark.parametrize("resample", ["forward", "step"])
+def test_steps_of_a_learning_rate_finder_do_not_count(kind, resample):
+    results = []
+    for find in (False, True):
+        model = flat_model(schedule="linear", total_steps=8, resample=resample)
+        optimizer = kind(twin.trainable(model), lr=0.1)
+        if find:
+            find_learning_rate(model, optimizer)
+        for i in range(3):
+            step(model, optimizer, i)
+        results.append((perturbation(model).steps, perturbation(model).sample, twin.trainable(model)))
+    assert results[0][:2] == results[1][:2]
+    assert tiny.same(results[0][2], results[1][2])
+
+
+def test_a_rollback_in_the_middle_takes_the_steps_since_then_back():
+    model = flat_model(schedule="linear", total_steps=8)
+    optimizer = AdamW(twin.trainable(model), lr=0.1)
+    for i in range(3):
+        step(model, optimizer, i)
+    kept = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in what it is given
+    assert perturbation(model).steps == 3  # nothing has happened since
+    for i in range(2):
+        step(model, optimizer, i)
+    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in what it is given
+    assert perturbation(model).steps == 3

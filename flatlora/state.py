@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import checkpoint
+from .arguments import INT64, SEED, Checked, boolean, integer
 from .checks import check_alone, check_mode, check_reached, check_seen
 from .ops import resolve_backend
 from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .passes import Passes, entrances, in_backward, of_model
-from .settings import BOUNDS, Integer, Settings, check_integer
+from .settings import Settings
 from .spread import calling_deepspeed, global_rank, is_deepspeed, is_sharded
 from .steps import overflowed, unwatch, watch
 from .strength import Strength
@@ -52,8 +54,9 @@ class Perturbation(Strength):
         enabled: False keeps every pass clean.
     """
 
-    sample = Integer(0, 2**63 - 1)
-    seed = Integer(*BOUNDS["seed"])
+    sample = Checked(integer, 0, INT64)
+    seed = Checked(integer, *SEED)
+    enabled = Checked(boolean)
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
@@ -113,7 +116,7 @@ class Perturbation(Strength):
 
     @rank.setter
     def rank(self, value: int | None) -> None:
-        self._rank = check_integer("rank", value, 0, 2**32 - 1)
+        self._rank = integer("rank", value, 0, 2**32 - 1, optional=True)
 
     # ---- which noise ----
 
@@ -328,13 +331,17 @@ class Perturbation(Strength):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.seed, self.sample, self._stale = state["seed"], state["sample"], state["stale"]
-        self.steps, self.total_steps = state["steps"], state["total_steps"]
-        self._origin = (state["origin"][0], state["origin"][1])
-        self.rhos.update(state["rhos"])
-        self.load_tensors(state.get("tensors", {}))
-        self.climber, self.climber_state = None, state.get("climber")
+        """Continue where `state_dict` was taken. Nothing is changed unless all of `state` is right.
+
+        Raises:
+            ValueError: an entry is missing, senseless, or of an adapter or a layer that this model does not have.
+        """
+        known = checkpoint.check(self, state)
+        self.seed, self.sample, self._stale = known["seed"], known["sample"], known["stale"]
+        self.steps, self.total_steps, self._origin = known["steps"], known["total_steps"], known["origin"]
+        self.rhos.update(known["rhos"])
+        self.load_tensors(known["tensors"])
+        self.climber, self.climber_state = None, known["climber"]
 
     def tensors(self) -> dict[str, Tensor]:
         """What the method keeps on the layers, by ``layer.factor.adapter``; not copies."""

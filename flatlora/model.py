@@ -15,7 +15,7 @@ from torch import nn
 
 from . import arguments
 from .adoption import abandon, adopt, release
-from .arguments import WrongType, boolean, integer, keywords, module, shown, text, texts
+from .arguments import WrongType, boolean, integer, keywords, shown, text, texts
 from .config import (
     HUB_OPTIONS,
     FlatLoraConfig,
@@ -59,7 +59,7 @@ def get_flat_peft_model(
         TypeError: `config` is not one of ours.
         ValueError: no layer matched, or a targeted layer cannot be perturbed. The model is then as it was.
     """
-    module("model", model)
+    arguments.module("model", model)
     if not isinstance(config, PerturbedLoraConfig):
         raise WrongType(
             f"config must be a FlatLoraConfig, got {type(config).__name__} ({shown(config)}). For a plain adapter use "
@@ -103,7 +103,7 @@ def attach(
         ValueError: it has no LoRA layer or no adapter of that name, it is flat already, or a layer cannot be
             perturbed. The model is then as it was.
     """
-    module("model", model)
+    arguments.module("model", model)
     rho, settings = CHECKS["rho"]("rho", rho), Settings(schedule, total_steps, resample, seed, backend)
     on_unsupported = CHECKS["on_unsupported"]("on_unsupported", on_unsupported)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -148,7 +148,7 @@ def perturbation(model: nn.Module) -> Perturbation:
     Raises:
         ValueError: the model has no flat layer.
     """
-    for layer in flat_layers(module("model", model)):
+    for layer in flat_layers(arguments.module("model", model)):
         return layer.perturbation
     raise ValueError(
         f"{type(model).__name__} has no flat LoRA layer: make it with get_flat_peft_model, or call attach on it"
@@ -189,7 +189,7 @@ def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainabl
             layers that a plain LoraConfig made.
         TypeError: a keyword that neither a configuration nor peft nor the hub knows.
     """
-    module("model", model)
+    arguments.module("model", model)
     arguments.path("path", path)
     text("adapter_name", adapter_name, empty=False)
     is_trainable = boolean("is_trainable", is_trainable)

@@ -234,11 +234,11 @@ def tensor(name: str, value: Any, dims: int | None = None, shape: tuple[int, ...
     return value
 
 
-def mapping(name: str, value: Any, expected: str) -> Any:
-    """A mapping with at least one entry, whose keys are strings."""
+def mapping(name: str, value: Any, expected: str, *, empty: bool = False) -> Any:
+    """A mapping whose keys are strings, with at least one entry."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         refuse(name, expected, value, WrongType)
-    if not value:
+    if not value and not empty:
         refuse(name, expected, value)
     return value
 
@@ -281,8 +281,8 @@ def check_fields(instance: Any) -> None:
             object.__setattr__(instance, f.name, check(f.name, getattr(instance, f.name)))
 
 
-class Checked:
-    """An attribute that is checked when it is set. Reading it is reading the instance's own `__dict__`."""
+class _Checked:
+    """See `Checked`. Reading it is reading the instance's own `__dict__`."""
 
     def __init__(self, check: Callable, *args: Any, **kwargs: Any) -> None:
         self.check = checker(check, *args, **kwargs)
@@ -292,3 +292,8 @@ class Checked:
 
     def __set__(self, owner: Any, value: Any) -> None:
         owner.__dict__[self.name] = self.check(self.name, value)
+
+
+def Checked(check: Callable, *args: Any, **kwargs: Any) -> Any:  # Any: read as the value's own type
+    """An attribute that is checked when it is set."""
+    return _Checked(check, *args, **kwargs)

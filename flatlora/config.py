@@ -291,7 +291,7 @@ def plain_copy(config: PerturbedLoraConfig) -> LoraConfig:
     return LoraConfig(**{f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init})
 
 
-def load_own(path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> dict[str, Any] | None:
+def load_own(path: str, subfolder: str | None = None, **kwargs: Any) -> dict[str, Any] | None:
     """What `flatlora_config.json` holds, in a folder or on the hub; None if there is no such file.
 
     Raises:

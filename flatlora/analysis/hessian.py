@@ -120,7 +120,7 @@ def hessian_vector_product(
     Raises:
         ValueError: the vectors are not exactly one per chosen layer.
     """
-    mapping("vectors", vectors, "a mapping of layer names to tensors")
+    mapping("vectors", vectors, "a mapping of layer names to tensors", empty=True)
     hessian = Hessian(model, loss_fn, batches, **settings)
     shapes = {weight.name: weight.shape for weight in hessian._variables.unique.values()}
     if set(vectors) != set(hessian.names):

@@ -64,7 +64,7 @@ def number(
     """A finite real number in [low, high] as a float; `above` and `below` leave the bound itself out."""
     if value is None and optional:
         return None
-    plain = scalar(value)
+    plain: Any = scalar(value)
     if isinstance(plain, bool) or not isinstance(plain, Real):
         what = "a number" if expected.startswith("finite") else expected
         refuse(name, what + (" or None" if optional and "None" not in what else ""), value, WrongType)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +68,14 @@ def number(
     if isinstance(plain, bool) or not isinstance(plain, Real):
         what = "a number" if expected.startswith("finite") else expected
         refuse(name, what + (" or None" if optional and "None" not in what else ""), value, WrongType)
+    plain = cast(Any, plain)  # Real has no order with float in its stubs
     inside = low <= plain <= high and not (above and plain == low) and not (below and plain == high)
     if not inside or not _is_finite(plain):
         refuse(name, expected, value, hint=hint)
     return float(plain)
 
 
-def _is_finite(value: Real) -> bool:
+def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond the largest float

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .arguments import WrongType, batches, function, integer, refuse
 from .model import perturbation
 from .settings import check_rho
 from .state import Perturbation
@@ -20,13 +21,6 @@ TENSORS = ("tensors", "climber")  # what of a perturbation's state is no number
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     return model(**batch).loss
-
-
-def _check_count(name: str, value: Any, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1{' or None' if optional else ''}, got {value!r}")
 
 
 def _check_loaded() -> None:
@@ -86,24 +80,25 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
     ) -> None:
         self._perturbation: Perturbation | None = None
         self._sharpness: dict[str, float] = {}  # measured and not yet logged
-        _check_count("sharpness_steps", sharpness_steps, optional=True)
-        _check_count("sharpness_samples", sharpness_samples)
+        self._every = integer("sharpness_steps", sharpness_steps, 1, optional=True)
+        self._samples = integer("sharpness_samples", sharpness_samples, 1)
         if (sharpness_steps is None) != (sharpness_batches is None):
             raise ValueError(
                 "sharpness_steps and sharpness_batches belong together: how often to measure, and on what; "
                 f"got sharpness_steps={sharpness_steps} and {'no ' if sharpness_batches is None else ''}batches"
             )
-        if sharpness_rho is not None and check_rho(sharpness_rho) == 0:
+        self._rho = None if sharpness_rho is None else check_rho("sharpness_rho", sharpness_rho)
+        if self._rho == 0:
             raise ValueError("sharpness_rho must be > 0, got 0; leave it out for the rho of the adapter")
-        self._every = sharpness_steps
-        self._batches = [] if sharpness_batches is None else list(sharpness_batches)
-        self._loss = sharpness_loss or _model_loss
-        self._rho, self._samples = sharpness_rho, sharpness_samples
-        if sharpness_batches is not None and not self._batches:
-            raise ValueError("sharpness_batches must hold at least one batch, got none")
+        self._loss = function("sharpness_loss", sharpness_loss, expected="loss(model, batch)", optional=True)
+        self._loss = self._loss or _model_loss
+        self._batches = [] if sharpness_batches is None else batches("sharpness_batches", sharpness_batches)
 
     def add_to(self, trainer: Trainer) -> None:
         """Make this the first callback of a trainer, before its loggers; one that is there already is moved."""
+        handler = getattr(trainer, "callback_handler", None)
+        if not isinstance(getattr(handler, "callbacks", None), list):
+            refuse("trainer", "a transformers.Trainer", trainer, WrongType)
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
 
@@ -118,7 +113,7 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         if state.global_step:
             _check_loaded()
         if state.global_step and isinstance(saved, dict) and saved.get("attributes"):
-            self._perturbation.load_state_dict(saved["attributes"]["perturbation"])
+            self._perturbation.load_state_dict(saved["attributes"].get("perturbation"))
             self._load_from_optimizer(kwargs.get("optimizer"))
             step = self._perturbation.steps  # without those that a scaler has skipped
         else:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import warnings
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from . import jsonfiles
 from .adoption import create_layer
+from .arguments import keywords, path, text
 from .method import FlatLora, Method
-from .settings import BOUNDS, Settings, check_rho
+from .settings import CHECKS, Settings
 
 CONFIG_NAME = "flatlora_config.json"
-HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
+WAY_OUT = (
+    "Save the configuration again with its save_pretrained, or delete the file and pass rho= and what else it held"
+)
+# keywords of the hub that peft passes on; `dry_run` gives no file
+HUB_OPTIONS = inspect.signature(hf_hub_download).parameters.keys() - {"repo_id", "filename", "subfolder", "dry_run"}
+
+
+class Unset(float):
+    """The default of a number: equal to it, and known not to have been given."""
 
 
 class OnlyOurLayers(dict):
@@ -59,7 +72,7 @@ class PerturbedLoraConfig(LoraConfig):
             What to do with a targeted layer that cannot be perturbed: refuse, or warn and train it unperturbed.
     """
 
-    rho: float = field(default=0.05, metadata={"help": "Strength of the perturbation; 0 is LoRA."})
+    rho: float = field(default=Unset(0.05), metadata={"help": "Strength of the perturbation; 0 is LoRA."})
     schedule: Literal["cosine", "linear", "constant", "cosine_decay", "linear_decay", "inverse_sqrt"] = field(
         default="constant", metadata={"help": "How the strength rho_t follows from rho over the run."}
     )
@@ -71,41 +84,61 @@ class PerturbedLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        from_dict, without_rho = self.peft_type is not None, isinstance(self.rho, Unset)
         super().__post_init__()
-        self.rho = check_rho(self.rho)
-        settings = self.settings()
-        for name in BOUNDS.keys() & own_fields(type(self)):
-            setattr(self, name, getattr(settings, name))  # an int, NumPy's as well
-        if self.on_unsupported not in ("error", "warn"):
-            raise ValueError(f"on_unsupported must be 'error' or 'warn', got {self.on_unsupported!r}")
+        if from_dict and without_rho:
+            raise ValueError(
+                f"rho must be given where a {type(self).__name__} is made from the fields of another configuration: "
+                "to_dict() and adapter_config.json hold those of LoraConfig alone, and the others would silently be "
+                "their defaults. Pass rho= (and schedule=, seed=, ...), or copy a configuration with copy.deepcopy or "
+                f"dataclasses.replace, or load it with {type(self).__name__}.from_pretrained."
+            )
+        self.check()
         self._register_custom_module({nn.Module: create_layer})  # type: ignore[dict-item]  # any callable will do
 
+    def check(self) -> None:
+        """Look at our own settings, which can have been changed since they were given; their plain values are kept.
+
+        Raises:
+            ValueError, TypeError: one of them is senseless.
+        """
+        self.make_method()
+        for name, check in own_checks(type(self)).items():
+            setattr(self, name, check(name, getattr(self, name)))
+
     def make_method(self) -> Method:
-        """The method with its own settings, checked."""
+        """The method with its own settings."""
         raise TypeError(f"{type(self).__name__} is no method: use FlatLoraConfig or one of flatlora.methods")
 
     def settings(self) -> Settings:
         """The settings that all flat adapters of a model share, checked."""
+        self.check()
         values = {f.name: getattr(self, f.name) for f in fields(Settings) if hasattr(self, f.name)}
         return Settings(**values, method=self.make_method())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of `LoraConfig` alone: `adapter_config.json` stays one that every reader of LoRA knows."""
+        """The fields of `LoraConfig` alone.
+
+        peft writes them into `adapter_config.json` and diffusers into the metadata of its files, from which it makes a
+        `LoraConfig(**metadata)`: every reader of LoRA must know them all. `dataclasses.asdict` gives ours too.
+        """
         own = own_fields(type(self))
         return {name: value for name, value in super().to_dict().items() if name not in own}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save `adapter_config.json` as peft does, and our own settings beside it in `flatlora_config.json`.
 
-        Warns of an adapter file without a tensor, which peft has written there before.
+        Warns of an adapter file without a tensor, which peft has written there before, and of a damaged one.
         """
-        warn_of_no_tensors(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME))
+        path("save_directory", save_directory)
+        keywords("save_pretrained", kwargs, {"auto_mapping_dict"})
+        self.check()
         super().save_pretrained(save_directory, **kwargs)
         own = {name: value for name, value in asdict(self).items() if name in own_fields(type(self))}
         if type(self) is not FlatLoraConfig:
             own["config_class"] = type(self).__name__
-        with open(os.path.join(save_directory, CONFIG_NAME), "w") as writer:
-            writer.write(json.dumps(own, indent=2, sort_keys=True))
+        jsonfiles.write(os.path.join(save_directory, CONFIG_NAME), json.dumps(own, indent=2, sort_keys=True))
+        warn_of_no_tensors(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME))
 
     @classmethod
     def from_pretrained(
@@ -114,35 +147,35 @@ class PerturbedLoraConfig(LoraConfig):
         """Load what `save_pretrained` saved, from a folder or the hub; `kwargs` override what is in the files.
 
         Raises:
-            ValueError: the adapter is no LoRA, it was trained with another method, or it was saved without our
-                settings and `rho` is not given.
+            ValueError: the adapter is no LoRA, it was trained with another method, it was saved without our settings
+                and `rho` is not given, or a file is damaged.
+            TypeError: a keyword that is neither a setting nor an option of the hub.
         """
-        ours = own_fields(cls)
-        settable = {f.name for f in fields(cls) if f.init} - HUB_OPTIONS
+        where = path("pretrained_model_name_or_path", pretrained_model_name_or_path)
+        text("subfolder", subfolder, optional=True)
+        settable = settings_of(cls)
+        keywords(f"{cls.__name__}.from_pretrained", kwargs, settable | HUB_OPTIONS)
         override = {name: kwargs.pop(name) for name in settable & kwargs.keys()}
-        plain = PeftConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        own = load_own(where, subfolder, **kwargs)
+        local = Path(where, subfolder or "", PEFT_CONFIG_NAME)
+        if local.exists():
+            jsonfiles.read(local, "Save the adapter again, or take the file from a backup", strict=False)
+        plain = PeftConfig.from_pretrained(where, subfolder=subfolder, **kwargs)
         if type(plain) is not LoraConfig:
-            raise ValueError(f"{pretrained_model_name_or_path!r} is a {type(plain).__name__}, not a LoRA adapter")
-        own = load_own(pretrained_model_name_or_path, subfolder, **kwargs)
-        trained_with = (own or {}).pop("config_class", FlatLoraConfig.__name__ if own else cls.__name__)
+            raise ValueError(f"{where!r} is a {type(plain).__name__}, not a LoRA adapter")
+        trained_with = (own or {}).pop("config_class", FlatLoraConfig.__name__ if own is not None else cls.__name__)
         if trained_with != cls.__name__:
             raise ValueError(
-                f"{pretrained_model_name_or_path!r} was trained with {trained_with}, not {cls.__name__}: "
+                f"{where!r} was trained with {trained_with}, not {cls.__name__}: "
                 f"call {trained_with}.from_pretrained, or flatlora.load, which finds it"
             )
         if own is None and "rho" not in override:
             raise ValueError(
-                f"{pretrained_model_name_or_path!r} has no {CONFIG_NAME}: it was not trained with flatlora. Pass rho=, "
+                f"{where!r} has no {CONFIG_NAME}: it was not trained with flatlora. Pass rho=, "
                 "or load it with PeftModel.from_pretrained(..., is_trainable=True) and call flatlora.attach."
             )
-        unknown = (own or {}).keys() - ours
-        if unknown:
-            raise ValueError(
-                f"{CONFIG_NAME} of {pretrained_model_name_or_path!r} has settings that {cls.__name__} does not know: "
-                f"{sorted(unknown)}. Install the version of flatlora that saved it, or remove them from the file."
-            )
         values = {f.name: getattr(plain, f.name) for f in fields(LoraConfig) if f.init}
-        return cls(**{**values, **(own or {}), **override})
+        return cls(**{**values, **check_own(cls, own, os.path.join(where, subfolder or "", CONFIG_NAME)), **override})
 
 
 @dataclass
@@ -189,33 +222,68 @@ def own_fields(kind: type[PerturbedLoraConfig]) -> set[str]:
     return {f.name for f in fields(kind)} - {f.name for f in fields(LoraConfig)}
 
 
-def warn_of_no_tensors(file: str) -> None:
-    """Nothing is trained of an adapter whose file is empty: loaded, it is a new one."""
-    if os.path.isfile(file):
-        with safe_open(file, "pt") as tensors:
-            if not tensors.keys():
-                warnings.warn(
-                    f"{file} holds no tensor: the state dict that it was made from has none of this adapter. Where the "
-                    "model is sharded (FSDP, ZeRO-3), call accelerator.get_state_dict(model) in all processes and pass "
-                    "it on: save_pretrained(folder, state_dict=...).",
-                    stacklevel=4,
-                )
+def settings_of(kind: type[PerturbedLoraConfig]) -> set[str]:
+    """The settings that can be given to `from_pretrained`. `inference_mode` follows from `is_trainable`, `revision` is
+    the hub's."""
+    return {f.name for f in fields(kind) if f.init} - HUB_OPTIONS - {"inference_mode"}
 
 
-def config_class(name: str) -> type[PerturbedLoraConfig]:
-    """The configuration class of this name.
+def own_checks(kind: type[PerturbedLoraConfig]) -> dict[str, Any]:
+    """The check of each setting that `kind` adds to LoraConfig."""
+    found = {f.name: f.metadata.get("check") or CHECKS.get(f.name) for f in fields(kind)}
+    return {name: found[name] for name in sorted(own_fields(kind)) if found[name] is not None}
+
+
+def check_own(kind: type[PerturbedLoraConfig], own: dict[str, Any] | None, file: str) -> dict[str, Any]:
+    """What `flatlora_config.json` holds, looked at as a whole.
 
     Raises:
-        ValueError: there is none.
+        ValueError: a setting is missing, unknown or senseless.
     """
+    if own is None:
+        return {}
+    unknown, missing = own.keys() - own_fields(kind), own_fields(kind) - own.keys()
+    if unknown:
+        raise ValueError(
+            f"{file} has settings that {kind.__name__} does not know: "
+            f"{sorted(unknown)}. Install the version of flatlora that saved it, or remove them from the file."
+        )
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}. {WAY_OUT}.")
+    for name, check in own_checks(kind).items():
+        try:
+            own[name] = check(name, own[name])
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be used: {error}. {WAY_OUT}.") from None
+    return own
+
+
+def warn_of_no_tensors(file: str) -> None:
+    """Warn if the saved adapter file has no tensors: loaded, the adapter is a new one. Or if it cannot be read."""
+    if os.path.isfile(file):
+        try:
+            with safe_open(file, "pt") as tensors:
+                names = tensors.keys()
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"{file} is damaged ({error}): save the model again, or delete it.", stacklevel=3)
+            return
+        if not names:
+            warnings.warn(
+                f"{file} holds no tensor: the state dict that it was made from has none of this adapter. Where the "
+                "model is sharded (FSDP, ZeRO-3), call accelerator.get_state_dict(model) in all processes and pass "
+                "it on: save_pretrained(folder, state_dict=...).",
+                stacklevel=4,
+            )
+
+
+def known_classes() -> dict[str, type[PerturbedLoraConfig]]:
+    """The configurations of all methods, a user's own too, by the name that a file has."""
     known, todo = {}, [PerturbedLoraConfig]
     while todo:
         kind = todo.pop()
         known[kind.__name__] = kind
         todo += kind.__subclasses__()
-    if name not in known:
-        raise ValueError(f"{name!r} is no configuration of flatlora; known are {sorted(known)}")
-    return known[name]
+    return known
 
 
 def plain_copy(config: PerturbedLoraConfig) -> LoraConfig:
@@ -224,7 +292,11 @@ def plain_copy(config: PerturbedLoraConfig) -> LoraConfig:
 
 
 def load_own(path: str, subfolder: str | None = None, **kwargs: Any) -> dict[str, Any] | None:
-    """What `flatlora_config.json` holds, in a folder or on the hub; None if there is no such file."""
+    """What `flatlora_config.json` holds, in a folder or on the hub; None if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     local = os.path.join(path, subfolder or "", CONFIG_NAME)
     if not os.path.isdir(path):
         options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
@@ -232,7 +304,12 @@ def load_own(path: str, subfolder: str | None = None, **kwargs: Any) -> dict[str
             local = hf_hub_download(path, CONFIG_NAME, subfolder=subfolder, **options)
         except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError):  # peft says what is wrong with a path
             return None
-    if not os.path.isfile(local):
+    if not os.path.exists(local):
         return None
-    with open(local) as reader:
-        return json.load(reader)
+    own = jsonfiles.read(local, WAY_OUT)
+    name = own.get("config_class", "FlatLoraConfig")
+    if not isinstance(name, str) or name not in known_classes():
+        raise ValueError(
+            f"{local} cannot be used: config_class must be one of {sorted(known_classes())}, got {name!r}. {WAY_OUT}."
+        )
+    return own

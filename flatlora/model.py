@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from numbers import Integral
-from types import NoneType
+from inspect import signature
 from typing import Any
 
 import peft
@@ -13,13 +12,30 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from . import arguments
 from .adoption import abandon, adopt, release
-from .config import HUB_OPTIONS, FlatLoraConfig, PerturbedLoraConfig, config_class, load_own, plain_copy
+from .arguments import WrongType, boolean, integer, keywords, shown, text, texts
+from .config import (
+    HUB_OPTIONS,
+    FlatLoraConfig,
+    PerturbedLoraConfig,
+    known_classes,
+    load_own,
+    plain_copy,
+    settings_of,
+)
 from .layer import flat_layers
 from .parts import perturbations
 from .passes import of_model, root_of
-from .settings import Settings, check_rho
+from .settings import CHECKS, Settings
 from .state import Perturbation
+
+OF_PEFT = {  # keywords that peft takes when it loads an adapter
+    *(signature(PeftModel.from_pretrained).parameters.keys() | signature(PeftModel.load_adapter).parameters.keys())
+    - {"model", "model_id", "self", "config", "kwargs"},  # `config` is what we make
+    *("subfolder", "use_auth_token", "use_safetensors", "ignore_mismatched_sizes"),
+    *("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
+}
 
 
 def get_flat_peft_model(
@@ -43,11 +59,15 @@ def get_flat_peft_model(
         TypeError: `config` is not one of ours.
         ValueError: no layer matched, or a targeted layer cannot be perturbed. The model is then as it was.
     """
+    arguments.module("model", model)
     if not isinstance(config, PerturbedLoraConfig):
-        raise TypeError(
-            f"config must be a FlatLoraConfig, got {type(config).__name__}. For a plain adapter use "
+        raise WrongType(
+            f"config must be a FlatLoraConfig, got {type(config).__name__} ({shown(config)}). For a plain adapter use "
             "peft.get_peft_model; to perturb the training of an adapter that exists, flatlora.attach."
         )
+    text("adapter_name", adapter_name, empty=False)
+    keywords("get_flat_peft_model", kwargs, signature(peft.get_peft_model).parameters)
+    config.check()
     before = set(model.modules())
     try:
         return peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
@@ -83,9 +103,9 @@ def attach(
         ValueError: it has no LoRA layer or no adapter of that name, it is flat already, or a layer cannot be
             perturbed. The model is then as it was.
     """
-    rho, settings = check_rho(rho), Settings(schedule, total_steps, resample, seed, backend)
-    if on_unsupported not in ("error", "warn"):
-        raise ValueError(f"on_unsupported must be 'error' or 'warn', got {on_unsupported!r}")
+    arguments.module("model", model)
+    rho, settings = CHECKS["rho"]("rho", rho), Settings(schedule, total_steps, resample, seed, backend)
+    on_unsupported = CHECKS["on_unsupported"]("on_unsupported", on_unsupported)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layer: make one with get_flat_peft_model")
@@ -159,9 +179,8 @@ def perturbed(model: nn.Module, sample: int | None = None) -> AbstractContextMan
         model: a flat model.
         sample: index of the noise sample; default the current one. The sample of training is not advanced.
     """
-    if isinstance(sample, bool) or not isinstance(sample, (Integral, NoneType)) or not 0 <= int(sample or 0) < 2**32:
-        raise ValueError(f"sample must be None or an integer in [0, 2^32), got {sample!r}")
-    return _override(model, forced=True, sample=None if sample is None else int(sample))
+    sample = integer("sample", sample, 0, 2**32 - 1, optional=True, expected="None or an integer in [0, 2^32)")
+    return _override(model, forced=True, sample=sample)
 
 
 def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainable: bool = True, **kwargs: Any):
@@ -172,15 +191,24 @@ def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainabl
         path: what `save_pretrained` wrote: a folder or a hub name.
         adapter_name: name of the adapter.
         is_trainable: as in peft; True here, since an adapter for inference needs no noise.
-        kwargs: passed on to `PeftModel.from_pretrained` (of a `PeftModel`: to `load_adapter`).
+        kwargs: settings (`rho`, `seed`, ...) in place of those in the files; the others are passed on to
+            `PeftModel.from_pretrained` (of a `PeftModel`: to `load_adapter`).
 
     Raises:
-        ValueError: it was saved without noise settings, or the model has layers that a plain LoraConfig made.
+        ValueError: it was saved without noise settings and `rho` is not given, a file is damaged, or the model has
+            layers that a plain LoraConfig made.
+        TypeError: a keyword that neither a configuration nor peft nor the hub knows.
     """
+    arguments.module("model", model)
+    arguments.path("path", path)
+    text("adapter_name", adapter_name, empty=False)
+    is_trainable = boolean("is_trainable", is_trainable)
     where = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS | {"subfolder"}}
     own = load_own(path, **where)
-    kind = FlatLoraConfig if own is None else config_class(own.get("config_class", "FlatLoraConfig"))
-    config = kind.from_pretrained(path, **where)
+    kind = FlatLoraConfig if own is None else known_classes()[own.get("config_class", "FlatLoraConfig")]
+    keywords("load", kwargs, settings_of(kind) | HUB_OPTIONS | OF_PEFT)
+    override = {name: kwargs.pop(name) for name in settings_of(kind) & kwargs.keys()}
+    config = kind.from_pretrained(path, **where, **override)
     if isinstance(model, PeftModel):
         config.inference_mode = not is_trainable
         model.add_adapter(adapter_name, config)
@@ -193,7 +221,7 @@ def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainabl
 
 
 def _perturbations(model: nn.Module) -> list[Perturbation]:
-    found = perturbations(model)
+    found = perturbations(arguments.module("model", model))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no flat LoRA layer: make it with get_flat_peft_model, or call attach on it"
@@ -225,8 +253,7 @@ def _choose(model: nn.Module, layers: Iterable[Any], names: Sequence[str] | None
     """The adapters that `attach` is to make flat."""
     known = {adapter for layer in layers for adapter in layer.scaling}
     flat = {adapter for layer in flat_layers(model) for adapter in layer.flat_adapters}
-    if isinstance(names, str):
-        raise TypeError(f"adapter_names must be a list of names, got the string {names!r}")
+    names = texts("adapter_names", names, "a list of names", optional=True)
     chosen = known if names is None else set(names)
     if not chosen or chosen - known:
         raise ValueError(f"adapter_names must be among the LoRA adapters {sorted(known)}, got {names!r}")

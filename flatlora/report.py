@@ -16,15 +16,20 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import io
-import json
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from flatlora import analysis, plotting
+from flatlora import analysis, arguments, jsonfiles, plotting
+from flatlora.analysis.files import result_kind
 from flatlora.analysis.stats import Curve
+from flatlora.arguments import WrongType, refuse, texts
+from flatlora.plotting.curves import check_history
+
+WAY_OUT = "Take the file from a backup, or delete it"
 
 SETTINGS = (
     "base_model_name_or_path", "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora",
@@ -61,9 +66,14 @@ def build(runs: Sequence[str | Path], labels: Sequence[str] | None = None) -> st
     Raises:
         ValueError: no run, labels that do not fit, or nothing to show in a folder.
         FileNotFoundError: a folder that is not there.
+        ImportError: matplotlib is not installed.
     """
-    folders = [Path(run) for run in runs]
-    names = list(labels) if labels else _names(folders)
+    if isinstance(runs, (str, Path)) or not isinstance(runs, Sequence):
+        refuse("runs", "a list of folders", runs, WrongType)
+    folders = [Path(arguments.path(f"runs[{k}]", run)) for k, run in enumerate(runs)]
+    if not folders:
+        refuse("runs", "a list of at least one folder", runs)
+    names = texts("labels", labels, "a list of names", optional=True) or _names(folders)
     if not folders or len(names) != len(folders) or len(set(names)) != len(names):
         raise ValueError(f"labels must be {len(folders)} different names, one for each run, got {names}")
     found = {name: _read(folder) for name, folder in zip(names, folders, strict=True)}
@@ -94,20 +104,36 @@ def _read(folder: Path) -> dict[str, Any]:
     for name in ("adapter_config.json", "flatlora_config.json"):
         for path in (folder / name, folder / "adapter" / name):
             if path.exists():
-                content = json.loads(path.read_text())
+                content = jsonfiles.read(path, WAY_OUT, strict=False)
                 settings |= {k: v for k, v in content.items() if name.startswith("flatlora") or k in SETTINGS}
                 break
     states = [folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")]
-    histories = [json.loads(path.read_text()).get("log_history", []) for path in states if path.exists()]
-    results = {}
-    for path in sorted([*folder.glob("*.json"), *folder.glob("analysis/*.json")]):
-        try:
-            results[path.stem] = analysis.load(path)
-        except ValueError:
-            continue  # somebody else's file
+    histories = [_history(path) for path in states if path.exists()]
+    files = sorted([*folder.glob("*.json"), *folder.glob("analysis/*.json")])
+    results = {path.stem: analysis.load(path) for path in files if _is_result(path)}
     if not (settings or histories or results):
         raise ValueError(f"run {folder} must hold an adapter, trainer_state.json or results saved by flatlora.analysis")
     return {"settings": settings, "history": max(histories, key=len, default=[]), "results": results}
+
+
+def _history(file: Path) -> list[dict[str, Any]]:
+    history = jsonfiles.read(file, WAY_OUT, strict=False).get("log_history", [])
+    try:
+        check_history("log_history", history)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be used: {error}. {WAY_OUT}.") from None
+    return history
+
+
+def _is_result(file: Path) -> bool:
+    """Whether this is a result of `flatlora.analysis`, a damaged one too, and not somebody else's file."""
+    try:
+        return result_kind(jsonfiles.read(file, WAY_OUT, strict=False)) is not None
+    except ValueError:
+        with contextlib.suppress(OSError):
+            start = file.read_bytes()[:64].strip()
+            return not start or start.startswith(b'{"result"')
+        return False
 
 
 def _settings(found: dict[str, Any]) -> str:
@@ -202,7 +228,8 @@ def _table(head: list[str], rows: list[list[str]], differs: list[bool] | None = 
 
 def _figure(plot: Plot, results: dict[str, Any], alt: str) -> str:
     """A figure in both themes; the browser shows the one that fits."""
-    import matplotlib
+    with plotting.style.themed("light"):  # which says what to do without it
+        import matplotlib
 
     sources = []
     for theme in ("light", "dark"):
@@ -226,9 +253,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         page = build(args.runs, args.labels)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    args.out.write_text(page, encoding="utf-8")
+        jsonfiles.write(args.out, page)
+    except (ValueError, ImportError, OSError) as error:
+        system = getattr(error, "strerror", None)
+        reason = f"{args.out} cannot be written: {system}; give another -o" if system else error
+        parser.exit(2, f"{parser.prog}: {reason}\n")
     print(args.out)
 
 

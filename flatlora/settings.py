@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from numbers import Integral, Real
+from dataclasses import dataclass, field
 from typing import Any
 
+from .arguments import INT64, SEED, check_fields, checker, choice, integer, number
 from .method import FlatLora, Method
 from .ops import BACKENDS
 
@@ -20,72 +20,41 @@ RAMPS: dict[str, Callable[[float, int], float]] = {  # of the progress t in [0, 
     "inverse_sqrt": lambda t, steps: 1 / math.sqrt(1 + steps),
 }
 NEED_NO_LENGTH = ("constant", "inverse_sqrt")
-RESAMPLE = ("forward", "step")
-BOUNDS = {"total_steps": (1, 2**63 - 1), "seed": (-(2**63), 2**64 - 1)}
+LARGEST_RHO = 1e6  # noise a million times the weight: beyond that products overflow, and the loss is NaN
 
 
-def check_number(name: str, value: Any) -> float:
-    """A real number of any kind (NumPy's too) as a float, or an error."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    return float(value)
+def check_rho(name: str, value: Any) -> float:
+    """A strength as a float, or an error: it must be a finite number >= 0."""
+    rho = number(name, value, low=0, expected="finite and >= 0", hint="; 0 means plain LoRA, 0.05 to 0.10 is usual")
+    return number(name, rho, high=LARGEST_RHO, expected=f"at most {LARGEST_RHO:g}", hint="; 0.05 to 0.10 is usual")
 
 
-def check_rho(rho: Any) -> float:
-    """`rho` as a float, or an error: it must be a finite number >= 0."""
-    rho = check_number("rho", rho)
-    if not math.isfinite(rho) or rho < 0:
-        raise ValueError(f"rho must be finite and >= 0, got {rho}; 0 means plain LoRA, 0.05 to 0.10 is usual")
-    return rho
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "rho": check_rho,
+    "schedule": checker(choice, tuple(RAMPS)),
+    "total_steps": checker(integer, 1, INT64, optional=True),
+    "resample": checker(choice, ("forward", "step")),
+    "seed": checker(integer, *SEED, optional=True),
+    "backend": checker(choice, ("auto", *BACKENDS)),
+    "on_unsupported": checker(choice, ("error", "warn"), "'error' or 'warn'"),
+}
+
+
+def setting(name: str, default: Any) -> Any:
+    """A dataclass field with the check of this setting."""
+    return field(default=default, metadata={"check": CHECKS[name]})
 
 
 @dataclass(frozen=True)
 class Settings:
     """How the noise is scheduled and drawn. Checked at construction; the fields are those of `FlatLoraConfig`."""
 
-    schedule: str = "cosine"
-    total_steps: int | None = None
-    resample: str = "forward"
-    seed: int | None = None
-    backend: str = "auto"
+    schedule: str = setting("schedule", "cosine")
+    total_steps: int | None = setting("total_steps", None)
+    resample: str = setting("resample", "forward")
+    seed: int | None = setting("seed", None)
+    backend: str = setting("backend", "auto")
     method: Method = FlatLora()
 
     def __post_init__(self) -> None:
-        _check_choice("schedule", self.schedule, tuple(RAMPS))
-        _check_choice("resample", self.resample, RESAMPLE)
-        _check_choice("backend", self.backend, ("auto", *BACKENDS))
-        for name, bounds in BOUNDS.items():
-            object.__setattr__(self, name, check_integer(name, getattr(self, name), *bounds))
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
-
-
-def check_integer(name: str, value: Any, low: int, high: int, optional: bool = True) -> Any:
-    """An integer of any kind (NumPy's too) in these bounds as an int, or None where it is optional, or an error."""
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        or_none = " or None" if optional else ""
-        raise TypeError(f"{name} must be an integer{or_none}, got {value!r} of type {type(value).__name__}")
-    if not low <= int(value) <= high:
-        raise ValueError(f"{name} must be {'None or ' if optional else ''}in [{low}, {high}], got {value}")
-    return int(value)
-
-
-class Integer:
-    """An attribute that is checked when it is set, by `check_integer`."""
-
-    def __init__(self, low: int, high: int, optional: bool = False) -> None:
-        self.bounds = low, high, optional
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, owner: Any, kind: type) -> Any:
-        return owner.__dict__[self.name]
-
-    def __set__(self, owner: Any, value: Any) -> None:
-        owner.__dict__[self.name] = check_integer(self.name, value, *self.bounds)
+        check_fields(self)

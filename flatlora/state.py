@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import checkpoint
+from .arguments import INT64, SEED, Checked, boolean, integer
 from .checks import (
     check_layers_run,
     check_single_optimizer,
@@ -27,7 +29,7 @@ from .ops.philox import mix_rank
 from .parts import join_parts
 from .passes import Passes, entrances, of_model, root_of
 from .recompute import Checkpoints, find_checkpoints, in_backward, may_be_checkpointed
-from .settings import BOUNDS, Integer, Settings, check_integer
+from .settings import Settings
 from .spread import calling_deepspeed, global_rank, is_deepspeed, is_sharded
 from .steps import follow_state, overflowed, unwatch, watch
 from .strength import Strength
@@ -84,8 +86,8 @@ class Perturbation(Strength):
         enabled: False keeps every pass clean.
     """
 
-    sample = Integer(0, 2**63 - 1)
-    seed = Integer(*BOUNDS["seed"])
+    sample = Checked(integer, 0, INT64)
+    seed = Checked(integer, *SEED)
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self._model = weakref.ref(model)
@@ -166,7 +168,7 @@ class Perturbation(Strength):
 
     @rank.setter
     def rank(self, value: int | None) -> None:
-        self._rank = check_integer("rank", value, 0, 2**32 - 1)
+        self._rank = integer("rank", value, 0, 2**32 - 1, optional=True)
 
     # ---- which passes ----
 
@@ -176,7 +178,7 @@ class Perturbation(Strength):
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._enabled = self.enabled_now = value
+        self._enabled = self.enabled_now = boolean("enabled", value)
 
     @contextmanager
     def override(self, **changes: Any) -> Iterator[None]:
@@ -529,13 +531,17 @@ class Perturbation(Strength):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.seed, self.sample, self._stale = state["seed"], state["sample"], state["stale"]
-        self.steps, self.total_steps = state["steps"], state["total_steps"]
-        self._origin = (state["origin"][0], state["origin"][1])
-        self.rhos.update(state["rhos"])
-        self.load_tensors(state.get("tensors", {}))
-        self.climber, self.climber_state = None, state.get("climber")
+        """Continue where `state_dict` was taken. Nothing is changed unless all of `state` is right.
+
+        Raises:
+            ValueError: an entry is missing, senseless, or of an adapter or a layer that this model does not have.
+        """
+        known = checkpoint.check(self, state)
+        self.seed, self.sample, self._stale = known["seed"], known["sample"], known["stale"]
+        self.steps, self.total_steps, self._origin = known["steps"], known["total_steps"], known["origin"]
+        self.rhos.update(known["rhos"])
+        self.load_tensors(known["tensors"])
+        self.climber, self.climber_state = None, known["climber"]
 
     def tensors(self) -> dict[str, Tensor]:
         """What the method keeps on the layers, by ``layer.factor.adapter``; not copies."""

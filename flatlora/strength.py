@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
-from .settings import BOUNDS, NEED_NO_LENGTH, RAMPS, Integer, Settings, check_integer, check_rho
+from .arguments import INT64, Checked, integer, number
+from .settings import NEED_NO_LENGTH, RAMPS, Settings, check_rho
 
 
 class Strength:
     """``rho_t = rho * ramp(progress)``; `progress` is optimizer steps made over `total_steps`."""
 
-    total_steps = Integer(*BOUNDS["total_steps"], optional=True)
+    total_steps = Checked(integer, 1, INT64, optional=True)
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -43,7 +43,7 @@ class Strength:
 
     @rho.setter
     def rho(self, value: float) -> None:
-        value = check_rho(value)
+        value = check_rho("rho", value)
         self.rhos = dict.fromkeys(self.rhos, value)
 
     @property
@@ -68,15 +68,13 @@ class Strength:
 
     @progress.setter
     def progress(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-            raise ValueError(f"progress must be a number in [0, 1], got {value!r}")
-        self._origin = (float(value), self.steps)
+        self._origin = (number("progress", value, 0, 1, expected="a number in [0, 1]"), self.steps)
 
     def set_step(self, step: int, total_steps: int | None = None) -> None:
         """Say which optimizer step the run is at, where the library cannot count (FSDP1, DeepSpeed) or has resumed."""
+        step = integer("step", step, 0, INT64)
         if total_steps is not None:
             self.total_steps = total_steps
-        step = check_integer("step", step, 0, 2**63 - 1, optional=False)
         self._origin = (0.0, 0)
         if step != self.steps:
             self.steps = step

@@ -26,9 +26,10 @@ from torch import Tensor
 from flatlora.ops.perturb import perturb_weight
 from flatlora.ops.philox import mix_rank
 
+from ..arguments import choice
+from .options import NOISES, check_norms, check_seed
 from .weights import CHUNK, At, Weight
 
-NOISES = ("filter", "filter_normalised", "layer", "plain")
 STREAM = 0x0A7A1751  # keeps the directions apart from the noise of training with the same seed
 
 Norms = Mapping[str, Tensor]  # name of a layer -> (m,)
@@ -52,10 +53,9 @@ class Directions:
     _units: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.noise not in NOISES:
-            raise ValueError(f"noise must be one of {NOISES}, got {self.noise!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        choice("noise", self.noise, NOISES)
+        self.seed = check_seed("seed", self.seed)
+        check_norms("norms", self.norms)
         for weight in self.weights:
             if weight.name not in self.norms:
                 raise ValueError(f"norms must hold every chosen layer, {weight.name!r} is missing")

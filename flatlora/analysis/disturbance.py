@@ -16,15 +16,18 @@ from torch import Tensor, nn
 
 from flatlora.ops.philox import mix_rank, philox4x32
 
+from .. import arguments
+from ..arguments import INT64, boolean, choice, function, integer, integers, text
 from .directions import Norms
 from .evaluate import Journal, LossFn, MeanLoss, bar, fingerprint, kept_rng
-from .landscape import positive
 from .measurement import Measurement
 from .norms import merged_rows
-from .sharpness import nonnegative
+from .options import check_seed, how, points, result, samples, strengths
 from .stats import Curve
 from .weights import Weight, active, find_weights
 
+MOST_BITS = 64
+DISTURBANCES = ("weight noise", "rounding", "corruption")
 Corrupt = Callable[[Any, float, torch.Generator], Any]  # (batch, level, random numbers) -> corrupted batch
 
 
@@ -43,13 +46,13 @@ class Degradation(Curve):
     """
 
     GRID, SAMPLES = "levels", "scores"
-    levels: Tensor  # (levels,), float64
-    scores: Tensor  # (samples, levels), float64
-    center: float
-    disturbance: str
-    unit: str
-    seed: int
-    score: str = "loss"
+    levels: Tensor = points()  # (levels,), float64
+    scores: Tensor = samples()  # (samples, levels), float64
+    center: float = how("number")
+    disturbance: str = result(choice, DISTURBANCES)
+    unit: str = how("text")
+    seed: int = how("seed")
+    score: str = result(text, default="loss")
 
 
 def under_weight_noise(
@@ -78,8 +81,9 @@ def under_weight_noise(
     Raises:
         ValueError: an argument out of bounds.
     """
-    levels = nonnegative("rho", rho)
-    positive("samples", samples)
+    levels = strengths("rho", rho)
+    samples = integer("samples", samples, 1)
+    _check_shown(score, progress, score_fn)
     measured = Measurement(
         "weight noise", model, score_fn, batches,
         seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,
@@ -116,8 +120,8 @@ def under_rounding(
     Raises:
         ValueError: bits out of bounds, or a layer whose merged weight cannot be had (DoRA, quantised).
     """
-    if not bits or any(isinstance(b, bool) or not isinstance(b, int) or b < 2 for b in bits):
-        raise ValueError(f"bits must be one or more integers >= 2, got {bits}")
+    widths = integers("bits", bits, 2, MOST_BITS, expected="one or more integers >= 2")
+    _check_shown(score, progress, score_fn)
     weights = find_weights(model, layers)
     for weight in weights:
         owner: Any = weight.owner
@@ -127,19 +131,17 @@ def under_rounding(
                 "merge the adapter first, or leave the layer out through layers="
             )
     with kept_rng():
-        each = [MeanLoss(model, score_fn, [batch], weights) for batch in batches]
-    if not each:
-        raise ValueError("batches must hold at least one batch, got none")
+        each = [MeanLoss(model, score_fn, [batch], weights) for batch in arguments.batches("batches", batches)]
     journal = Journal(file, {"what": "rounding", "weights": fingerprint(weights), "batches": len(each)})
     center = sum(one() for one in each) / len(each)
     journal.check("center", center)
-    scores = torch.empty(len(each), len(bits), dtype=torch.float64)
+    scores = torch.empty(len(each), len(widths), dtype=torch.float64)
     with bar(scores.numel(), "rounding", progress) as tick:
-        for p, b in enumerate(bits):
+        for p, b in enumerate(widths):
             for k, one in enumerate(each):
                 scores[k, p] = journal(f"{b} bits, batch {k}", partial(one, partial(_rounded, bits=b)))
                 tick.update()
-    levels = torch.tensor(list(bits), dtype=torch.float64)
+    levels = torch.tensor(widths, dtype=torch.float64)
     return Degradation(levels, scores, center, "rounding", "bits per weight", 0, score)
 
 
@@ -185,10 +187,14 @@ def under_corruption(
     Raises:
         ValueError: an argument out of bounds.
     """
-    grid = nonnegative("levels", levels)
-    positive("samples", samples)
+    grid = strengths("levels", levels)
+    samples = integer("samples", samples, 1)
+    seed = check_seed("seed", seed)
+    function("corrupt", corrupt, expected="corrupt(batch, level, generator)")
+    text("unit", unit)
+    _check_shown(score, progress, score_fn)
     with kept_rng():
-        clean = list(batches)
+        clean = arguments.batches("batches", batches)
     center = MeanLoss(model, score_fn, clean, [], sizes)()
     journal = Journal(file, {"what": "corruption", "unit": unit, "seed": seed, "batches": len(clean)})
     journal.check("center", center)
@@ -215,12 +221,15 @@ def replace_tokens(vocabulary: int, field: str | int | None = "input_ids", keep:
         field: of the batch that holds the token ids: a key, a position, or None for a batch that is the tensor.
         keep: ids that are left alone, padding and the like.
     """
+    vocabulary = integer("vocabulary", vocabulary, 1)
+    _check_field(field)
+    kept = integers("keep", keep, -INT64, INT64, expected="a sequence of token ids", empty=True)
 
     def corrupt(batch: Any, level: float, generator: torch.Generator) -> Any:
         ids = batch if field is None else batch[field]
         hit = torch.rand(ids.shape, generator=generator).to(ids.device) < level
         other = torch.randint(vocabulary, ids.shape, generator=generator).to(ids.device, ids.dtype)
-        hit &= ~torch.isin(ids, torch.tensor(list(keep), dtype=ids.dtype, device=ids.device))
+        hit &= ~torch.isin(ids, torch.tensor(kept, dtype=ids.dtype, device=ids.device))
         return _with(batch, field, torch.where(hit, other, ids))
 
     return corrupt
@@ -232,6 +241,7 @@ def add_noise(field: str | int | None = None) -> Corrupt:
     Args:
         field: of the batch that is disturbed: a key, a position, or None for a batch that is the tensor.
     """
+    _check_field(field)
 
     def corrupt(batch: Any, level: float, generator: torch.Generator) -> Any:
         x = batch if field is None else batch[field]
@@ -239,6 +249,17 @@ def add_noise(field: str | int | None = None) -> Corrupt:
         return _with(batch, field, x + level * x.std() * z)
 
     return corrupt
+
+
+def _check_field(field: Any) -> None:
+    if field is not None and not isinstance(field, str):
+        integer("field", field, -INT64, INT64, expected="a key, a position or None")
+
+
+def _check_shown(score: Any, progress: Any, score_fn: Any) -> None:
+    text("score", score)
+    boolean("progress", progress, optional=True)
+    function("score_fn", score_fn, expected="score_fn(model, batch)")
 
 
 def _with(batch: Any, field: str | int | None, value: Tensor) -> Any:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arguments, jsonfiles
+from .options import real
 from .weights import At, Weight, displaced
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -80,15 +82,16 @@ class MeanLoss:
         weights: list[Weight],
         sizes: Sequence[float] | None = None,
     ) -> None:
+        self.model = arguments.module("model", model)
+        self.loss_fn = arguments.function("loss_fn", loss_fn, expected="loss_fn(model, batch)")
         with kept_rng():
-            self.batches = list(batches)
-        if not self.batches:
-            raise ValueError("batches must hold at least one batch, got none (an iterator that was already used up?)")
-        sizes = [1.0] * len(self.batches) if sizes is None else [float(size) for size in sizes]
-        if len(sizes) != len(self.batches) or not all(size > 0 and math.isfinite(size) for size in sizes):
-            raise ValueError(f"sizes must be {len(self.batches)} positive numbers, one per batch, got {sizes}")
-        self.shares = [size / sum(sizes) for size in sizes]
-        self.model, self.loss_fn, self.weights = model, loss_fn, weights
+            self.batches = arguments.batches("batches", batches)
+        count = len(self.batches)
+        expected = f"{count} positive numbers, one per batch"
+        given = [1.0] * count if sizes is None else sizes
+        counted = arguments.numbers("sizes", given, 0, above=True, expected=expected, count=count).tolist()
+        self.shares = [size / sum(counted) for size in counted]
+        self.weights = weights
         self._checked = False
 
     def loss(self, batch: Any) -> Tensor:
@@ -134,30 +137,42 @@ class Journal:
     """
 
     def __init__(self, file: str | os.PathLike | None, settings: dict[str, Any]) -> None:
-        self.path = Path(file) if file is not None else None
+        self.path = None if file is None else Path(arguments.path("file", file))
         self.settings = json.loads(json.dumps(settings))
         self.losses: dict[str, float] = {}
-        if self.path is not None and self.path.exists() and self.path.stat().st_size:
-            self._load()
-        elif self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.settings) + "\n")
+        if self.path is None:
+            return
+        try:
+            if self.path.exists() and self.path.stat().st_size:
+                self._load()
+            else:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                jsonfiles.write(self.path, json.dumps(self.settings) + "\n")
+        except OSError as error:
+            raise ValueError(f"file {self.path} cannot be used: {error.strerror}. Give another file.") from error
 
     def _load(self) -> None:
         assert self.path is not None
-        text = self.path.read_text()
-        lines = text.splitlines()
-        found = json.loads(lines[0])
+        content = self.path.read_bytes()
+        lines = content.split(b"\n")
+        last = lines.pop()  # empty, or cut short
+        try:
+            found = jsonfiles.loads(lines[0] if lines else last)
+            losses = dict(_loss(number, line) for number, line in enumerate(lines[1:], 2))
+        except ValueError as error:
+            raise ValueError(
+                f"file {self.path} is no journal of a measurement: {error}. "
+                "Give another file, or delete this one to start over."
+            ) from None
         wrong = [key for key in self.settings | found if found.get(key) != self.settings.get(key)]
         if wrong:
             raise ValueError(
                 f"file {self.path} holds another measurement, it differs in {', '.join(wrong)}: "
                 "give another file, or delete this one to start over"
             )
-        if not text.endswith("\n"):
-            lines.pop()
-            self.path.write_text("\n".join(lines) + "\n")
-        self.losses = dict(json.loads(line) for line in lines[1:])
+        if last:
+            jsonfiles.write(self.path, b"\n".join([*lines, b""]).decode())
+        self.losses = losses
 
     def __call__(self, name: str, measure: Callable[[], float]) -> float:
         """The loss under this name: from the file, or measured now and written."""
@@ -180,6 +195,15 @@ class Journal:
                 f"file {self.path} was made with another model, other batches or other norms: its {name} is "
                 f"{kept:.6g}, now it is {value:.6g}; give another file, or delete this one to start over"
             )
+
+
+def _loss(number: int, line: bytes) -> tuple[str, float]:
+    """A line of a journal: the name of a loss, and the loss."""
+    try:
+        name, value = json.loads(line.decode("utf-8"))
+        return arguments.text("name", name), real("loss", value)
+    except (ValueError, TypeError):
+        raise ValueError(f"line {number} must be a name and a loss, got {arguments.shown(line)}") from None
 
 
 def bar(total: int, description: str, progress: bool | None):

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import jsonfiles
+from ..arguments import WrongType, shown
+from ..arguments import path as check_path
 from .disturbance import Degradation
 from .hessian import SpectralDensity
 from .landscape import LossLine, LossSurface
 from .sharpness import ExpectedSharpness, SamSharpness
 
+WAY_OUT = "Measure again, or take the file from a backup"
 RESULTS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (LossLine, LossSurface, ExpectedSharpness, SamSharpness, SpectralDensity, Degradation)
@@ -26,25 +30,49 @@ def save(result: Any, path: str | os.PathLike) -> None:
     """Write one result.
 
     Raises:
-        ValueError: it is not one of the results that have a file format.
+        ValueError: it is not one of the results that have a file format, or the file cannot be written.
     """
     kind = type(result).__name__
     if kind not in RESULTS:
-        raise ValueError(f"result must be one of {sorted(RESULTS)}, got {kind}")
+        raise WrongType(f"result must be one of {sorted(RESULTS)}, got {kind}: {shown(result)}")
     values = {f.name: getattr(result, f.name) for f in fields(result)}
     content = {"result": kind, **{k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content) + "\n")
+    target = Path(check_path("path", path))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        jsonfiles.write(target, json.dumps(content) + "\n")
+    except OSError as error:
+        raise ValueError(f"path {path} cannot be written: {error.strerror}. Give another path.") from error
 
 
 def load(path: str | os.PathLike) -> Any:
     """Read what `save` wrote; numbers come back as they were, tensors as float64.
 
     Raises:
-        ValueError: the file holds something else.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or holds something else.
     """
-    content = json.loads(Path(path).read_text())
-    kind = RESULTS.get(content.pop("result", None)) if isinstance(content, dict) else None
+    content = jsonfiles.read(check_path("path", path), WAY_OUT, strict=False)
+    kind = result_kind(content)
+    content.pop("result", None)
     if kind is None or set(content) != {f.name for f in fields(kind)}:
         raise ValueError(f"path must be a file that save() wrote, with one of {sorted(RESULTS)}, got {path}")
-    return kind(**{k: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v for k, v in content.items()})
+    try:
+        return kind(**{name: _from_json(name, value) for name, value in content.items()})
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} cannot be used: {error}. {WAY_OUT}.") from None
+
+
+def result_kind(content: dict[str, Any]) -> Any:
+    """The class of the result that an object from a file is, or None."""
+    name = content.get("result")
+    return RESULTS.get(name) if isinstance(name, str) else None
+
+
+def _from_json(name: str, value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    try:
+        return torch.tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise WrongType(f"{name} must be numbers in rows of one length, got {shown(value)}") from None

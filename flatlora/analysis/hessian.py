@@ -16,10 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..arguments import boolean, check_fields, integer, mapping, number, tensor
 from .directions import probe
 from .evaluate import LossFn, MeanLoss, bar
 from .gradients import Variables
-from .landscape import positive
+from .options import above_zero, check_seed, points, result, same_length, samples
+from .options import operator as check_operator
 from .stats import Estimate, standard_error
 from .weights import find_weights
 
@@ -69,12 +71,12 @@ class Hessian:
         self.names = [weight.name for weight in self._variables.unique.values()]
 
     def __matmul__(self, vector: Tensor) -> Tensor:
-        if vector.shape != (self.size,):
-            raise ValueError(f"vector must have shape ({self.size},), got {tuple(vector.shape)}")
+        tensor("vector", vector, shape=(self.size,))
         return self._variables.product(vector.to(self.device, self.dtype))
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector (N,) as views by layer name, each (m, n)."""
+        tensor("vector", vector, shape=(self.size,))
         return dict(zip(self.names, self._variables.split(vector).values(), strict=True))
 
     def to_curvlinops(self) -> Any:
@@ -118,9 +120,13 @@ def hessian_vector_product(
     Raises:
         ValueError: the vectors are not exactly one per chosen layer.
     """
+    mapping("vectors", vectors, "a mapping of layer names to tensors", empty=True)
     hessian = Hessian(model, loss_fn, batches, **settings)
+    shapes = {weight.name: weight.shape for weight in hessian._variables.unique.values()}
     if set(vectors) != set(hessian.names):
         raise ValueError(f"vectors must have the keys {hessian.names}, got {list(vectors)}")
+    for name, shape in shapes.items():
+        tensor(f"vectors[{name!r}]", vectors[name], shape=shape)
     flat = torch.cat([vectors[name].reshape(-1).to(hessian.device, hessian.dtype) for name in hessian.names])
     return hessian.split(hessian @ flat)
 
@@ -135,9 +141,14 @@ class Eigenvalues:
         vectors: unit eigenvectors.
     """
 
-    values: Tensor  # (count,)
-    residuals: Tensor  # (count,)
-    vectors: Tensor  # (N, count)
+    values: Tensor = result(tensor, dims=1)  # (count,)
+    residuals: Tensor = result(tensor, dims=1)  # (count,)
+    vectors: Tensor = samples()  # (N, count)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        same_length("residuals", self.residuals, 0, "values", len(self.values))
+        same_length("vectors", self.vectors, 1, "values", len(self.values))
 
 
 def top_eigenvalues(
@@ -163,7 +174,13 @@ def top_eigenvalues(
         seed: of the start vector.
         progress: a progress bar; None shows one on a terminal.
     """
-    positive("count", count)
+    check_operator("operator", operator)
+    count = integer("count", count, 1)
+    smallest = boolean("smallest", smallest)
+    steps = integer("steps", steps, 1, optional=True)
+    tolerance = number("tolerance", tolerance, 0, expected="a finite number >= 0")
+    seed = check_seed("seed", seed)
+    boolean("progress", progress, optional=True)
     if count > operator.size:
         raise ValueError(f"count must be at most the operator's size, {operator.size}, got {count}")
     steps = min(operator.size, 20 + 10 * count if steps is None else steps)
@@ -197,7 +214,9 @@ def trace(operator: Operator, *, samples: int = 16, seed: int = 0, progress: boo
         samples: products.
         seed, progress: as in `top_eigenvalues`.
     """
-    positive("samples", samples)
+    check_operator("operator", operator)
+    samples, seed = integer("samples", samples, 1), check_seed("seed", seed)
+    boolean("progress", progress, optional=True)
     found = torch.empty(samples, dtype=torch.float64)
     with bar(samples, "trace", progress) as tick:
         for k in range(samples):
@@ -220,12 +239,17 @@ class SpectralDensity:
         size: N.
     """
 
-    eigenvalues: Tensor  # (points,)
-    densities: Tensor  # (samples, points)
-    width: float
-    nodes: Tensor  # (samples, steps), NaN where Lanczos ended early
-    weights: Tensor  # (samples, steps), 0 there
-    size: int
+    eigenvalues: Tensor = points()  # (points,)
+    densities: Tensor = samples()  # (samples, points)
+    width: float = result(above_zero)
+    nodes: Tensor = samples()  # (samples, steps), NaN where Lanczos ended early
+    weights: Tensor = samples()  # (samples, steps), 0 there
+    size: int = result(integer, 1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        same_length("densities", self.densities, 1, "eigenvalues", len(self.eigenvalues))
+        tensor("weights", self.weights, shape=tuple(self.nodes.shape))
 
     @property
     def mean(self) -> Tensor:
@@ -262,9 +286,13 @@ def spectral_density(
         width: of the Gaussian g; default 1 % of the range of the eigenvalues seen.
         seed, progress: as in `top_eigenvalues`.
     """
-    positive("samples", samples)
-    positive("steps", steps)
-    positive("points", points)
+    check_operator("operator", operator)
+    samples, steps, points = (
+        integer(name, value, 1) for name, value in (("samples", samples), ("steps", steps), ("points", points))
+    )
+    width = above_zero("width", width, optional=True)
+    seed = check_seed("seed", seed)
+    boolean("progress", progress, optional=True)
     steps = min(steps, operator.size)
     nodes = torch.full((samples, steps), math.nan, dtype=torch.float64)
     weights = torch.zeros(samples, steps, dtype=torch.float64)

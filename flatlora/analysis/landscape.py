@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import boolean, check_fields, integer
 from .directions import Norms
 from .evaluate import LossFn, bar
 from .measurement import Measurement
 from .norms import all_row_norms
+from .options import grid, how, points, same_length, samples
 from .stats import Curve, Estimate
 from .weights import find_weights
 
@@ -30,12 +32,12 @@ class LossLine(Curve):
     """
 
     GRID, SAMPLES = "distances", "losses"
-    distances: Tensor  # (points,), float64
-    losses: Tensor  # (directions, points), float64
-    center: float
-    noise: str
-    space: str
-    seed: int
+    distances: Tensor = points()  # (points,), float64
+    losses: Tensor = samples()  # (directions, points), float64
+    center: float = how("number")
+    noise: str = how("noise")
+    space: str = how("space")
+    seed: int = how("seed")
 
     def rise(self) -> LossLine:
         """The same line measured from its centre, L(W' + t D) - L(W')."""
@@ -96,19 +98,20 @@ def loss_line(
         >>> line = loss_line(model, lambda model, batch: model(**batch).loss, batches)
         >>> plot_loss_line({"Flat-LoRA": line}).savefig("line.png")
     """
-    grid = _grid("distances", torch.arange(-10, 11).double() / 10 if distances is None else distances)
-    positive("directions", directions)
+    along = grid("distances", torch.arange(-10, 11).double() / 10 if distances is None else distances)
+    directions = integer("directions", directions, 1)
+    boolean("progress", progress, optional=True)
     loss = Measurement(
         "line", model, loss_fn, batches,
         seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,
     )  # fmt: skip
-    losses = torch.empty(directions, len(grid), dtype=torch.float64)
+    losses = torch.empty(directions, len(along), dtype=torch.float64)
     with bar(losses.numel(), "loss line", progress) as tick:
         for k in range(directions):
-            for p, t in enumerate(grid.tolist()):
+            for p, t in enumerate(along.tolist()):
                 losses[k, p] = loss.at((t, k))
                 tick.update()
-    return LossLine(grid, losses, loss.center, noise, space, seed)
+    return LossLine(along, losses, loss.center, noise, space, seed)
 
 
 def merged_row_norms(
@@ -116,19 +119,6 @@ def merged_row_norms(
 ) -> dict[str, Tensor]:
     """The row norms ||W'_i|| of every chosen weight, by layer name, each (m,): a shared reference for `norms=`."""
     return all_row_norms(find_weights(model, layers, space))
-
-
-def _grid(name: str, values: Sequence[float] | Tensor) -> Tensor:
-    grid = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
-    if not len(grid) or not grid.isfinite().all():
-        raise ValueError(f"{name} must be at least one finite number, got {grid.tolist()}")
-    return torch.where(grid.abs() < 1e-6 * grid.abs().max(), 0.0, grid)  # the middle of a linspace is the centre
-
-
-def positive(name: str, value: int) -> None:
-    """Raise unless the argument is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,13 +132,18 @@ class LossSurface:
         noise, space, seed: what the directions are; surfaces with the same three can be compared point by point.
     """
 
-    x: Tensor  # (columns,), float64
-    y: Tensor  # (rows,), float64
-    losses: Tensor  # (rows, columns), float64
-    center: float
-    noise: str
-    space: str
-    seed: int
+    x: Tensor = points()  # (columns,), float64
+    y: Tensor = points()  # (rows,), float64
+    losses: Tensor = samples()  # (rows, columns), float64
+    center: float = how("number")
+    noise: str = how("noise")
+    space: str = how("space")
+    seed: int = how("seed")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        same_length("losses", self.losses, 0, "y", len(self.y))
+        same_length("losses", self.losses, 1, "x", len(self.x))
 
     def rise(self) -> LossSurface:
         """The same surface measured from its centre."""
@@ -184,7 +179,8 @@ def loss_surface(
         ValueError: an argument out of bounds.
     """
     default = torch.arange(-7, 8).double() / 7
-    columns, rows = (_grid(name, default if values is None else values) for name, values in (("x", x), ("y", y)))
+    columns, rows = (grid(name, default if values is None else values) for name, values in (("x", x), ("y", y)))
+    boolean("progress", progress, optional=True)
     loss = Measurement(
         "surface", model, loss_fn, batches,
         seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import choice
 from .directions import Directions, Norms
 from .evaluate import Journal, LossFn, MeanLoss, fingerprint
 from .norms import all_row_norms
+from .options import NOISES, check_norms, check_seed
 from .weights import find_weights
 
 
@@ -37,10 +39,13 @@ class Measurement:
         sizes: Sequence[float] | None,
         file: str | os.PathLike | None,
     ) -> None:
+        check_norms("norms", norms)
         weights = find_weights(model, layers, space)
+        choice("noise", noise, NOISES)
+        seed = check_seed("seed", seed)
+        self.loss = MeanLoss(model, loss_fn, batches, weights, sizes)
         norms = all_row_norms(weights) if norms is None else norms
         self.along = Directions(weights, noise, seed, norms)
-        self.loss = MeanLoss(model, loss_fn, batches, weights, sizes)
         settings = {"what": what, "noise": noise, "space": space, "seed": seed, "weights": fingerprint(weights)}
         self.journal = Journal(file, settings)
         self.center = self.loss()

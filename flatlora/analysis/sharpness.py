@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import boolean, integer, tensor
 from .directions import Norms, probe
 from .evaluate import Journal, LossFn, MeanLoss, bar, fingerprint
 from .gradients import Variables
-from .landscape import positive
 from .measurement import Measurement
+from .options import check_seed, how, points, result, samples, strengths
 from .stats import Curve
 from .weights import find_weights
 
@@ -34,12 +35,12 @@ class ExpectedSharpness(Curve):
     """
 
     GRID, SAMPLES = "rho", "rises"
-    rho: Tensor  # (strengths,), float64
-    rises: Tensor  # (samples, strengths), float64
-    center: float
-    noise: str
-    space: str
-    seed: int
+    rho: Tensor = points()  # (strengths,), float64
+    rises: Tensor = samples()  # (samples, strengths), float64
+    center: float = how("number")
+    noise: str = how("noise")
+    space: str = how("space")
+    seed: int = how("seed")
 
 
 def expected_sharpness(
@@ -76,27 +77,20 @@ def expected_sharpness(
     Raises:
         ValueError: an argument out of bounds.
     """
-    strengths = nonnegative("rho", rho)
-    positive("samples", samples)
+    levels = strengths("rho", rho)
+    samples = integer("samples", samples, 1)
+    boolean("progress", progress, optional=True)
     loss = Measurement(
         "expected sharpness", model, loss_fn, batches,
         seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,
     )  # fmt: skip
-    rises = torch.empty(samples, len(strengths), dtype=torch.float64)
+    rises = torch.empty(samples, len(levels), dtype=torch.float64)
     with bar(rises.numel(), "expected sharpness", progress) as tick:
         for k in range(samples):
-            for p, r in enumerate(strengths.tolist()):
+            for p, r in enumerate(levels.tolist()):
                 rises[k, p] = (loss.at((r, k)) + loss.at((-r, k))) / 2 - loss.center
                 tick.update()
-    return ExpectedSharpness(strengths, rises, loss.center, noise, space, seed)
-
-
-def nonnegative(name: str, values: float | Sequence[float]) -> Tensor:
-    """One or more strengths as float64, (count,); raise unless they are finite and not negative."""
-    strengths = torch.as_tensor(values, dtype=torch.float64).flatten()
-    if not len(strengths) or not strengths.isfinite().all() or (strengths < 0).any():
-        raise ValueError(f"{name} must be one or more finite numbers >= 0, got {values}")
-    return strengths
+    return ExpectedSharpness(levels, rises, loss.center, noise, space, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +107,16 @@ class SamSharpness(Curve):
     """
 
     GRID, SAMPLES = "rho", "rises"
-    rho: Tensor  # (radii,), float64
-    rises: Tensor  # (batches or 1, radii), float64
-    first_order: Tensor  # (batches or 1, radii), float64
-    center: float
-    space: str
-    steps: int
+    rho: Tensor = points()  # (radii,), float64
+    rises: Tensor = samples()  # (batches or 1, radii), float64
+    first_order: Tensor = samples()  # (batches or 1, radii), float64
+    center: float = how("number")
+    space: str = how("space")
+    steps: int = result(integer, 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tensor("first_order", self.first_order, shape=tuple(self.rises.shape))
 
 
 def sam_sharpness(
@@ -158,8 +156,11 @@ def sam_sharpness(
     Raises:
         ValueError: an argument out of bounds.
     """
-    radii = nonnegative("rho", rho)
-    positive("steps", steps)
+    radii = strengths("rho", rho)
+    steps = integer("steps", steps, 1)
+    seed = check_seed("seed", seed)
+    per_batch = boolean("per_batch", per_batch)
+    boolean("progress", progress, optional=True)
     weights = find_weights(model, layers, space)
     loss = MeanLoss(model, loss_fn, batches, weights, sizes)
     variables = Variables(loss)

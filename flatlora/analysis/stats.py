@@ -9,6 +9,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from ..arguments import WrongType, check_fields, refuse, tensor
+from .options import check_level, how, result, same_length
+
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
@@ -20,14 +23,19 @@ class Estimate:
         samples: what was averaged.
     """
 
-    estimate: float
-    stderr: float
-    samples: Tensor  # (count,), float64
+    estimate: float = how("number")
+    stderr: float = how("number")
+    samples: Tensor = result(tensor, dims=1)  # (count,), float64
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def of(cls, samples: Tensor) -> Estimate:
         """The estimate from independent samples, (count,)."""
-        samples = samples.detach().to("cpu", torch.float64)
+        samples = tensor("samples", samples, dims=1).detach().to("cpu", torch.float64)
+        if not len(samples):
+            refuse("samples", "at least one sample", samples)
         return cls(float(samples.mean()), float(standard_error(samples, dim=0)), samples)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
@@ -52,6 +60,10 @@ class Curve:
     GRID: ClassVar[str]
     SAMPLES: ClassVar[str]
     center: float
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        same_length(self.SAMPLES, getattr(self, self.SAMPLES), 1, self.GRID, len(getattr(self, self.GRID)))
 
     @property
     def mean(self) -> Tensor:
@@ -80,6 +92,8 @@ class Curve:
         Raises:
             ValueError: the two were not measured at the same points, on the same noise, in the same way.
         """
+        if type(other) is not type(self):
+            refuse("other", f"another {type(self).__name__}", other, WrongType)
         skip = (self.SAMPLES, "center")
         for name in [f.name for f in fields(self) if f.name not in skip]:  # type: ignore[arg-type]
             ours, theirs = getattr(self, name), getattr(other, name, None)
@@ -113,8 +127,7 @@ def t_quantile(level: float, degrees: int) -> float:
     Raises:
         ValueError: level outside (0, 1).
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must be in (0, 1), got {level}")
+    level = check_level("level", level)
     if degrees < 1:
         return math.nan
     low, high = 0.0, math.pi / 2  # theta = atan(t / sqrt(degrees))

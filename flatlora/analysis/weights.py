@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .. import arguments
+from .options import SPACES
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
-SPACES = ("merged", "adapter")
 CHUNK = 1 << 20  # entries of a temporary block
 
 At = Callable[["Weight", Tensor], Tensor]  # (weight, its values in row form) -> displaced values in row form
@@ -93,11 +95,9 @@ def find_weights(
     Raises:
         ValueError: an unknown space or `layers`, no layer matched, or a layer whose weight cannot be displaced.
     """
-    if space not in SPACES:
-        raise ValueError(f"space must be one of {SPACES}, got {space!r}")
-    if not (layers is None or layers == "all" or callable(layers)):
-        raise ValueError(f"layers must be None, 'all' or a function of the layer's name, got {layers!r}")
-    modules = list(_layers(model))
+    arguments.choice("space", space, SPACES)
+    arguments.layers("layers", layers)
+    modules = list(_layers(arguments.module("model", model)))
     adapted = [(name, module) for name, module in modules if is_adapted(module)]
     if space == "adapter" or (layers is None and adapted):
         modules = adapted

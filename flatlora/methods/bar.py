@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..config import PerturbedLoraConfig
+from ..arguments import checker, choice
+from ..config import PerturbedLoraConfig, Unset
 from .factors import FactorMethod, gradient, trained_factors
 
 
@@ -34,12 +35,16 @@ class BarConfig(PerturbedLoraConfig):
             Balance by the norms of the factors, or by those of their gradients.
     """
 
-    rho: float = field(default=0.25, metadata={"help": "Strength alpha of the rescaling; 0 is LoRA."})
+    rho: float = field(default=Unset(0.25), metadata={"help": "Strength alpha of the rescaling; 0 is LoRA."})
     schedule: Literal["cosine", "linear", "constant", "cosine_decay", "linear_decay", "inverse_sqrt"] = field(
         default="linear_decay", metadata={"help": "How the strength follows from rho over the run."}
     )
     variant: Literal["obar", "nbar"] = field(
-        default="obar", metadata={"help": "Balance by the norms of the factors, or of their gradients."}
+        default="obar",
+        metadata={
+            "help": "Balance by the norms of the factors, or of their gradients.",
+            "check": checker(choice, ("obar", "nbar"), "'obar' or 'nbar'"),
+        },
     )
 
     def make_method(self) -> Bar:
@@ -49,10 +54,6 @@ class BarConfig(PerturbedLoraConfig):
 @dataclass(frozen=True)
 class Bar(FactorMethod):
     variant: str = "obar"
-
-    def __post_init__(self) -> None:
-        if self.variant not in ("obar", "nbar"):
-            raise ValueError(f"variant must be 'obar' or 'nbar', got {self.variant!r}")
 
     @torch.no_grad()
     def before_step(self, state: Any, optimizer: Optimizer) -> None:

@@ -25,6 +25,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from ..arguments import checker, integer
 from ..config import PerturbedLoraConfig
 from ..ops import perturb_weight
 from ..ops.philox import mix_rank
@@ -48,7 +49,7 @@ class BiLoraConfig(PerturbedLoraConfig):
             Of module 2's initial A. Torch's generators are not used.
     """
 
-    ascent_r: int = field(default=8, metadata={"help": "Rank of the module that climbs."})
+    ascent_r: int = field(default=8, metadata={"help": "Rank of the module that climbs.", "check": checker(integer, 1)})
     seed: int = field(default=0, metadata={"help": "Seed of the initial A of the module that climbs."})
 
     def make_method(self) -> BiLora:
@@ -59,10 +60,6 @@ class BiLoraConfig(PerturbedLoraConfig):
 class BiLora(FactorMethod):
     transforms = False  # a transform gives no gradients to module 2
     r: int = 8
-
-    def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"ascent_r must be an integer >= 1, got {self.r!r}")
 
     def unsupported(self, layer: Any, adapter: str) -> str | None:
         reason = super().unsupported(layer, adapter)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..arguments import checker, number
 from ..config import PerturbedLoraConfig
 from ..method import Method
 from ..ops.ascent import full_weight_ascent
-from ..settings import check_number
 from .factors import FactorMethod, Factors, gradient, trained_factors
 from .two_pass import TwoPass
 
@@ -48,7 +48,11 @@ class FMLoraConfig(PerturbedLoraConfig):
         default="inverse_sqrt", metadata={"help": "How the strength rho_t follows from rho over the run."}
     )
     rtol: float | None = field(
-        default=None, metadata={"help": "Relative size below which a singular value of A or B counts as zero."}
+        default=None,
+        metadata={
+            "help": "Relative size below which a singular value of A or B counts as zero.",
+            "check": checker(number, 0, 1, below=True, optional=True, expected="None or in [0, 1)"),
+        },
     )
 
     def make_method(self) -> Method:
@@ -67,7 +71,13 @@ class EFMLoraConfig(FMLoraConfig):
             See [`FMLoraConfig`].
     """
 
-    beta: float = field(default=0.9, metadata={"help": "Weight of the newest perturbation in the moving average."})
+    beta: float = field(
+        default=0.9,
+        metadata={
+            "help": "Weight of the newest perturbation in the moving average.",
+            "check": checker(number, 0, 1, above=True, expected="in (0, 1]", hint="; 1 keeps the newest alone"),
+        },
+    )
 
     def make_method(self) -> Method:
         return EFMLora(self.rtol, self.beta)
@@ -76,10 +86,6 @@ class EFMLoraConfig(FMLoraConfig):
 @dataclass(frozen=True)
 class _FullWeightAscent:
     rtol: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.rtol is not None and not 0 <= check_number("rtol", self.rtol) < 1:
-            raise ValueError(f"rtol must be None or in [0, 1), got {self.rtol}")
 
     def perturbations(self, state: Any) -> Iterator[tuple[Factors, Tensor]]:
         """E_B of each layer from its gradients, layers of equal shape together."""
@@ -106,11 +112,6 @@ class FMLora(_FullWeightAscent, TwoPass):
 @dataclass(frozen=True)
 class EFMLora(_FullWeightAscent, FactorMethod):
     beta: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < check_number("beta", self.beta) <= 1:
-            raise ValueError(f"beta must be in (0, 1], got {self.beta}; 1 keeps the newest perturbation alone")
 
     def unsupported(self, layer: Any, adapter: str) -> str | None:
         return super().unsupported(layer, adapter) or _of_groups(layer, adapter)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..arguments import checker, choice
 from ..config import FlatLoraConfig
 from ..method import FlatLora, Method
 from ..ops import perturb_weight
@@ -38,12 +39,14 @@ class RwpConfig(FlatLoraConfig):
     """
 
     space: Literal["merged", "adapter"] = field(
-        default="merged", metadata={"help": "Noise in the merged weight, or in A and B."}
+        default="merged",
+        metadata={
+            "help": "Noise in the merged weight, or in A and B.",
+            "check": checker(choice, ("merged", "adapter"), "'merged' or 'adapter'"),
+        },
     )
 
     def make_method(self) -> Method:
-        if self.space not in ("merged", "adapter"):
-            raise ValueError(f"space must be 'merged' or 'adapter', got {self.space!r}")
         return MergedRwp() if self.space == "merged" else FactorRwp()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..analysis.options import check_level, real
+from ..arguments import WrongType, boolean, mapping, refuse
 from .style import THEMES, every, finish, first_of, look, new_figure, zero
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
     from flatlora.analysis import Degradation, ExpectedSharpness, LossLine, SamSharpness, SpectralDensity
 
+CURVES = ("loss", "eval_loss", "flat_rho")
 NOISE_UNITS = {
     "filter": r"noise strength $\rho$ (noise norm / row norm)",
     "filter_normalised": r"noise strength $\rho$ (noise norm / row norm)",
@@ -46,7 +49,9 @@ def plot_loss_line(
     Raises:
         ValueError: no line, or an unknown theme.
     """
-    first = first_of("lines", lines)
+    first = first_of("lines", lines, "LossLine")
+    boolean("relative", relative)
+    check_level("level", level)
     with new_figure(theme, size, title) as (figure, axes):
         for k, (label, line) in enumerate(lines.items()):
             line = line.rise() if relative else line
@@ -80,7 +85,8 @@ def plot_sharpness(
         results: label -> result, all of one kind.
         level, title, theme, size: as in `plot_loss_line`.
     """
-    first = first_of("results", results)
+    first = first_of("results", results, "ExpectedSharpness", "SamSharpness")
+    check_level("level", level)
     if len({type(result) for result in results.values()}) > 1:
         raise ValueError("results must all be ExpectedSharpness or all SamSharpness: the two have different scales")
     with new_figure(theme, size, title) as (figure, axes):
@@ -113,7 +119,8 @@ def plot_degradation(
         results: label -> result, all under one disturbance.
         level, title, theme, size: as in `plot_loss_line`.
     """
-    first = first_of("results", results)
+    first = first_of("results", results, "Degradation")
+    check_level("level", level)
     kinds = {(result.disturbance, result.unit, result.score) for result in results.values()}
     if len(kinds) > 1:
         raise ValueError(f"results must be of one score under one disturbance, got {sorted(kinds)}")
@@ -153,7 +160,7 @@ def plot_spectrum(
         spectra: label -> spectral density.
         title, theme, size: as in `plot_loss_line`.
     """
-    first_of("spectra", spectra)
+    first_of("spectra", spectra, "SpectralDensity")
     with new_figure(theme, size, title) as (figure, axes):
         tops = []
         for k, (label, found) in enumerate(spectra.items()):
@@ -189,8 +196,10 @@ def plot_training(
     Raises:
         ValueError: a history without any of these.
     """
-    first_of("histories", histories)
-    keys = ("loss", "eval_loss", "flat_rho")
+    mapping("histories", histories, "a mapping of at least one label to a history")
+    for label, history in histories.items():
+        check_history(f"histories[{label!r}]", history)
+    keys = CURVES
     curves = {label: {key: _curve(history, key) for key in keys} for label, history in histories.items()}
     for label, found in curves.items():
         if not any(x for x, _ in found.values()):
@@ -215,6 +224,16 @@ def plot_training(
             below[0].set_ylim(bottom=0)
         (below or [top])[-1].set_xlabel("optimizer step")
     return figure
+
+
+def check_history(name: str, history: Any) -> None:
+    """Raise unless this is a log history: a list of dicts whose "step" and curves are numbers."""
+    if not isinstance(history, Sequence) or not all(isinstance(row, Mapping) for row in history):
+        refuse(name, "a list of dicts, as trainer.state.log_history is", history, WrongType)
+    for k, row in enumerate(history):
+        for key in ("step", *CURVES):
+            if key in row:
+                real(f"{name}[{k}][{key!r}]", row[key])
 
 
 def _curve(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import choice, instance, mapping, numbers, text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -22,9 +24,14 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def first_of(name: str, results: Mapping[str, Any]) -> Any:
-    if not isinstance(results, Mapping) or not results:
-        raise ValueError(f"{name} must be a mapping of at least one label to a result, got {results!r}")
+def first_of(name: str, results: Mapping[str, Any], *kinds: str) -> Any:
+    """The first of the results, all of which are of these classes of `flatlora.analysis`."""
+    from .. import analysis
+
+    mapping(name, results, "a mapping of at least one label to a result")
+    for label, result in results.items():
+        classes = tuple(getattr(analysis, kind) for kind in kinds)
+        instance(f"{name}[{label!r}]", result, classes, f"a result of {' or '.join(kinds)}")
     return next(iter(results.values()))
 
 
@@ -52,10 +59,13 @@ def themed(theme: str) -> Iterator[dict[str, str]]:
 
     Raises:
         ValueError: an unknown theme.
+        ImportError: matplotlib is not installed.
     """
-    if theme not in THEMES:
-        raise ValueError(f"theme must be one of {tuple(THEMES)}, got {theme!r}")
-    import matplotlib
+    choice("theme", theme, tuple(THEMES))
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(f"figures need matplotlib: pip install 'flatlora[plot]' ({error})") from error
 
     colours = THEMES[theme]
     ink, paper = colours["ink"], colours["paper"]
@@ -75,6 +85,8 @@ def themed(theme: str) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def new_figure(theme: str, size: tuple[float, float], title: str | None, **kw: Any) -> Iterator[tuple[Figure, Any]]:
+    text("title", title, optional=True)
+    size = tuple(numbers("size", size, 0, above=True, expected="a width and a height in inches, > 0", count=2).tolist())
     with themed(theme):
         from matplotlib.figure import Figure
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import choice
 from .style import THEMES, first_of, new_figure
 
 if TYPE_CHECKING:
@@ -36,15 +37,14 @@ def plot_surface(
     Raises:
         ValueError: an unknown kind, or a surface of less than two points a side.
     """
-    first_of("surfaces", surfaces)
-    if kind not in ("contour", "3d"):
-        raise ValueError(f"kind must be 'contour' or '3d', got {kind!r}")
+    first_of("surfaces", surfaces, "LossSurface")
+    choice("kind", kind, ("contour", "3d"), "'contour' or '3d'")
     for label, surface in surfaces.items():
         if min(surface.losses.shape) < 2:
             raise ValueError(f"surfaces[{label!r}] must have at least 2 x 2 points, got {tuple(surface.losses.shape)}")
     flat = kind == "contour"
     extra = {"sharex": True, "sharey": True} if flat else {"subplot_kw": {"projection": "3d"}}
-    size = size or (3.4 * len(surfaces) + 0.6, 3.5)
+    size = size if size is not None else (3.4 * len(surfaces) + 0.6, 3.5)
     with new_figure(theme, size, title, ncols=len(surfaces), squeeze=False, **extra) as (figure, grid):
         draw = _contours if flat else _hills
         draw(figure, list(grid.flat), surfaces, theme)

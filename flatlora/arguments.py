@@ -1,0 +1,300 @@
+"""One checker for each kind of argument. It returns the value in its plain form, or raises.
+
+    rho = number("rho", rho, low=0)
+
+Every message has the name of the argument, what is expected, and the value that came. Scalars of NumPy and torch are
+numbers like Python's own; a bool is not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+INT64 = 2**63 - 1
+SEED = (-(2**63), 2**64 - 1)  # bounds of a seed: any 64-bit integer, signed or not
+SHOWN = 120  # characters of a value in a message
+
+
+class WrongType(TypeError, ValueError):
+    """A value of the wrong type; a ValueError too, for those who catch only that."""
+
+
+def shown(value: Any) -> str:
+    """`repr`, shortened."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more than 4300 digits, a class whose own repr fails
+        text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else object.__repr__(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 4 :]}"
+
+
+def refuse(name: str, expected: str, value: Any, kind: type[Exception] = ValueError, hint: str = "") -> NoReturn:
+    """Raise: `name` must be `expected`."""
+    of_type = f" of type {type(value).__name__}" if issubclass(kind, TypeError) else ""
+    raise kind(f"{name} must be {expected}, got {shown(value)}{of_type}{hint}")
+
+
+def scalar(value: Any) -> Any:
+    """What is in an array or tensor without dimensions, as Python's own number."""
+    is_array = isinstance(value, Tensor) or type(value).__module__ == "numpy"
+    return value.item() if is_array and value.shape == () and not getattr(value, "is_meta", False) else value
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    expected: str = "a finite number",
+    above: bool = False,
+    below: bool = False,
+    optional: bool = False,
+    hint: str = "",
+) -> Any:
+    """A finite real number in [low, high] as a float; `above` and `below` leave the bound itself out."""
+    if value is None and optional:
+        return None
+    plain: Any = scalar(value)
+    if isinstance(plain, bool) or not isinstance(plain, Real):
+        what = "a number" if expected.startswith("finite") else expected
+        refuse(name, what + (" or None" if optional and "None" not in what else ""), value, WrongType)
+    plain = cast(Any, plain)  # Real has no order with float in its stubs
+    inside = low <= plain <= high and not (above and plain == low) and not (below and plain == high)
+    if not inside or not _is_finite(plain):
+        refuse(name, expected, value, hint=hint)
+    return float(plain)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def integer(
+    name: str, value: Any, low: int, high: int | None = None, *, optional: bool = False, expected: str = ""
+) -> Any:
+    """An integer in [low, high] as an int, or None where it is optional."""
+    if value is None and optional:
+        return None
+    plain = scalar(value)
+    whole = isinstance(plain, Integral) and not isinstance(plain, bool)
+    if whole and low <= int(plain) <= (INT64 if high is None else high):
+        return int(plain)
+    if not expected and (high is not None or (whole and int(plain) > low)):
+        bounds = f"in [{low}, {INT64 if high is None else high}]"
+        or_none = " or None" if optional else ""
+        expected = f"{'None or ' if optional else ''}{bounds}" if whole else f"an integer{or_none}"
+    expected = expected or f"an integer >= {low}{' or None' if optional else ''}"
+    refuse(name, expected, value, ValueError if whole else WrongType)
+
+
+def numbers(
+    name: str, value: Any, low: float = -math.inf, *, above: bool = False, expected: str = "", count: int | None = None
+) -> Tensor:
+    """One number or several (a sequence, an array, a tensor), as float64, (count,)."""
+    expected = expected or "one or more finite numbers" + (f" >= {low:g}" if low > -math.inf else "")
+    found = [_one_of(number, name, value, expected, x, low, above=above) for x in _items(name, value, expected)]
+    if not found or count not in (None, len(found)):
+        refuse(name, expected, value)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def integers(name: str, value: Any, low: int, high: int, *, expected: str, empty: bool = False) -> list[int]:
+    """A sequence of integers."""
+    found = [_one_of(integer, name, value, expected, x, low, high) for x in _items(name, value, expected)]
+    if not found and not empty:
+        refuse(name, expected, value)
+    return found
+
+
+def _items(name: str, value: Any, expected: str) -> list[Any]:
+    plain = scalar(value)
+    if isinstance(plain, Tensor) and not plain.is_meta:
+        return plain.detach().flatten().tolist()
+    if type(plain).__module__ == "numpy":
+        return plain.flatten().tolist()
+    if isinstance(plain, Real):
+        return [plain]
+    if isinstance(plain, Sequence) and not isinstance(plain, (str, bytes, bytearray)):
+        return list(plain)
+    refuse(name, expected, value, WrongType)
+
+
+def _one_of(check: Callable, name: str, whole: Any, expected: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """One item, or an error that shows them all."""
+    try:
+        return check(name, value, *args, **kwargs)
+    except ValueError as error:
+        refuse(name, expected, whole, WrongType if isinstance(error, TypeError) else ValueError)
+
+
+def choice(name: str, value: Any, choices: Sequence[str], either: str = "") -> Any:
+    """One of some words."""
+    if not isinstance(value, str) or value not in choices:
+        refuse(name, either or f"one of {list(choices)}", value, ValueError if isinstance(value, str) else WrongType)
+    return value
+
+
+def boolean(name: str, value: Any, *, optional: bool = False) -> Any:
+    """True or False."""
+    plain = scalar(value)
+    if not (isinstance(plain, bool) or (plain is None and optional)):
+        refuse(name, "True, False or None" if optional else "True or False", value, WrongType)
+    return plain
+
+
+def text(name: str, value: Any, *, optional: bool = False, empty: bool = True) -> Any:
+    """A string."""
+    if not isinstance(value, str) and not (value is None and optional):
+        refuse(name, "a string" + (" or None" if optional else ""), value, WrongType)
+    if value == "" and not empty:
+        refuse(name, "a string that is not empty", value)
+    return value
+
+
+def texts(name: str, value: Any, expected: str = "a list of strings", *, optional: bool = False) -> Any:
+    """A collection of strings, which a string is not, as a list."""
+    if value is None and optional:
+        return None
+    if isinstance(value, str):
+        raise WrongType(f"{name} must be {expected}, got the string {shown(value)}")
+    if not isinstance(value, (Sequence, Collection)) or not all(isinstance(item, str) for item in _listed(value)):
+        refuse(name, expected, value, WrongType)
+    return list(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if isinstance(value, (Mapping, bytes, bytearray)) and len(value) == 0 else list(value)
+
+
+def path(name: str, value: Any, *, optional: bool = False) -> Any:
+    """A path, as it came."""
+    if value is None and optional:
+        return None
+    if not isinstance(value, (str, os.PathLike)):
+        refuse(name, "a path (a string or os.PathLike)" + (" or None" if optional else ""), value, WrongType)
+    plain = os.fspath(value)
+    if not isinstance(plain, str) or not plain or "\0" in plain:
+        refuse(name, "the path of a file or folder", value)
+    return value
+
+
+def function(name: str, value: Any, *, expected: str = "a function", optional: bool = False) -> Any:
+    """Something that can be called."""
+    if not callable(value) and not (value is None and optional):
+        refuse(name, expected + (" or None" if optional else ""), value, WrongType)
+    return value
+
+
+def instance(name: str, value: Any, kind: type | tuple[type, ...], expected: str, hint: str = "") -> Any:
+    """An object of a class."""
+    if not isinstance(value, kind):
+        refuse(name, expected, value, WrongType, hint)
+    return value
+
+
+def module(name: str, value: Any) -> nn.Module:
+    """A model."""
+    return instance(name, value, nn.Module, "a torch.nn.Module")
+
+
+def batches(name: str, value: Any) -> list[Any]:
+    """Batches, run through once and kept as a list."""
+    try:
+        if isinstance(value, (str, bytes, bytearray, Mapping, nn.Module)):
+            raise TypeError("one batch")
+        iterator = iter(value)
+    except TypeError:
+        refuse(name, "an iterable of batches (one batch goes into a list)", value, WrongType)
+    found = list(iterator)
+    if not found:
+        raise ValueError(f"{name} must hold at least one batch, got none (an iterator that was already used up?)")
+    return found
+
+
+def tensor(name: str, value: Any, dims: int | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A real floating-point tensor of so many dimensions, or of this shape."""
+    what = "a floating-point tensor"
+    expected = f"{what} of shape {shape}" if shape else what if dims is None else f"{what} of {dims} dimensions"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        refuse(name, expected, value, WrongType)
+    if (dims is not None and value.ndim != dims) or (shape is not None and value.shape != shape):
+        raise ValueError(f"{name} must have shape {shape or f'of {dims} dimensions'}, got {tuple(value.shape)}")
+    return value
+
+
+def mapping(name: str, value: Any, expected: str, *, empty: bool = False) -> Any:
+    """A mapping whose keys are strings, with at least one entry."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        refuse(name, expected, value, WrongType)
+    if not value and not empty:
+        refuse(name, expected, value)
+    return value
+
+
+def layers(name: str, value: Any) -> Any:
+    """Which layers of a model: None, "all" or a function of the name."""
+    if not (value is None or (isinstance(value, str) and value == "all") or callable(value)):
+        kind = ValueError if isinstance(value, str) else WrongType
+        refuse(name, "None, 'all' or a function of the layer's name", value, kind)
+    return value
+
+
+def keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse keywords that nobody takes, each with those that look like it.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)
+            raise TypeError(
+                f"{function}() got an unexpected keyword argument {name!r}; did you mean {' or '.join(near)}?"
+            )
+
+
+# ---- checks that belong to an attribute ----
+
+
+def checker(check: Callable, *args: Any, **kwargs: Any) -> Callable[[str, Any], Any]:
+    """The check of one attribute, ``(name, value) -> value``: under "check" in the metadata of a dataclass field."""
+    return lambda name, value: check(name, value, *args, **kwargs)
+
+
+def check_fields(instance: Any) -> None:
+    """Check the fields of a dataclass, a frozen one too, and put their plain values in place."""
+    for f in fields(instance):
+        check = f.metadata.get("check")
+        if check is not None:
+            object.__setattr__(instance, f.name, check(f.name, getattr(instance, f.name)))
+
+
+class _Checked:
+    """See `Checked`. Reading it is reading the instance's own `__dict__`."""
+
+    def __init__(self, check: Callable, *args: Any, **kwargs: Any) -> None:
+        self.check = checker(check, *args, **kwargs)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        owner.__dict__[self.name] = self.check(self.name, value)
+
+
+def Checked(check: Callable, *args: Any, **kwargs: Any) -> Any:  # Any: read as the value's own type
+    """An attribute that is checked when it is set."""
+    return _Checked(check, *args, **kwargs)

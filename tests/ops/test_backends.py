@@ -93,7 +93,7 @@ def test_any_number_of_threads_gives_the_same_bits(m, n):
 
 
 FORK = """
-import os, signal, torch
+import os, torch
 from torch.utils.data import DataLoader, Dataset
 from flatlora.ops.perturb import perturb_weight
 

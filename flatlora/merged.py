@@ -51,8 +51,12 @@ class AttentionLayer(MergedLayer):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._strength() == 0 or self.disable_adapters or self.merged or torch.compiler.is_compiling():
+        if self._strength() == 0 or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
+        return self._and_put_back(super().forward, x, *args, **kwargs)
+
+    @torch.compiler.disable  # peft's merging would be cut into pieces between which W is not itself
+    def _and_put_back(self, forward: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         frozen = [(module, name, dict(module._parameters)) for module, name, _ in self._places()]
 
         def put_back() -> None:
@@ -64,7 +68,7 @@ class AttentionLayer(MergedLayer):
                 part.merged_adapters.clear()
 
         with attributes(self, unmerge=put_back):
-            return super().forward(x, *args, **kwargs)
+            return forward(x, *args, **kwargs)
 
     def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         places = self._places()

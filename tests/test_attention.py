@@ -84,6 +84,19 @@ def test_clean_calls_have_the_bits_of_pefts_first_and_move_no_weight(training, g
     assert not all(torch.equal(weight, same) for weight, same in zip(frozen(attention), bits, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own, after a graph break
+def test_compiled_calls_are_those_of_eager_mode_and_move_no_weight():
+    (model, attention), (eager, _) = flat_attention(dtype=torch.float32), flat_attention(dtype=torch.float32)
+    bits, compiled = [weight.clone() for weight in frozen(attention)], torch.compile(model, backend="eager")
+    for seed, training in enumerate((False, True, True, False)):
+        x = input_of(ATTENTION, seed, dtype=torch.float32)
+        outputs = [m.train(training)(x) for m in (compiled, eager)]
+        for out in outputs:
+            out.square().sum().backward()
+        assert_close(outputs[:1], outputs[1:], 1e-6)
+        assert all(torch.equal(weight, same) for weight, same in zip(frozen(attention), bits, strict=True))
+
+
 @pytest.mark.parametrize("kind", [LoraSamConfig, EFMLoraConfig])
 def test_methods_on_the_factors_move_no_weight(kind):
     model, attention = flat_attention(kind, dtype=torch.bfloat16)

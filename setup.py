@@ -5,6 +5,7 @@ a compiler the install goes on without it.
 """
 
 import os
+import shutil
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -31,6 +32,12 @@ class BuildLibrary(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
+    def run(self):
+        if not self.skip_build:  # what an earlier build has left would be packed too: modules that are gone by now
+            for left in (self.get_finalized_command("build").build_lib, self.bdist_dir):
+                shutil.rmtree(left, ignore_errors=True)
+        super().run()
+
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
 

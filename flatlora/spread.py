@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 WRAPPED = "_fsdp_wrapped_module"  # where FSDP1 keeps what it wraps
 
@@ -93,11 +96,19 @@ def is_gathered(module: Any) -> bool:
 
 
 def whole_weight(module: Any) -> Tensor:
-    """The weight of a module as its forward finds it: FSDP1, ZeRO-3 and offloading bring it for that time only.
+    """The weight of a module as its forward finds it: FSDP1, ZeRO-3 and offloading bring it for that time only, and
+    old-style `weight_norm`, `spectral_norm` and `prune` make it in a pre-hook (without a power iteration here).
 
     Raises:
         RuntimeError: it is nowhere.
     """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+            return hook.apply_mask(module)
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return hook.compute_weight(module)
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return hook.compute_weight(module, do_power_iteration=False)
     if _is_here(module):
         return module.weight
     inner, found = _inner(module), []
@@ -119,38 +130,84 @@ def whole_weight(module: Any) -> Tensor:
 
 @contextmanager
 def moved_weight(module: Any, offset: Tensor) -> Iterator[None]:
-    """A linear or convolution module has weight + offset for a weight, for the time being; nothing is written."""
+    """A module has weight + offset for a weight, for the time being; nothing is written.
+
+    A parametrized module makes its weight whenever it is read, so the offset is one more parametrization. FSDP1,
+    ZeRO-3, offloading and pre-hooks (old-style `weight_norm`, `spectral_norm`, `prune`) bring or make the weight when
+    the module is called, so the offset is added in the call. Any other weight is moved here.
+
+    Raises:
+        RuntimeError: the weight is a property of the module's class.
+    """
     inner = _inner(module)
-
-    def moved(x: Tensor) -> Tensor:
-        weight = inner.weight + offset.to(inner.weight)
-        return F.linear(x, weight, inner.bias) if weight.ndim == 2 else inner._conv_forward(x, weight, inner.bias)
-
-    if not _is_here(module):  # it comes when the module is called
-        with replaced_forward(inner, moved):
+    if parametrize.is_parametrized(inner, "weight"):
+        with _one_more_parametrization(inner, offset):
             yield
         return
-    before = module.__dict__.get("weight")  # where FSDP1 puts a view of its flat parameter
-    try:
-        module.__dict__["weight"] = module.weight + offset.to(module.weight)  # found before the parameter
+    if hasattr(type(inner), "weight"):
+        raise RuntimeError(
+            f"{type(inner).__name__}.weight is a property of its class, which nothing can be added to for one call. "
+            "Use torch.nn.utils.parametrize.register_parametrization, or leave the layer out of target_modules."
+        )
+    here = _is_here(module)
+    ready = inner.weight + offset.to(inner.weight) if here else None
+    forward = getattr(inner, _forward_slot(inner))
+
+    def moved(x: Tensor) -> Tensor:
+        weight = inner.weight
+        with attributes(inner, weight=weight if weight is ready else weight + offset.to(weight)):
+            return forward(x)
+
+    with ExitStack() as stack:
+        if here:
+            stack.enter_context(attributes(inner, weight=ready))
+        if not here or inner._forward_pre_hooks:
+            stack.enter_context(replaced_forward(inner, moved))
         yield
-    finally:
-        if before is None:
-            del module.__dict__["weight"]
-        else:
-            module.__dict__["weight"] = before
+
+
+class Applied(nn.Module):
+    """A function as a parametrization."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.forward = function
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """`module(x)` runs its hooks and then `forward`, for the time being. accelerate keeps the real one elsewhere."""
-    slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    before = module.__dict__.get(slot)
-    module.__dict__[slot] = forward
+def _one_more_parametrization(module: Any, offset: Tensor) -> Iterator[None]:
+    """The last one, which adds the offset. `parametrize.cached()` keeps neither the weight of before nor this one."""
+    parts, cached = module.parametrizations["weight"], (id(module), "weight")
+    parts.append(Applied(lambda weight: weight + offset.to(weight)))
+    parametrize._cache.pop(cached, None)
     try:
         yield
     finally:
-        if before is None:
-            del module.__dict__[slot]
-        else:
-            module.__dict__[slot] = before
+        del parts[-1]
+        parametrize._cache.pop(cached, None)
+
+
+def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """`module(x)` runs its hooks and then `forward`, for the time being."""
+    return attributes(module, **{_forward_slot(module): forward})
+
+
+def _forward_slot(module: nn.Module) -> str:
+    """Where a module's own forward is: accelerate keeps it aside."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+@contextmanager
+def attributes(module: Any, **values: Any) -> Iterator[None]:
+    """A module has these in its `__dict__`, found before its parameters and its class, for the time being. What has
+    been put in their place meanwhile stays; an error inside comes out as it is."""
+    held = module.__dict__
+    before = {name: held[name] for name in values if name in held}
+    held.update(values)
+    try:
+        yield
+    finally:
+        for name, value in values.items():
+            if held.get(name) is value:
+                del held[name]
+                held.update({name: before[name]} if name in before else {})

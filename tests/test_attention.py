@@ -1,5 +1,7 @@
 """torch's MultiheadAttention, as far as it is not like the other cases of `test_merged.py`."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from merged_cases import (
@@ -25,8 +27,10 @@ from flatlora import (
     FlatLoraConfig,
     LoraSamConfig,
     ascent,
+    detach,
     get_flat_peft_model,
     perturbed,
+    unperturbed,
 )
 
 
@@ -45,7 +49,7 @@ def frozen(attention):
 
 
 def test_the_frozen_weights_are_put_back_bit_for_bit():
-    """Also where the call fails. peft's own clean forward subtracts what it has added."""
+    """Also where the call fails."""
     model, attention = flat_attention(dtype=torch.bfloat16)
     names, bits = [name for name, _ in model.named_parameters()], [weight.clone() for weight in frozen(attention)]
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
@@ -61,6 +65,69 @@ def test_the_frozen_weights_are_put_back_bit_for_bit():
         optimizer.zero_grad()
     assert [name for name, _ in model.named_parameters()] == names
     assert all(torch.equal(weight, same) for weight, same in zip(frozen(attention), bits, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("training, gradients", [(True, True), (True, False), (False, True), (False, False)])
+def test_clean_calls_have_the_bits_of_pefts_first_and_move_no_weight(training, gradients, dtype):
+    """peft subtracts what it has added, so that its W is another one after each call."""
+    model, attention = flat_attention(dtype=dtype)
+    x, bits = input_of(ATTENTION, dtype=dtype), [weight.clone() for weight in frozen(attention)]
+    model.train(training)
+    with torch.set_grad_enabled(gradients):
+        with unperturbed(model) if training and gradients else nullcontext():
+            outputs = [model(x) for _ in range(3)]
+        assert all(torch.equal(weight, same) for weight, same in zip(frozen(attention), bits, strict=True))
+        detach(model)
+        first = model(x)  # peft's own
+    assert all(torch.equal(out, first) for out in outputs)
+    assert not all(torch.equal(weight, same) for weight, same in zip(frozen(attention), bits, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own, after a graph break
+def test_compiled_calls_are_those_of_eager_mode_and_move_no_weight():
+    (model, attention), (eager, _) = flat_attention(dtype=torch.float32), flat_attention(dtype=torch.float32)
+    bits, compiled = [weight.clone() for weight in frozen(attention)], torch.compile(model, backend="eager")
+    for seed, training in enumerate((False, True, True, False)):
+        x = input_of(ATTENTION, seed, dtype=torch.float32)
+        outputs = [m.train(training)(x) for m in (compiled, eager)]
+        for out in outputs:
+            out.square().sum().backward()
+        assert_close(outputs[:1], outputs[1:], 1e-6)
+        assert all(torch.equal(weight, same) for weight, same in zip(frozen(attention), bits, strict=True))
+
+
+@pytest.mark.parametrize("kind", [LoraSamConfig, EFMLoraConfig])
+def test_methods_on_the_factors_move_no_weight(kind):
+    model, attention = flat_attention(kind, dtype=torch.bfloat16)
+    bits, optimizer = [weight.clone() for weight in frozen(attention)], torch.optim.SGD(trained(model), lr=0.1)
+    for seed in range(3):
+        x = input_of(ATTENTION, seed, dtype=torch.bfloat16)
+        if kind is LoraSamConfig:
+            with ascent(model):
+                model(x).square().sum().backward()
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(weight, same) for weight, same in zip(frozen(attention), bits, strict=True))
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_an_error_in_the_middle_of_a_merge_comes_out_and_the_weights_are_back(noisy, monkeypatch):
+    model, attention = flat_attention()
+    x, before = input_of(ATTENTION), frozen(attention)
+    model.train(noisy)
+    expected = model(x)
+
+    def fail(adapter):
+        assert frozen(attention)[0] is not before[0]  # in_proj is merged already
+        raise torch.OutOfMemoryError("no more")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError, match="no more"):
+        patch.setattr(attention.base_layer.out_proj, "get_delta_weight", fail)
+        model(x)
+    assert all(weight is same for weight, same in zip(frozen(attention), before, strict=True))
+    assert torch.equal(model(x), expected)
 
 
 def test_evaluation_is_clean_and_merging_unloads_to_stock_attention():

@@ -28,10 +28,22 @@ class Factors(NamedTuple):
 
 
 def trained_factors(state: Any) -> Iterator[Factors]:
-    """The factors of the active flat adapters that have a gradient."""
+    """The factors of the active flat adapters that have a gradient.
+
+    Raises:
+        RuntimeError: a factor is made anew in each forward, so that there is no gradient of it.
+    """
     for name, layer in state.flat_layers():
         for adapter in layer.active_flat_adapters():
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            if not (isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter)):
+                if state.rho == 0:
+                    continue
+                raise RuntimeError(
+                    f"{type(state.settings.method).__name__} needs the gradients of lora_A and lora_B, and in "
+                    f"{name!r} one of them is made anew in each forward (weight_norm, prune or another "
+                    "parametrization). Remove that from the adapter, or use FlatLoraConfig, which needs no gradients."
+                )
             if A.grad is not None or B.grad is not None:
                 yield Factors(name, layer, adapter, A, B)
 

@@ -1,8 +1,8 @@
 """FMLoRA and EFMLoRA (arXiv 2508.00522): SAM over the full weight, its perturbation carried over to B alone.
 
 FMLoRA    (alg. 1)   E_t = E_B(gradients at (A, B));        the step's gradient is taken at (A, B + E_t)
-EFMLoRA   (alg. 2)   the step's gradient is taken at (A, B + E_{t-1}), E_0 = 0; from that same gradient and at that
-                     same point, E_t = (1 - beta) E_{t-1} + beta E_B
+EFMLoRA   (alg. 2)   the step's gradient is taken at (A, B + E_{t-1}); from that same gradient and at that same point,
+                     E_t = (1 - beta) E_{t-1} + beta E_B. The first step is plain, and E_1 = E_B
 
 E_B, of size ||s E_B A||_F <= rho_t in each layer, is `ops.ascent.full_weight_ascent` (eqs. 12, 13, 15).
 """
@@ -64,6 +64,9 @@ class EFMLoraConfig(FMLoraConfig):
     """
     EFMLoRA (arXiv 2508.00522, algorithm 2): FMLoRA in one pass a step. Nothing to call in the loop.
 
+    The first step is plain LoRA's, and its perturbation starts the moving average whole, as in the paper. The same
+    holds for a layer whose first gradient comes at a later step.
+
     Args:
         beta (`float`):
             Weight of the newest perturbation in the moving average, in (0, 1]. Default 0.9: ours, not the paper's.
@@ -123,8 +126,7 @@ class EFMLora(_FullWeightAscent, FactorMethod):
         for (_, layer, adapter, _, _), E in self.perturbations(state):
             before = layer.offsets.get(("lora_B", adapter))
             # a new tensor: a backward that is still to come may need the old one
-            average = self.beta * E if before is None else torch.lerp(before.to(E), E, self.beta)
-            layer.offsets["lora_B", adapter] = average
+            layer.offsets["lora_B", adapter] = E if before is None else torch.lerp(before.to(E), E, self.beta)
 
 
 def _where_it_was_taken(f: Factors) -> Tensor:

@@ -131,6 +131,7 @@ def _with_the_loss_of_liger(rank):
         assert perturbation(fused).steps == 1
 
 
+@processes.patient
 @pytest.mark.xfail(
     version.parse(triton.__version__) < version.parse("3.7"),
     reason="the interpreter of triton 3.6 fails in Liger's kernel with today's NumPy",
@@ -189,6 +190,7 @@ def _two_processes(rank):
         step(DistributedDataParallel(model), optimizer_of(model))
 
 
+@processes.patient
 def test_experts_that_another_process_has_chosen_and_kernels_in_both():
     processes.run(_two_processes)
 

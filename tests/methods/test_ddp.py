@@ -17,6 +17,7 @@ from flatlora import (
     perturbation,
 )
 
+pytestmark = processes.patient
 STEPS = 4
 KINDS = {kind.__name__: kind for kind in (EFMLoraConfig, FMLoraConfig, LoraSamConfig, BarConfig, BiLoraConfig)}
 SETTINGS = {"rho": 0.1, "schedule": "constant"}

@@ -52,14 +52,17 @@ class Twin:
 
 
 class EFMTwin(Twin):
+    """Algorithm 2: the first step is plain and sets E_1 = E^B_1, whole; beta is of the steps after it."""
+
     def optimizer_step(self, micro):
         gradients = self.gradients(self.E, micro)
         if self.clip is not None:
             norm = torch.cat([g.flatten() for g in gradients]).norm()
             gradients = [g * min(1.0, (self.clip / (norm + 1e-6)).item()) for g in gradients]
         new = perturbations(self.tensors, gradients, self.E, rho_at(self.step))
+        beta = 1.0 if self.step == 0 else BETA
         self.update(gradients)
-        self.E = [(1 - BETA) * old + BETA * e for old, e in zip(self.E, new, strict=True)]
+        self.E = [(1 - beta) * old + beta * e for old, e in zip(self.E, new, strict=True)]
 
 
 class FMTwin(Twin):
@@ -90,6 +93,22 @@ def test_efmlora_equals_algorithm_2_for_50_steps(optimizer, clip, accumulation):
     assert any((p - q).abs().max() > 1e-3 for p, q in zip(twin.trainable(model), twin.trainable(moved), strict=True))
     for layer, E in zip(model.base_model.model.layers, expected.E, strict=True):
         torch.testing.assert_close(layer.offsets["lora_B", "default"], E, rtol=1e-9, atol=1e-12)
+
+
+def test_a_layer_whose_first_gradient_comes_later_starts_whole_too():
+    model = twin.adapted(EFMLoraConfig, rho=RHO, beta=BETA, schedule="constant")
+    optimizer = torch.optim.SGD(twin.trainable(model), lr=1e-2)
+    late = model.base_model.model.layers[1]
+    A, B = late.lora_A["default"].weight, late.lora_B["default"].weight
+    twin.loss(model, 0).backward()
+    A.grad = B.grad = None
+    optimizer.step()
+    optimizer.zero_grad()
+    assert [len(layer.offsets) for layer in model.base_model.model.layers] == [1, 0, 1]
+    twin.loss(model, 1).backward()
+    expected = twin.dense_ascent(A.detach(), B.detach(), A.grad, B.grad, RHO)
+    optimizer.step()
+    torch.testing.assert_close(late.offsets["lora_B", "default"], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["one first pass", "a first pass per micro-batch"])

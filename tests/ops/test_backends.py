@@ -3,10 +3,10 @@
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from ops.noise_cases import key_of, random_case
@@ -93,7 +93,7 @@ def test_any_number_of_threads_gives_the_same_bits(m, n):
 
 
 FORK = """
-import os, signal, torch
+import os, torch
 from torch.utils.data import DataLoader, Dataset
 from flatlora.ops.perturb import perturb_weight
 
@@ -113,11 +113,10 @@ weight @ weight  # starts torch's thread pool
 expected = [perturb_weight(weight, row_std, key, layer, backend="c") for layer in range(4)]
 child = os.fork()
 if child == 0:
-    signal.alarm(60)
     noisy = perturb_weight(weight, row_std, key, 0, backend="c")
     os._exit(noisy.numpy().tobytes() != expected[0].numpy().tobytes())  # torch.equal would hang
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-for batch in DataLoader(Noisy(), batch_size=4, num_workers=2, multiprocessing_context="fork", timeout=60):
+for batch in DataLoader(Noisy(), batch_size=4, num_workers=2, multiprocessing_context="fork"):
     assert torch.equal(batch, torch.stack(expected))
 assert torch.equal(perturb_weight(weight, row_std, key, 0, backend="c"), expected[0])
 print("same in every process")
@@ -125,10 +124,11 @@ print("same in every process")
 
 
 @needs_c
+@processes.patient
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_forked_processes_do_not_hang():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", FORK], env=environment, capture_output=True, text=True, timeout=180)
+    done = processes.run_command([sys.executable, "-c", FORK], env=environment)
     assert "same in every process" in done.stdout, done.stderr
 
 
@@ -138,9 +138,7 @@ def test_build_without_a_compiler_succeeds(tmp_path):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "flatlora", tmp_path / "flatlora", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=tmp_path, env={**os.environ, "CC": "no-such-compiler"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = processes.run_command(command, cwd=tmp_path, env={**os.environ, "CC": "no-such-compiler"})
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("*.so"))

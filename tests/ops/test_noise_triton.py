@@ -4,13 +4,13 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = [processes.patient, pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")]
 ROOT = Path(__file__).parents[2]
 
 # The interpreter is chosen by an environment variable when triton is imported: hence a process of its own.
@@ -75,7 +75,7 @@ print("agrees")
 
 def run_python(script, **environment):
     variables = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment}
-    done = subprocess.run([sys.executable, script], env=variables, capture_output=True, text=True, timeout=300)
+    done = processes.run_command([sys.executable, script], env=variables)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

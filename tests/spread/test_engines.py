@@ -11,6 +11,7 @@ import torch
 from spread.engines import ENGINES
 from spread.record import CHECKPOINTING, REFUSED, RHO, STEPS, alone, record
 
+pytestmark = processes.patient
 SAME = {"zero": ["zero"], "off": list(CHECKPOINTING), "factors": ["factors"]}
 FIRST = {0, 1, 2}  # q, k and v of the first layer: without checkpointing nothing asks for their input's gradient
 
@@ -24,7 +25,7 @@ def engine(request):
 def ranks(engine, tmp_path_factory):
     """What the processes have written down."""
     folder, count = tmp_path_factory.mktemp(engine), ENGINES[engine].processes
-    processes.run(record, engine, str(folder), processes=count, timeout=240)
+    processes.run(record, engine, str(folder), processes=count)
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 

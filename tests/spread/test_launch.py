@@ -7,10 +7,10 @@ Each engine starts from the same saved model (ZeRO-3: under `zero.Init`) and has
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import tiny
 import torch
@@ -22,6 +22,7 @@ from spread.record import STEPS, train_together
 from torch.utils.data import default_collate
 from transformers import set_seed
 
+pytestmark = processes.patient
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "distributed"
 ENGINES = [*sorted(file.stem for file in EXAMPLES.glob("*.yaml")), "fsdp1-flat"]
@@ -47,7 +48,7 @@ def configuration(engine, folder):
     return str(file)
 
 
-def launch(launcher, engine, jobs, folder, timeout=500):
+def launch(launcher, engine, jobs, folder):
     """The example in two processes, once for each list of arguments."""
     config = configuration(engine, folder)
     options = ["--config_file", config, "--main_process_port", "0"]
@@ -58,7 +59,7 @@ def launch(launcher, engine, jobs, folder, timeout=500):
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", LAUNCHERS[launcher], *options, *script]
-    done = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True)
+    done = processes.run_command(command, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

@@ -27,6 +27,7 @@ from flatlora import (
     get_flat_peft_model,
 )
 
+pytestmark = processes.patient
 GRADIENT_METHODS = [EFMLoraConfig, FMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig]
 SHARDING = [name for name, kind in ENGINES.items() if name != "ddp" and kind.processes == 2]
 

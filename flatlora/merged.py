@@ -51,6 +51,8 @@ class AttentionLayer(MergedLayer):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self.perturbation.passes.note_layer(self.get_base_layer().out_proj.number)
         if self._strength() == 0 or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         return self._and_put_back(super().forward, x, *args, **kwargs)
@@ -93,10 +95,6 @@ class AttentionLayer(MergedLayer):
     def _note_run(self) -> None:
         super()._note_run()
         self.get_base_layer().out_proj._note_run()
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.perturbation.passes.note_layer(self.get_base_layer().out_proj.number)
-        return super().forward(x, *args, **kwargs)
 
     def anchor(self) -> Any:
         return self.get_base_layer().in_proj_weight

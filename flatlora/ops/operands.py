@@ -188,13 +188,22 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def check_memory(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor | None]]) -> None:
-    """All of them have memory, and what is written shares none with what is read or written otherwise."""
-    spans = [(name, tensor, *memory(name, tensor)) for name, tensor in (*written, *read) if tensor is not None]
-    for k in range(len(written)):
-        name, tensor, start, end = spans[k]
-        for other, another, first, last in spans[k + 1 :]:
-            if first < end and start < last and _share_memory(tensor, another):
-                raise ValueError(f"{name} must not overlap {other}: give it memory of its own")
+    """All of them have memory, and what is written shares none with what is read, or written otherwise."""
+    spans: list[tuple[int, int, str, Tensor]] = []
+    for name, tensor in written:
+        start, end = memory(name, tensor)
+        _check_apart(spans, start, end, name, tensor)
+        spans.append((start, end, name, tensor))
+    for name, tensor_or_none in read:
+        if tensor_or_none is not None:
+            start, end = memory(name, tensor_or_none)
+            _check_apart(spans, start, end, name, tensor_or_none)
+
+
+def _check_apart(spans: list[tuple[int, int, str, Tensor]], start: int, end: int, name: str, tensor: Tensor) -> None:
+    for first, last, written, other in spans:
+        if first < end and start < last and _share_memory(other, tensor):
+            raise ValueError(f"{written} must not overlap {name}: give it memory of its own")
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

@@ -103,7 +103,7 @@ class _LoraLinear(Function):
         scaling, low, settings, stale, began = options
         source = x if dropped is None else dropped
         hidden = F.linear(source.to(low), A.to(low))  # (..., r)
-        if norms is None:
+        if settings is None:
             out = owned(F.linear(x, weight.to(x.dtype), bias))
         else:
             factors = (B, A, scaling) if stale else None
@@ -137,7 +137,7 @@ class _LoraLinear(Function):
         del grad_low
         grad_x = None
         if need_x:
-            noisy = norms is not None
+            noisy = ctx.settings is not None
             grad_x = linear_grad_x(grad, weight, norms, key, *ctx.settings) if noisy else grad @ weight.to(grad.dtype)
             if not ctx.separate:
                 grad_x = _plus_product(grad_x, small, A.to(low), in_place=not twice)

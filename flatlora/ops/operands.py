@@ -72,27 +72,26 @@ def _refuse_memory(name: str, tensor: Tensor) -> NoReturn:
     )
 
 
-def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: Any, device: torch.device) -> None:
-    """A tensor of this shape, on this device, of one of these dtypes; None: of any floating point."""
+def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: Any, device: torch.device | None) -> None:
+    """A tensor of this shape, on this device (None: on any), of one of these dtypes (None: of any floating point)."""
     if (
         isinstance(tensor, Tensor)
         and tensor.shape == shape
-        and tensor.device == device
+        and (device is None or tensor.device == device)
         and (tensor.is_floating_point() if dtypes is None else tensor.dtype in dtypes)
     ):
         return
     _refuse(name, tensor, shape, dtypes, device)
 
 
-def _refuse(name: str, tensor: Any, shape: tuple[int, ...], dtypes: Any, device: torch.device) -> NoReturn:
+def _refuse(name: str, tensor: Any, shape: tuple[int, ...], dtypes: Any, device: torch.device | None) -> NoReturn:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {tuple(shape)}, got {type(tensor).__name__}")
     if not (tensor.is_floating_point() if dtypes is None else tensor.dtype in dtypes):
         wanted = "a floating-point dtype" if dtypes is None else f"one of {sorted(map(str, dtypes))}"
         raise TypeError(f"{name} must be of {wanted}, got {tensor.dtype}")
-    raise ValueError(
-        f"{name} must be of shape {tuple(shape)} on {device}, got {tuple(tensor.shape)} on {tensor.device}"
-    )
+    where = "" if device is None else f" on {device}"
+    raise ValueError(f"{name} must be of shape {tuple(shape)}{where}, got {tuple(tensor.shape)} on {tensor.device}")
 
 
 def matrix(name: str, tensor: Any) -> tuple[int, int]:
@@ -105,17 +104,11 @@ def matrix(name: str, tensor: Any) -> tuple[int, int]:
     return shape
 
 
-def factor_shapes(B: Any, A: Any, m: int, n: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What B and A must be for W + s B A: (m, r) and (r, n), with the r that A has."""
-    r = A.shape[0] if isinstance(A, Tensor) and A.ndim > 0 else 0
-    return (m, r), (r, n)
-
-
-def expect_factors(B: Tensor, A: Tensor, m: int, n: int, device: torch.device) -> None:
+def expect_factors(B: Tensor, A: Tensor, m: int, n: int, device: torch.device | None) -> None:
     """B (m, r) and A (r, n), floating point."""
-    of_B, of_A = factor_shapes(B, A, m, n)
-    expect("A", A, of_A, None, device)
-    expect("B", B, of_B, None, device)
+    r = A.shape[0] if isinstance(A, Tensor) and A.ndim > 0 else 0
+    expect("A", A, (r, n), None, device)
+    expect("B", B, (m, r), None, device)
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
@@ -150,18 +143,7 @@ def check_noise(
     """What `perturb_weight` asks of its arguments, the memory of which is looked at elsewhere."""
     m, n = weight.shape
     device = weight.device
-    if not (
-        weight.is_floating_point()
-        and row_std.shape == (m,)
-        and row_std.is_floating_point()
-        and row_std.device == device
-        and key.shape == (2,)
-        and key.dtype is torch.int64
-        and key.device == device
-        and out.shape == (m, n)
-        and out.is_floating_point()
-        and out.device == device
-    ):
+    if not _fits(weight, row_std, key, out):
         matrix("weight", weight)
         expect("row_std", row_std, (m,), None, device)
         expect("key", key, (2,), INT64, device)
@@ -175,6 +157,26 @@ def check_noise(
         raise ValueError(f"weight must have at most 2^32 rows and 2^34 columns, got {(m, n)}")
     if not out.is_contiguous() and overlaps_itself(out):
         raise ValueError(f"out must not overlap itself, got shape {tuple(out.shape)} and strides {out.stride()}")
+
+
+def _fits(weight: Tensor, row_std: Tensor, key: Tensor, out: Tensor) -> bool:
+    """All at once, which is quicker than one by one."""
+    device, shape = weight.device, weight.shape
+    try:
+        return (
+            weight.is_floating_point()
+            and row_std.shape == shape[:1]
+            and row_std.is_floating_point()
+            and row_std.device == device
+            and key.shape == (2,)
+            and key.dtype is torch.int64
+            and key.device == device
+            and out.shape == shape
+            and out.is_floating_point()
+            and out.device == device
+        )
+    except AttributeError:  # not a tensor
+        return False
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

@@ -139,7 +139,7 @@ def row_noise(
         TypeError, ValueError: as `perturb_weight`.
     """
     k = rows.numel() if isinstance(rows, Tensor) else 0
-    expect("rows", rows, (k,), INTEGERS, rows.device)
+    expect("rows", rows, (k,), INTEGERS, None)
     expect("row_std", row_std, (k,), None, rows.device)
     integer("columns", columns, 0, min(COLUMNS, (1 << 60) // max(1, k)) + 1)
     if rows.is_cpu and k and is_plain(rows):  # on a GPU it would have to be waited for
@@ -148,6 +148,7 @@ def row_noise(
     out = torch.empty(k, columns, dtype=dtype or row_std.dtype, device=rows.device)
     zero = torch.zeros((), dtype=row_std.dtype, device=rows.device).expand(out.shape)  # W = 0 without its memory
     check_noise(zero, row_std, key, layer, out, rows=rows)
+    rows = rows.to(torch.int64)
     ROW_BACKENDS[resolve_backend(backend, rows.device)](zero, rows, row_std, key, layer, out)
     return out
 

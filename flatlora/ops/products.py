@@ -180,9 +180,9 @@ def _blocks(
             ),
         )
         return
-    expect("row_std", row_std, (m,), None, row_std.device)  # as a whole: a part of what is too long would do
+    expect("row_std", row_std, (m,), None, None)  # as a whole: a part of what is too long would do
     if factors is not None:
-        expect_factors(factors[0], factors[1], m, n, factors[1].device)
+        expect_factors(factors[0], factors[1], m, n, None)
     for rows in row_blocks(m, n, dtype.itemsize):
         part = weight[rows]
         out, here = scratch(part.shape, dtype, part.device), factors and (factors[0][rows], *factors[1:])

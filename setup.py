@@ -15,11 +15,18 @@ from setuptools.command.build_ext import build_ext
 # comparisons need not trap, and signed integers need not wrap (-fwrapv comes with Python's own flags).
 GNU = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-wrapv", "-ffp-contract=fast", "-g0"]
 FLAGS = {"unix": [*GNU, "-fvisibility=hidden"], "mingw32": GNU, "msvc": ["/O2", "/fp:contract"]}
+# A library linked with one of these makes the processor take subnormal numbers for zero in the whole process, from the
+# moment it is loaded; and norms that leave the range of float are found by comparing with infinity.
+FAST_MATH = {"-Ofast", "-ffast-math", "-funsafe-math-optimizations", "-ffinite-math-only", "-mdaz-ftz"}
 LIBRARIES = {"unix": ["m", "dl", "pthread"]}
 
 
 class BuildLibrary(build_ext):
     def build_extension(self, ext):
+        for command in ("compiler", "compiler_so", "linker_so"):  # with the user's CFLAGS and LDFLAGS
+            words = getattr(self.compiler, command, None)
+            if words is not None:
+                setattr(self.compiler, command, [word for word in words if word not in FAST_MATH])
         ext.extra_compile_args = FLAGS.get(self.compiler.compiler_type, [])
         ext.libraries = LIBRARIES.get(self.compiler.compiler_type, [])
         super().build_extension(ext)

@@ -1,6 +1,7 @@
 """Only seeds are kept (invariant 4): what a layer saves beyond plain LoRA is O(m), and one block at a time exists."""
 
 import peft
+import pytest
 import tiny
 import torch
 from allocations import allocations
@@ -47,6 +48,32 @@ def test_a_model_saves_order_m_for_each_layer():
     rows = sum(layer.out_features for layer in flat.modules() if hasattr(layer, "perturbation"))
     layers = sum(1 for layer in flat.modules() if hasattr(layer, "perturbation"))
     assert second - first <= 4 * rows + 16 * layers
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_order_m_beyond_plain_lora_in_every_precision(dtype, autocast, dropout, adapters):
+    """Two layers, so that the second one's input is not the user's; float32 inputs are what autocast casts."""
+    m, n = 96, 64
+
+    def saved(kind, **options):
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(n, m), torch.nn.Linear(m, m)).to(dtype)
+        config = kind(target_modules=["0", "1"], r=4, lora_dropout=dropout, init_lora_weights=False, **options)
+        model = peft.get_peft_model(base, config)
+        if adapters == 2:
+            model.add_adapter("second", config)
+            model.base_model.set_adapter(["default", "second"])
+        model.train()
+        frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        x = torch.randn(512, n).to(torch.float32 if autocast else dtype).requires_grad_()
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            return saved_bytes(lambda: model(x), frozen)[0]
+
+    options = {"rho": 0.1, "schedule": "constant", "seed": 3}
+    assert saved(FlatLoraConfig, **options) - saved(LoraConfig) <= 2 * (4 * m + 64)  # row norms and the key
 
 
 def test_no_temporary_is_larger_than_a_block(monkeypatch):

@@ -21,8 +21,10 @@ from torch.autograd import Function
 
 from . import native
 from .blocks import is_watched
+from .operands import expect, expect_factors, matrix
 from .products import (
     autocast_dtype,
+    cast_inputs,
     linear_forward,
     linear_grad_bias,
     linear_grad_weight,
@@ -76,10 +78,18 @@ def lora_linear(
 
     Returns:
         (..., m) of the dtype of the base product.
+
+    Raises:
+        TypeError, ValueError: weight, bias, A, B and the noise do not fit each other.
     """
-    dtype, low = autocast_dtype(x.device.type, weight.dtype), autocast_dtype(x.device.type, A.dtype)
-    if dtype != weight.dtype:
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    m, n = matrix("weight", weight)
+    expect_factors(B, A, m, n, weight.device)
+    if bias is not None:
+        expect("bias", bias, (m,), None, weight.device)
+    x, bias, dtype = cast_inputs(x, bias, weight.dtype)
+    low = autocast_dtype(x.device.type, A.dtype)
+    if dropped is not None and low.itemsize < dropped.dtype.itemsize:
+        dropped = dropped.to(low)  # here, not in the node: it is saved, and the wider copy is not
     norms, key, stale, settings = None, None, False, None
     if noise is not None:
         norms, key, stale = noise.norms, noise.key, noise.stale
@@ -93,7 +103,7 @@ class _LoraLinear(Function):
         scaling, low, settings, stale, began = options
         source = x if dropped is None else dropped
         hidden = F.linear(source.to(low), A.to(low))  # (..., r)
-        if norms is None:
+        if settings is None:
             out = owned(F.linear(x, weight.to(x.dtype), bias))
         else:
             factors = (B, A, scaling) if stale else None
@@ -127,7 +137,7 @@ class _LoraLinear(Function):
         del grad_low
         grad_x = None
         if need_x:
-            noisy = norms is not None
+            noisy = ctx.settings is not None
             grad_x = linear_grad_x(grad, weight, norms, key, *ctx.settings) if noisy else grad @ weight.to(grad.dtype)
             if not ctx.separate:
                 grad_x = _plus_product(grad_x, small, A.to(low), in_place=not twice)
@@ -149,7 +159,7 @@ def _plus_product(out: Tensor, left: Tensor, right: Tensor, in_place: bool = Tru
     flat, left = out.view(-1, out.shape[-1]), _rows(left)
     if out.dtype == left.dtype:
         flat.addmm_(left, right)
-    elif left.dtype == torch.float32 and native.has_sums(out):
+    elif left.dtype == torch.float32 and native.has_sums(out, left, right):
         native.add_product(flat, left, right)
     else:
         flat.add_(left @ right)

@@ -55,7 +55,7 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
             return None
         buffer: Tensor | None = _local.__dict__.get("buffer")
         if buffer is None or buffer.numel() < size:
-            buffer = _local.buffer = torch.empty(size, dtype=torch.uint8)
+            buffer = _local.buffer = torch.empty(size, dtype=torch.uint8, device=device)
             views.clear()
         found = views[shape, dtype] = buffer[:size].view(dtype).view(shape)
     return found

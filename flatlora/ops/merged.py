@@ -15,6 +15,7 @@ from torch.autograd import Function
 from . import blocks
 from .blocks import row_blocks, scratch
 from .norms import no_autocast
+from .operands import expect
 from .perturb import perturb_weight
 from .products import linear_forward, linear_grad_bias, linear_grad_x
 
@@ -100,6 +101,14 @@ def add_noise_(
     Returns:
         `weight`.
     """
+    stack = weight.ndim == 3
+    if weight.ndim not in (2, 3) or not weight.is_contiguous():
+        raise ValueError(
+            "weight must be a contiguous matrix or stack of matrices, got shape "
+            f"{tuple(weight.shape)} and strides {weight.stride()}"
+        )
+    rows = weight.shape[0] * (weight.shape[2 if transposed else 1] if stack else 1)
+    expect("row_std", row_std, (rows,), None, weight.device)
     return _AddNoise.apply(weight, row_std, key, layer, transposed, backend)
 
 

@@ -12,8 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .operands import (
+    COLUMNS,
+    INT64,
+    INTEGERS,
+    ROWS,
+    check_memory,
+    check_noise,
+    expect,
+    expect_factors,
+    integer,
+    is_plain,
+    matrix,
+    number,
+    overlaps_itself,
+)
+
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the enum of noise.c
 KERNELS = ("baseline", "avx2", "avx512", "avx512bf16")  # the order of KERNELS in noise.c
+FLOAT32 = frozenset({torch.float32})
+CPU = torch.device("cpu")
 ABI = 1  # flatlora_abi() of noise.c
 SERIAL = 1 << 16  # weights (about 0.06 ms) below which waking other threads costs more than it saves
 
@@ -71,22 +89,35 @@ def perturb(
         kernel: index into `KERNELS`; default the best one that this machine can run.
 
     Raises:
-        TypeError: a dtype that the kernel does not know.
+        TypeError, ValueError: an argument of a dtype that the kernel does not know, or of another shape, device or
+            memory than it would read and write.
     """
-    for name, tensor in (("weight", weight), ("out", out)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be of one of {list(DTYPES)} for backend 'c', got {tensor.dtype}")
+    check_noise(weight, norms, key, layer, out, first_row, rows)
+    _expect_known("weight", weight), _expect_known("out", out)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    norms, key = norms.to(wide).contiguous(), key.contiguous()
+    if factors is None:
+        norms = norms.to(wide).contiguous()
+    elif norms.dtype != torch.float32 or not norms.is_contiguous() or not has_norms(weight):
+        raise ValueError(
+            "with factors, row_std is written: it must be float32 and contiguous, and the weight float32 or bfloat16 "
+            f"with contiguous rows, got {norms.dtype} of stride {norms.stride()} and {weight.dtype} of strides "
+            f"{weight.stride()}"
+        )
+    key = key.contiguous()
     if rows is not None:
         rows = rows.to(torch.int64).contiguous()
     _call(weight, norms, factors, kernel, out, relative, key, layer, rows, first_row)
 
 
+def _expect_known(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be of one of {list(DTYPES)} for backend 'c', got {tensor.dtype}")
+
+
 def has_norms(weight: Tensor) -> bool:
     """Can the kernel compute norms of this weight's rows?"""
     known = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16
-    return known and LIBRARY is not None and weight.device.type == "cpu" and weight.stride(1) == 1
+    return known and LIBRARY is not None and weight.is_cpu and is_plain(weight) and weight.stride(1) == 1
 
 
 def merged_row_norms(
@@ -97,8 +128,15 @@ def merged_row_norms(
     *,
     kernel: int | None = None,
 ) -> Tensor:
-    """``||W_i + s (B A)_i||`` of each row, (m,) float32, for a weight that `has_norms`; summed in float32."""
-    norms = torch.empty(weight.shape[0])
+    """``||W_i + s (B A)_i||`` of each row, (m,) float32, for a weight that `has_norms`; summed in float32, and in
+    float64 where a sum of squares leaves the range of float32."""
+    m, _ = matrix("weight", weight)
+    if not has_norms(weight):
+        raise ValueError(
+            f"weight must be float32 or bfloat16 on the CPU with contiguous rows, got {weight.dtype} on "
+            f"{weight.device} of strides {weight.stride()}"
+        )
+    norms = torch.empty(m, dtype=torch.float32, device="cpu")
     _call(weight, norms, (B, A, scaling), kernel)
     return norms
 
@@ -115,28 +153,35 @@ def _call(
     rows: Tensor | None = None,
     first_row: int = 0,
 ) -> None:
+    """Calls the kernel with tensors of the right shape and dtype; all of their memory is looked at here."""
     m, n = weight.shape
     B = A = None
     scaling, r = 0.0, 0
     if factors is not None:
         B, A, scaling = factors
+        expect_factors(B, A, m, n, weight.device)
         B, A, r = B.to(torch.float32).contiguous(), A.to(torch.float32).contiguous(), A.shape[0]
+        if A.numel() == 0:
+            A = A.new_empty(1)  # an empty tensor has no address, and no address of A means that the norms are given
+    written, read = [("row_std", norms)], [("weight", weight), ("B", B), ("A", A), ("key", key), ("rows", rows)]
+    if factors is None:
+        written, read = [], [("row_std", norms), *read]
+    check_memory(written if out is None else [("out", out), *written], read)
     LIBRARY.flatlora_perturb(
         *((None, 0, 0, 0) if out is None else (out.data_ptr(), DTYPES[out.dtype], *out.stride())),
         weight.data_ptr(), DTYPES[weight.dtype], *weight.stride(),
-        norms.data_ptr(), relative, None if key is None else key.data_ptr(), layer,
+        norms.data_ptr(), number("relative", relative), None if key is None else key.data_ptr(), layer,
         None if rows is None else rows.data_ptr(), first_row, m, n,
-        None if B is None else B.data_ptr(), None if A is None else A.data_ptr(), scaling, r,
+        None if B is None else B.data_ptr(), None if A is None else A.data_ptr(), number("scaling", scaling), r,
         torch.get_num_threads() if m * n >= SERIAL else 1,
-        BEST if kernel is None else kernel,
+        BEST if kernel is None else integer("kernel", kernel, 0, BEST + 1),
     )  # fmt: skip
 
 
-def has_sums(out: Tensor) -> bool:
-    """Can `add_product` add to this tensor?"""
+def has_sums(out: Tensor, *factors: Tensor) -> bool:
+    """Can `add_product` add to this tensor, the product of these?"""
     known = out.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    batched = torch._C._functorch.is_legacy_batchedtensor(out)  # torch.autograd.grad(..., is_grads_batched=True)
-    return known and LIBRARY is not None and out.device.type == "cpu" and not batched and out.is_contiguous()
+    return known and LIBRARY is not None and out.is_cpu and out.is_contiguous() and all(map(is_plain, (out, *factors)))
 
 
 def add_product(
@@ -150,12 +195,22 @@ def add_product(
 
     torch makes three passes over float32 copies of a bfloat16 `out` of this. `left` and `right`: float32.
     """
+    t, n = matrix("out", out)
+    _expect_known("out", out)
+    r = right.shape[0]
+    expect("left", left, (t, r), FLOAT32, out.device)
+    expect("right", right, (r, n), FLOAT32, out.device)
+    if not out.is_cpu or out.stride(1) != 1 or overlaps_itself(out):
+        raise ValueError(
+            "out must be on the CPU, of contiguous rows that do not overlap, got strides "
+            f"{out.stride()} on {out.device}"
+        )
     left, right = left.contiguous(), right.contiguous()
-    t, n = out.shape
+    check_memory([("out", out)], [("left", left), ("right", right)])
     LIBRARY.flatlora_add_product(
-        out.data_ptr(), DTYPES[out.dtype], out.stride(0), left.data_ptr(), right.data_ptr(), t, n, left.shape[1],
+        out.data_ptr(), DTYPES[out.dtype], out.stride(0), left.data_ptr(), right.data_ptr(), t, n, r,
         torch.get_num_threads() if t * n >= SERIAL else 1,
-        BEST if kernel is None else kernel,
+        BEST if kernel is None else integer("kernel", kernel, 0, BEST + 1),
     )  # fmt: skip
 
 
@@ -163,19 +218,26 @@ def words(
     rows: Tensor, columns: int, key: Tensor, layer: int, *, first_block: int = 0, kernel: int | None = None
 ) -> Tensor:
     """The words that the kernel makes its normals of, as `philox.words` gives them: (m, blocks, 4) int64."""
+    expect("rows", rows, (rows.numel(),), INTEGERS, CPU)
+    expect("key", key, (2,), INT64, CPU)
     rows, key = rows.to(torch.int64).contiguous(), key.contiguous()
-    blocks = 16 * -(-columns // 64)
-    out = torch.empty(len(rows), blocks, 4, dtype=torch.int32)
+    blocks = 16 * -(-integer("columns", columns, 0, COLUMNS + 1) // 64)
+    out = torch.empty(len(rows), blocks, 4, dtype=torch.int32, device="cpu")
+    check_memory([("out", out)], [("rows", rows), ("key", key)])
     LIBRARY.flatlora_words(
-        out.data_ptr(), rows.data_ptr(), len(rows), first_block, blocks, key.data_ptr(), layer,
-        BEST if kernel is None else kernel,
+        out.data_ptr(), rows.data_ptr(), len(rows), integer("first_block", first_block, 0, ROWS), blocks,
+        key.data_ptr(), integer("layer", layer, -(1 << 63), 1 << 63),
+        BEST if kernel is None else integer("kernel", kernel, 0, BEST + 1),
     )  # fmt: skip
     return out.to(torch.int64) & 0xFFFFFFFF
 
 
 def normals(words: Tensor, *, kernel: int | None = None) -> Tensor:
     """The normals (blocks, 4) float32 that the kernel makes of words (blocks, 4) int64."""
+    expect("words", words, (words.numel() // 4, 4), INT64, CPU)
     words = words.to(torch.int32).contiguous()
-    out = torch.empty(words.shape)
-    LIBRARY.flatlora_normals(out.data_ptr(), words.data_ptr(), len(words), BEST if kernel is None else kernel)
+    out = torch.empty(words.shape, dtype=torch.float32, device="cpu")
+    check_memory([("out", out)], [("words", words)])
+    best = BEST if kernel is None else integer("kernel", kernel, 0, BEST + 1)
+    LIBRARY.flatlora_normals(out.data_ptr(), words.data_ptr(), len(words), best)
     return out

@@ -24,6 +24,18 @@ import torch
 from torch import Tensor
 
 from . import native, philox
+from .operands import (
+    COLUMNS,
+    INTEGERS,
+    ROWS,
+    check_memory,
+    check_noise,
+    expect,
+    integer,
+    is_plain,
+    matrix,
+    number,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +77,14 @@ def perturb_weight(
         `out`, or a new (m, n) contiguous tensor of `dtype`.
 
     Raises:
-        ValueError: a backend that is unknown or that cannot serve the weight's device; an `out` that does not fit.
+        TypeError, ValueError: a backend that is unknown or that cannot serve the weight's device; arguments that do not
+            fit each other; an `out` that overlaps itself or the weight.
     """
+    matrix("weight", weight)
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    elif not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
     elif out.shape != weight.shape or out.device != weight.device or out.dtype != (dtype or out.dtype):
         raise ValueError(
             f"out must be of shape {tuple(weight.shape)} and dtype {dtype or out.dtype} on {weight.device}, "
@@ -77,9 +93,14 @@ def perturb_weight(
     backend = resolve_backend(backend, weight.device)
     if backend == "c":
         native.perturb(weight, row_std, key, layer, out, relative=relative, first_row=first_row, factors=factors)
-    else:
-        assert factors is None, "ask makes_norms first"
-        BACKENDS[backend](weight, row_std if relative == 1 else row_std * relative, key, layer, first_row, out)
+        return out
+    if factors is not None:
+        raise ValueError(f"factors must be None for backend {backend!r} on {weight.device}: ask makes_norms first")
+    check_noise(weight, row_std, key, layer, out, first_row)
+    if is_plain(weight) and is_plain(out):
+        check_memory([("out", out)], [("weight", weight), ("row_std", row_std), ("key", key)])
+    row_std = row_std if relative == 1 else row_std * number("relative", relative)
+    BACKENDS[backend](weight, row_std, key, layer, first_row, out)
     return out
 
 
@@ -113,9 +134,22 @@ def row_noise(
 
     Returns:
         (k, n) contiguous tensor of `dtype`.
+
+    Raises:
+        TypeError, ValueError: as `perturb_weight`.
     """
-    out = torch.empty(len(rows), columns, dtype=dtype or row_std.dtype, device=rows.device)
-    ROW_BACKENDS[resolve_backend(backend, rows.device)](rows, row_std, key, layer, out)
+    k = rows.numel() if isinstance(rows, Tensor) else 0
+    expect("rows", rows, (k,), INTEGERS, None)
+    expect("row_std", row_std, (k,), None, rows.device)
+    integer("columns", columns, 0, min(COLUMNS, (1 << 60) // max(1, k)) + 1)
+    if rows.is_cpu and k and is_plain(rows):  # on a GPU it would have to be waited for
+        low, high = rows.aminmax()
+        integer("rows", int(low), 0, ROWS), integer("rows", int(high), 0, ROWS)
+    out = torch.empty(k, columns, dtype=dtype or row_std.dtype, device=rows.device)
+    zero = torch.zeros((), dtype=row_std.dtype, device=rows.device).expand(out.shape)  # W = 0 without its memory
+    check_noise(zero, row_std, key, layer, out, rows=rows)
+    rows = rows.to(torch.int64)
+    ROW_BACKENDS[resolve_backend(backend, rows.device)](zero, rows, row_std, key, layer, out)
     return out
 
 
@@ -154,6 +188,8 @@ def _auto(device_type: str) -> str:
         return "c"
     if device_type == "cuda" and _has_triton():
         return "triton"
+    if device_type == "meta":
+        raise ValueError("a tensor on the device 'meta' has no memory to make noise from: give it some (to_empty)")
     if device_type == "cpu":
         logger.warning(
             "flatlora's C kernel was not built (no C compiler at install time): the noise comes from torch's "
@@ -169,11 +205,11 @@ def _add(weight: Tensor, row_std: Tensor, z: Tensor) -> Tensor:
 
 def _reference(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, out: Tensor) -> None:
     seed, sample = key.tolist()
-    rows = torch.arange(first_row, first_row + weight.shape[0], device=weight.device)
+    rows = torch.arange(first_row, first_row + weight.shape[0], dtype=torch.int64, device=weight.device)
     out.copy_(_add(weight, row_std, philox.normals(seed, sample, layer, rows, weight.shape[1])))
 
 
-def _reference_rows(rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
+def _reference_rows(zero: Tensor, rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
     seed, sample = key.tolist()
     out.copy_(row_std[:, None] * philox.normals(seed, sample, layer, rows, out.shape[1]))
 
@@ -182,8 +218,7 @@ def _c(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int,
     native.perturb(weight, row_std, key, layer, out, first_row=first_row)
 
 
-def _c_rows(rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
-    zero = torch.zeros((), dtype=row_std.dtype).expand(out.shape)
+def _c_rows(zero: Tensor, rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
     native.perturb(zero, row_std, key, layer, out, rows=rows)
 
 
@@ -193,10 +228,9 @@ def _triton(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row:
     triton_kernel.perturb(weight, row_std, key, layer, out, first_row=first_row)
 
 
-def _triton_rows(rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
+def _triton_rows(zero: Tensor, rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
     from . import triton_kernel
 
-    zero = torch.zeros((), dtype=row_std.dtype, device=rows.device).expand(out.shape)
     triton_kernel.perturb(zero, row_std, key, layer, out, rows=rows)
 
 
@@ -210,7 +244,7 @@ def _torch(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: 
         out[here] = _add(weight[here], row_std[here], z[a - start : b - start])
 
 
-def _torch_rows(rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
+def _torch_rows(zero: Tensor, rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
     seed, sample = key.tolist()
     blocks = rows // ROW_BLOCK
     for block in blocks.unique().tolist():
@@ -224,7 +258,7 @@ def _generator_normals(seed: int, sample: int, layer: int, block: int, n: int, d
         (block, 0, layer & philox.WORD, sample & philox.WORD), (seed & philox.WORD, (seed >> 32) & philox.WORD)
     )
     generator = torch.Generator(device=device).manual_seed((high << 32 | low) >> 1)
-    return torch.empty(ROW_BLOCK, n, device=device).normal_(generator=generator)
+    return torch.empty(ROW_BLOCK, n, dtype=torch.float32, device=device).normal_(generator=generator)
 
 
 BACKENDS = {"reference": _reference, "torch": _torch, "c": _c, "triton": _triton}

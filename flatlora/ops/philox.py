@@ -67,8 +67,8 @@ def words(seed: int, sample: int, layer: int, rows: Tensor, columns: int) -> Ten
     Returns:
         (m, blocks, 4) int64 in [0, 2^32), blocks = 16 * ceil(n / 64).
     """
-    blocks = torch.arange(LANES * math.ceil(columns / TILE), device=rows.device)
-    counter = (blocks[None, :], rows[:, None], layer & WORD, sample & WORD)
+    blocks = torch.arange(LANES * math.ceil(columns / TILE), dtype=torch.int64, device=rows.device)
+    counter = (blocks[None, :], rows[:, None].to(torch.int64) & WORD, layer & WORD, sample & WORD)
     key = (seed & WORD, (seed >> 32) & WORD)
     return torch.stack(torch.broadcast_tensors(*philox4x32(counter, key)), dim=-1)
 

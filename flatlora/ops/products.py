@@ -20,6 +20,7 @@ from torch.autograd import Function
 
 from . import blocks
 from .blocks import row_blocks, scratch
+from .operands import expect, expect_factors, matrix
 from .perturb import Factors, perturb_weight
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -54,9 +55,7 @@ def perturbed_linear(
     Returns:
         (..., m).
     """
-    dtype = autocast_dtype(x.device.type, weight.dtype)
-    if dtype != weight.dtype:
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    x, bias, dtype = cast_inputs(x, bias, weight.dtype)
     if torch.compiler.is_compiling():  # the registered operator; eager calls are spared its overhead
         address = torch.tensor([0, layer, owner], dtype=torch.int64, device="cpu")
         return torch.ops.flatlora.perturbed_linear(x, weight, bias, row_std, key, address, dtype, backend)
@@ -84,9 +83,7 @@ def perturbed_conv(
     Returns:
         (batch, m, *spatial).
     """
-    dtype = autocast_dtype(x.device.type, weight.dtype)
-    if dtype != weight.dtype:
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    x, bias, dtype = cast_inputs(x, bias, weight.dtype)
     batched = x.ndim == weight.ndim
     x = x if batched else x.unsqueeze(0)
     geometry = (stride, padding, dilation)
@@ -99,6 +96,15 @@ def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return dtype
+
+
+def cast_inputs(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    """x, b and the dtype in which their product with a weight of `dtype` is made, as autocast has it."""
+    device = x.device.type
+    if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x, bias, dtype
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), None if bias is None else bias.to(dtype), dtype
 
 
 def linear_forward(
@@ -117,11 +123,13 @@ def linear_forward(
         factors: see `perturb_weight`.
     """
     out = None
+    if bias is not None:
+        expect("bias", bias, (weight.shape[0],), None, weight.device)
     for rows, block in _blocks(weight, row_std, key, *settings, factors=factors):
         part = F.linear(x, block, None if bias is None else bias[rows])
         if len(block) == len(weight):
             return owned(part)
-        out = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
+        out = part.new_empty(*x.shape[:-1], len(weight)) if out is None else out
         out[..., rows] = part
     assert out is not None
     return out
@@ -163,7 +171,7 @@ def _blocks(
     factors: Factors | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Row blocks of W + eps, (rows, n) each, one alive at a time."""
-    m, n = weight.shape
+    m, n = matrix("weight", weight)
     if m * n * dtype.itemsize <= blocks.BLOCK_BYTES:  # the usual case, without slices
         out = scratch(weight.shape, dtype, weight.device)
         yield (
@@ -173,6 +181,9 @@ def _blocks(
             ),
         )
         return
+    expect("row_std", row_std, (m,), None, None)  # as a whole: a part of what is too long would do
+    if factors is not None:
+        expect_factors(factors[0], factors[1], m, n, None)
     for rows in row_blocks(m, n, dtype.itemsize):
         part = weight[rows]
         out, here = scratch(part.shape, dtype, part.device), factors and (factors[0][rows], *factors[1:])
@@ -240,6 +251,7 @@ def _channel_blocks(
     """
     m, per_group, kernel = weight.shape[0], weight.shape[1], weight.shape[2:]
     size, flat = m // groups, weight.flatten(1)
+    expect("row_std", row_std, (m,), None, weight.device)
     for rows in _whole_groups(m, flat.shape[1], dtype.itemsize, 1 if groups == 1 else size):
         out = scratch(flat[rows].shape, dtype, flat.device)
         block = perturb_weight(flat[rows], row_std[rows], key, layer, rows.start, dtype=dtype, backend=backend, out=out)

@@ -25,9 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .operands import check_memory, check_noise
+
 LANES, TILE = tl.constexpr(16), tl.constexpr(64)
 ROWS = 32  # rows of a program; it makes one tile of each
 WARPS = 4
+MOST = (1 << 31) - 64  # a row's and a column's index within the weight is a signed word
 
 
 @triton.jit
@@ -132,12 +135,16 @@ def perturb(
     rows: Tensor | None = None,  # (m,) int64
 ) -> None:
     """Writes ``weight + row_std[:, None] * z`` into `out`, for rows `first_row`, `first_row` + 1, ..., or `rows`."""
+    check_noise(weight, row_std, key, layer, out, first_row, rows)
     m, n = weight.shape
     if m == 0 or n == 0:
         return
+    if max(m, n) >= MOST:
+        raise ValueError(f"weight must have less than {MOST} rows and columns for backend 'triton', got {(m, n)}")
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     row_std, key = row_std.to(wide).contiguous(), key.contiguous()
     index = key if rows is None else rows.to(torch.int64).contiguous()
+    check_memory([("out", out)], [("weight", weight), ("row_std", row_std), ("key", key), ("rows", rows)])
     grid = (triton.cdiv(m, ROWS) * triton.cdiv(n, TILE.value),)
     with torch.cuda.device_of(weight):  # Triton launches on the current device
         perturb_kernel[grid](

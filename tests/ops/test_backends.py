@@ -73,8 +73,10 @@ def test_wrong_operands():
 
 @needs_c
 def test_c_refuses_unknown_dtypes():
-    with pytest.raises(TypeError, match="weight must be of one of .*got torch.int32"):
+    with pytest.raises(TypeError, match="weight must be a floating-point matrix, got torch.int32"):
         perturb_weight(torch.ones(2, 2, dtype=torch.int32), torch.ones(2), key_of(0, 0), 0, backend="c")
+    with pytest.raises(TypeError, match="weight must be of one of .*got torch.float8_e5m2"):
+        perturb_weight(torch.ones(2, 2).to(torch.float8_e5m2), torch.ones(2), key_of(0, 0), 0, backend="c")
 
 
 @needs_c

@@ -1,10 +1,13 @@
 """Row norms of the merged weight against the merged weight itself, and blocks that cover every row once."""
 
+import math
+
 import pytest
 import torch
 
-from flatlora.ops import merged_row_norms, native, squared_row_norms
+from flatlora.ops import merged_row_norms, native, perturb_weight, row_norms_of_sum, squared_row_norms
 from flatlora.ops.blocks import BLOCK_BYTES, row_blocks, scratch
+from flatlora.ops.norms import grouped_row_norms, row_norms
 
 SHAPES = [(5, 7, 1), (6, 16, 2), (33, 65, 8), (64, 576, 8), (7, 100, 13), (9, 48, 64), (1, 1, 1)]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,3 +91,89 @@ def test_scratch_is_shared_only_while_no_gradients_are_recorded():
     with torch.no_grad():
         first, second = scratch(shape, torch.float32, device), scratch(shape, torch.bfloat16, device)
     assert first.shape == second.shape == shape and first.data_ptr() == second.data_ptr()
+
+
+# magnitudes of rows: squares that overflow float32, vanish in it, are subnormal; and ordinary ones
+MAGNITUDES = {
+    "large": [1e19],
+    "small": [1e-23],
+    "tiny": [1e-30],
+    "mixed": [1e19, 1, 0, 1e-23, 3e-20, 1e-38, 1e36, 1e-3],
+}
+WIDE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def out_of_range(name, dtype, factors):
+    """W with such rows, and B, which is 0, of the size that W has, or ordinary."""
+    m, n, r = 24, 70, 3
+    scale = torch.tensor(MAGNITUDES[name]).repeat(m)[:m, None]
+    weight, A = torch.randn(m, n).mul(scale).to(dtype), torch.randn(r, n)
+    return (
+        weight,
+        {"B = 0": torch.zeros(m, r), "like W": torch.randn(m, r) * scale, "ordinary": torch.randn(m, r)}[factors],
+        A,
+    )
+
+
+def assert_norms(got, expected):
+    assert got.dtype == torch.float32 and got.isfinite().all()
+    torch.testing.assert_close(got.double(), expected, rtol=3e-6, atol=1e-44)
+
+
+@WIDE
+@pytest.mark.parametrize("factors", ["B = 0", "like W", "ordinary"])
+@pytest.mark.parametrize("name", MAGNITUDES)
+def test_norms_over_the_range_of_float32(name, dtype, factors):
+    weight, B, A = out_of_range(name, dtype, factors)
+    expected = by_definition(weight, B, A, 0.7)
+    squared = squared_row_norms(weight)
+    torch.testing.assert_close(squared.double(), weight.double().square().sum(dim=1), rtol=3e-6, atol=0)
+    assert_norms(row_norms(weight), weight.double().norm(dim=1))
+    for kernel in range(native.BEST + 1) if native.has_norms(weight) else ():
+        assert_norms(native.merged_row_norms(weight, B, A, 0.7, kernel=kernel), expected)
+    assert_norms(merged_row_norms(weight, squared, B, A, 0.7), expected)
+    if dtype == torch.float32:  # torch's own path for a weight whose rows are apart; it rounds A to the weight's dtype
+        columns = weight.T.contiguous().T
+        assert_norms(merged_row_norms(columns, squared_row_norms(columns), B, A, 0.7), expected)
+        cross = (A.double() @ weight.double().T).float()
+        assert_norms(row_norms_of_sum(squared, cross, B, A, 0.7), expected)
+        groups = grouped_row_norms(columns[:, :35], squared_row_norms(columns[:, :35]), [0.7 * B], [A.repeat(2, 1)], 2)
+        inside = torch.zeros(24, 70, dtype=torch.float64)
+        inside[:12, :35], inside[12:, 35:] = columns[:12, :35].double(), columns[12:, :35].double()
+        assert_norms(groups, by_definition(inside, B, A, 0.7))
+
+
+def test_ordinary_rows_keep_their_bits_beside_rows_out_of_range():
+    weight, B, A = out_of_range("mixed", torch.float32, "ordinary")
+    for form in (weight, weight.T.contiguous().T):
+        squared = squared_row_norms(form)
+        ordinary = torch.where(torch.arange(len(form)) % 8 == 1, 1.0, 0.0)[:, None] * form  # a row of ones; zeros
+        norms, expected = (
+            merged_row_norms(form, squared, B, A),
+            merged_row_norms(ordinary, squared_row_norms(ordinary), B, A),
+        )
+        assert squared.dtype == torch.float64 and torch.equal(norms[1::8], expected[1::8])
+        assert torch.equal(row_norms(form)[1::8], row_norms(ordinary)[1::8])
+
+
+def test_rows_of_zeros_are_ordinary():
+    weight = torch.randn(9, 40)
+    weight[::2] = 0
+    squared = squared_row_norms(weight)
+    assert squared.dtype == torch.float32 and torch.equal(squared, weight.square().sum(dim=1))
+    assert torch.equal(row_norms(weight), squared.sqrt())
+
+
+@pytest.mark.parametrize("scale", [1e19, 1e-23, 1e-30])
+@WIDE
+def test_the_noise_has_its_strength_where_squares_leave_the_range(dtype, scale):
+    """The same noise as of the weight without the scale, times the scale."""
+    scale = 2.0 ** round(math.log2(scale))
+    weight, norms = torch.randn(20, 130).to(dtype), torch.empty(20)
+    B, A, key = torch.zeros(20, 2), torch.randn(2, 130), torch.tensor([1, 2])
+    options = {"relative": 0.1, "dtype": torch.float32}
+    plain = perturb_weight(weight, squared_row_norms(weight).sqrt(), key, 0, **options)
+    for made in ({}, {"factors": (B, A, 1.0)}) if native.has_norms(weight) else ({},):
+        norms = merged_row_norms(weight * scale, squared_row_norms(weight * scale), B, A)
+        scaled = perturb_weight(weight * scale, norms, key, 0, **options, **made)
+        torch.testing.assert_close(scaled / scale, plain, rtol=1e-5, atol=1e-6)

@@ -5,6 +5,7 @@
  * libraries beyond libc, libm and the threads. The kernel is compiled once per instruction set and chosen at run time.
  */
 #define _GNU_SOURCE /* RTLD_DEFAULT */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -94,6 +95,31 @@ static float rest_of_row(const job *j, int64_t i, int64_t c) {
         sum += x * x;
     }
     return sum;
+}
+
+/* The norm of row i of W + s B A, in double. */
+static float wide_norm(const job *j, int64_t i) {
+    const char *row = j->weight + i * j->w0;
+    double sum = 0;
+    for (int64_t c = 0; c < j->n; c += TILE) {
+        int columns = j->n - c < TILE ? (int)(j->n - c) : TILE;
+        double low_rank[TILE] = {0};
+        for (int64_t k = 0; k < j->r; k++)
+            for (int q = 0; q < columns; q++) low_rank[q] += (double)j->b[i * j->r + k] * j->a[k * j->n + c + q];
+        for (int q = 0; q < columns; q++) {
+            float w = j->w_type == FLOAT32 ? ((const float *)row)[c + q]
+                                           : as_float((uint32_t)((const uint16_t *)row)[c + q] << 16);
+            double x = w + j->scaling * low_rank[q];
+            sum += x * x;
+        }
+    }
+    return (float)sqrt(sum);
+}
+
+/* The norm of row i from its sum of squares, which is made again where it left the range of float: where it is so small
+ * that squares may have vanished beside it (the smallest normal number over 2^-24, for each column), or infinite. */
+static float norm_of(const job *j, int64_t i, float sum) {
+    return sum >= (float)j->n * 0x1p-102f && sum <= FLT_MAX ? sqrtf(sum) : wide_norm(j, i);
 }
 
 /* A block of elements from one layout to another: down the columns where those are the contiguous side. */

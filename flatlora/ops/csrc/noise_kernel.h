@@ -277,7 +277,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(norms_of)(
             *(NAME(floats) *)lanes = sum[p];
             for (int half = LANES / 2; half > 0; half /= 2)
                 for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
-            ((float *)j->norms)[i[p]] = sqrtf(lanes[0] + (c < j->n ? rest_of_row(j, i[p], c) : 0));
+            ((float *)j->norms)[i[p]] = norm_of(j, i[p], lanes[0] + (c < j->n ? rest_of_row(j, i[p], c) : 0));
         }
     }
 }
@@ -288,7 +288,7 @@ static TARGET void NAME(norms)(const job *j, int64_t begin, int64_t end) {
 }
 #else
 static void NAME(norms)(const job *j, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) ((float *)j->norms)[i] = sqrtf(rest_of_row(j, i, 0));
+    for (int64_t i = begin; i < end; i++) ((float *)j->norms)[i] = norm_of(j, i, rest_of_row(j, i, 0));
 }
 #endif
 

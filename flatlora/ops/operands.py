@@ -24,6 +24,10 @@ COLUMNS = 1 << 34  # columns: four to a block, whose index is a word of 32 bits
 _not_dispatched = Tensor.__torch_dispatch__
 
 
+class WrongShape(ValueError, RuntimeError):
+    """An input that does not fit the weight; a RuntimeError too, as torch's own products raise."""
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Are the numbers of this tensor in memory of its own? Those of a quantized tensor, a FakeTensor, a DTensor, a
     sparse tensor, or a tensor inside of a transform are elsewhere."""
@@ -159,7 +163,7 @@ def expect_columns(name: str, tensor: Tensor, n: int) -> None:
         what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {what}")
     if tensor.ndim == 0 or tensor.shape[-1] != n:
-        raise ValueError(f"{name} must be of shape (..., {n}), got {tuple(tensor.shape)}")
+        raise WrongShape(f"{name} must be of shape (..., {n}), got {tuple(tensor.shape)}")
 
 
 def check_noise(

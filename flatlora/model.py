@@ -141,8 +141,8 @@ def detach(model: nn.Module) -> nn.Module:
         if not state.layers_alive():  # of a part of a model the rest stays flat
             state.close(model)
     for module in model.modules():
-        configs = getattr(module, "peft_config", None)
-        for name, config in (configs or {}).items():
+        configs: Any = getattr(module, "peft_config", None) or {}
+        for name, config in configs.items():
             if isinstance(config, PerturbedLoraConfig):
                 configs[name] = plain_copy(config)
     return model

@@ -93,7 +93,8 @@ def perturb(
             memory than it would read and write.
     """
     check_noise(weight, norms, key, layer, out, first_row, rows)
-    _expect_known("weight", weight), _expect_known("out", out)
+    _expect_known("weight", weight)
+    _expect_known("out", out)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if factors is None:
         norms = norms.to(wide).contiguous()

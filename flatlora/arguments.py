@@ -170,13 +170,11 @@ def texts(name: str, value: Any, expected: str = "a list of strings", *, optiona
         return None
     if isinstance(value, str):
         raise WrongType(f"{name} must be {expected}, got the string {shown(value)}")
-    if not isinstance(value, (Sequence, Collection)) or not all(isinstance(item, str) for item in _listed(value)):
+    if not isinstance(value, Collection) or isinstance(value, (Mapping, bytes, bytearray, Tensor)):
+        refuse(name, expected, value, WrongType)
+    if getattr(value, "shape", None) == () or not all(isinstance(item, str) for item in value):
         refuse(name, expected, value, WrongType)
     return list(value)
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if isinstance(value, (Mapping, bytes, bytearray)) and len(value) == 0 else list(value)
 
 
 def path(name: str, value: Any, *, optional: bool = False) -> Any:
@@ -220,7 +218,8 @@ def batches(name: str, value: Any) -> list[Any]:
         refuse(name, "an iterable of batches (one batch goes into a list)", value, WrongType)
     found = list(iterator)
     if not found:
-        raise ValueError(f"{name} must hold at least one batch, got none (an iterator that was already used up?)")
+        hint = " (an iterator that was already used up?)"
+        raise ValueError(f"{name} must hold at least one batch, got none in {shown(value)}{hint}")
     return found
 
 

@@ -102,9 +102,9 @@ class PerturbedLoraConfig(LoraConfig):
         Raises:
             ValueError, TypeError: one of them is senseless.
         """
-        self.make_method()
         for name, check in own_checks(type(self)).items():
             setattr(self, name, check(name, getattr(self, name)))
+        self.make_method()
 
     def make_method(self) -> Method:
         """The method with its own settings."""

@@ -68,13 +68,14 @@ def build(runs: Sequence[str | Path], labels: Sequence[str] | None = None) -> st
         FileNotFoundError: a folder that is not there.
         ImportError: matplotlib is not installed.
     """
-    if isinstance(runs, (str, Path)) or not isinstance(runs, Sequence):
+    if isinstance(runs, (str, bytes, bytearray)) or not isinstance(runs, Sequence):
         refuse("runs", "a list of folders", runs, WrongType)
     folders = [Path(arguments.path(f"runs[{k}]", run)) for k, run in enumerate(runs)]
     if not folders:
         refuse("runs", "a list of at least one folder", runs)
-    names = texts("labels", labels, "a list of names", optional=True) or _names(folders)
-    if not folders or len(names) != len(folders) or len(set(names)) != len(names):
+    given = texts("labels", labels, "a list of names", optional=True)
+    names = _names(folders) if given is None else given
+    if len(names) != len(folders) or len(set(names)) != len(names):
         raise ValueError(f"labels must be {len(folders)} different names, one for each run, got {names}")
     found = {name: _read(folder) for name, folder in zip(names, folders, strict=True)}
     title = " against ".join(names)
@@ -250,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--labels", nargs="+", help="names of the runs; default their folders")
     parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="default: report.html")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(texts("arguments", arguments, optional=True))
     try:
         page = build(args.runs, args.labels)
         jsonfiles.write(args.out, page)

@@ -25,8 +25,8 @@ LARGEST_RHO = 1e6  # noise a million times the weight: beyond that products over
 
 def check_rho(name: str, value: Any) -> float:
     """A strength as a float, or an error: it must be a finite number >= 0."""
-    rho = number(name, value, low=0, expected="finite and >= 0", hint="; 0 means plain LoRA, 0.05 to 0.10 is usual")
-    return number(name, rho, high=LARGEST_RHO, expected=f"at most {LARGEST_RHO:g}", hint="; 0.05 to 0.10 is usual")
+    number(name, value, low=0, expected="finite and >= 0", hint="; 0 means plain LoRA, 0.05 to 0.10 is usual")
+    return number(name, value, high=LARGEST_RHO, expected=f"at most {LARGEST_RHO:g}", hint="; 0.05 to 0.10 is usual")
 
 
 CHECKS: dict[str, Callable[[str, Any], Any]] = {

@@ -26,7 +26,7 @@ from torch import Tensor
 from flatlora.ops.perturb import perturb_weight
 from flatlora.ops.philox import mix_rank
 
-from ..arguments import choice
+from ..arguments import choice, shown
 from .options import NOISES, check_norms, check_seed
 from .weights import CHUNK, At, Weight
 
@@ -58,7 +58,8 @@ class Directions:
         check_norms("norms", self.norms)
         for weight in self.weights:
             if weight.name not in self.norms:
-                raise ValueError(f"norms must hold every chosen layer, {weight.name!r} is missing")
+                got = list(self.norms)
+                raise ValueError(f"norms must hold every chosen layer, {weight.name!r} is missing, got {shown(got)}")
             if self.norms[weight.name].shape != weight.shape[:1]:
                 got = tuple(self.norms[weight.name].shape)
                 raise ValueError(f"norms[{weight.name!r}] must have shape {weight.shape[:1]}, got {got}")

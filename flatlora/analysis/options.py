@@ -55,7 +55,8 @@ def check_norms(name: str, value: Any) -> Any:
 def operator(name: str, value: Any) -> Any:
     """A symmetric matrix known by its products, not a tensor."""
     known = all(hasattr(value, part) for part in ("size", "dtype", "device", "__matmul__"))
-    if isinstance(value, type) or not known or not _is_whole(value.size):
+    known = known and isinstance(value.dtype, torch.dtype) and not isinstance(value, type)
+    if not known or not _is_whole(value.size):
         refuse(name, "an operator: a Hessian, or an object with size, dtype, device and @", value, WrongType)
     return value
 
@@ -68,7 +69,10 @@ def real(name: str, value: Any) -> float:
     plain = scalar(value)
     if isinstance(plain, bool) or not isinstance(plain, Real):
         refuse(name, "a number", value, WrongType)
-    return float(plain)
+    try:
+        return float(plain)
+    except OverflowError:  # an integer beyond the largest float
+        refuse(name, "a number that a float can hold", value)
 
 
 def result(check: Any, *args: Any, default: Any = ..., **kwargs: Any) -> Any:

@@ -33,9 +33,9 @@ class Estimate:
     @classmethod
     def of(cls, samples: Tensor) -> Estimate:
         """The estimate from independent samples, (count,)."""
-        samples = tensor("samples", samples, dims=1).detach().to("cpu", torch.float64)
-        if not len(samples):
+        if not len(tensor("samples", samples, dims=1)):
             refuse("samples", "at least one sample", samples)
+        samples = samples.detach().to("cpu", torch.float64)
         return cls(float(samples.mean()), float(standard_error(samples, dim=0)), samples)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from ..arguments import shown
 from . import native
 from .blocks import is_watched
-from .operands import expect, expect_factors, matrix
+from .operands import boolean, expect, expect_columns, expect_factors, matrix, number
 from .products import (
     autocast_dtype,
     cast_inputs,
@@ -83,16 +84,26 @@ def lora_linear(
         TypeError, ValueError: weight, bias, A, B and the noise do not fit each other.
     """
     m, n = matrix("weight", weight)
+    expect_columns("x", x, n)
     expect_factors(B, A, m, n, weight.device)
     if bias is not None:
         expect("bias", bias, (m,), None, weight.device)
+    if dropped is not None:
+        expect_columns("dropped", dropped, n)
+    if began is not None and not callable(began):
+        raise TypeError(f"began must be a function or None, got {shown(began)}")
+    scaling = number("scaling", scaling)
     x, bias, dtype = cast_inputs(x, bias, weight.dtype)
     low = autocast_dtype(x.device.type, A.dtype)
     if dropped is not None and low.itemsize < dropped.dtype.itemsize:
         dropped = dropped.to(low)  # here, not in the node: it is saved, and the wider copy is not
     norms, key, stale, settings = None, None, False, None
     if noise is not None:
+        if not isinstance(noise, RowNoise):
+            raise TypeError(f"noise must be a RowNoise or None, got {type(noise).__name__}")
         norms, key, stale = noise.norms, noise.key, noise.stale
+        expect("norms", norms, (m,), None, weight.device)
+        boolean("stale", stale)
         settings = (noise.layer, dtype, backend, noise.relative)
     return _LoraLinear.apply(x, dropped, weight, bias, A, B, norms, key, (scaling, low, settings, stale, began))
 

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from . import blocks
 from .blocks import row_blocks, scratch
 from .norms import no_autocast
-from .operands import expect
+from .operands import boolean, expect, expect_columns, matrix
 from .perturb import perturb_weight
 from .products import linear_forward, linear_grad_bias, linear_grad_x
 
@@ -54,6 +54,10 @@ def rebuilt_linear(
     Returns:
         (..., m) of x's dtype.
     """
+    m, n = matrix("weight", weight)
+    expect_columns("x", x, n)
+    if bias is not None:
+        expect("bias", bias, (m,), None, None)
     with no_autocast(x.device.type):
         return _RebuiltLinear.apply(x, bias, weight, row_std, key, (layer, x.dtype, backend))
 
@@ -101,6 +105,10 @@ def add_noise_(
     Returns:
         `weight`.
     """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a floating-point tensor, got {what}")
+    boolean("transposed", transposed)
     stack = weight.ndim == 3
     if weight.ndim not in (2, 3) or not weight.is_contiguous():
         raise ValueError(

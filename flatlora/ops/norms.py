@@ -100,7 +100,9 @@ def row_norms(weight: Tensor) -> Tensor:
 
 def sums_merged_rows(weight: Tensor) -> bool:
     """Can `merged_row_norms` do without `squared` for this weight? The C kernel forms the merged rows themselves."""
-    return native.has_norms(weight)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor of shape (m, n), got {type(weight).__name__}")
+    return weight.ndim == 2 and native.has_norms(weight)
 
 
 @torch.no_grad()
@@ -130,6 +132,11 @@ def merged_row_norms(
     """
     m, n = matrix("weight", weight)
     expect_factors(B, A, m, n, weight.device)
+    scaling = number("scaling", scaling)
+    if squared is not None:
+        expect("squared", squared, (m,), WIDE, None)
+    if whole is not None and matrix("whole", whole)[0] != len(A):
+        raise ValueError(f"whole must be of shape ({len(A)}, N), got {tuple(whole.shape)}")
     if whole is None and sums_merged_rows(weight):
         return native.merged_row_norms(weight, B, A, scaling)
     if squared is None:
@@ -160,8 +167,9 @@ def row_norms_of_sum(
     Returns:
         (m,) of the dtype of `cross`.
     """
-    m, n = squared.numel(), A.shape[-1]
-    expect("squared", squared, (m,), WIDE, squared.device)
+    m = squared.numel() if isinstance(squared, Tensor) else 0
+    expect("squared", squared, (m,), WIDE, None)
+    n = matrix("A", A)[1]
     expect_factors(B, A, m, n, squared.device)
     expect("cross", cross, (A.shape[0], m), WIDE, squared.device)
     with no_autocast(squared.device.type):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 import operator
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from ..arguments import scalar, shown
 
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 INT64 = frozenset({torch.int64})
@@ -115,20 +118,46 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     """An integer in [low, high)."""
     if type(value) is not int:
         try:
-            value = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name} must be an integer, got {value!r}") from None
+            value = operator.index(None if isinstance(value, bool) else value)
+        except (TypeError, RuntimeError):  # RuntimeError: of a tensor without memory
+            raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
     if not low <= value < high:
-        raise ValueError(f"{name} must be an integer in [{low}, {high}), got {value}")
+        raise ValueError(f"{name} must be an integer in [{low}, {high}), got {shown(value)}")
     return value
 
 
 def number(name: str, value: Any) -> float:
-    """A real number."""
+    """A real number as a float."""
+    if type(value) is float:
+        return value
+    plain = scalar(value)
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise TypeError(f"{name} must be a real number, got {value!r}") from None
+        if isinstance(plain, bool) or not isinstance(plain, (Real, torch.SymFloat, torch.SymInt)):
+            raise TypeError
+        return float(plain)
+    except (TypeError, OverflowError):
+        raise TypeError(f"{name} must be a real number that a float can hold, got {shown(value)}") from None
+
+
+def boolean(name: str, value: Any) -> None:
+    """True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
+def floating_dtype(name: str, value: Any) -> None:
+    """A floating-point dtype or None."""
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise TypeError(f"{name} must be a floating-point dtype or None, got {shown(value)}")
+
+
+def expect_columns(name: str, tensor: Tensor, n: int) -> None:
+    """Floating point, (..., n)."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {what}")
+    if tensor.ndim == 0 or tensor.shape[-1] != n:
+        raise ValueError(f"{name} must be of shape (..., {n}), got {tuple(tensor.shape)}")
 
 
 def check_noise(

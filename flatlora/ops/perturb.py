@@ -23,6 +23,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..arguments import shown
 from . import native, philox
 from .operands import (
     COLUMNS,
@@ -31,6 +32,7 @@ from .operands import (
     check_memory,
     check_noise,
     expect,
+    floating_dtype,
     integer,
     is_plain,
     matrix,
@@ -81,6 +83,7 @@ def perturb_weight(
             fit each other; an `out` that overlaps itself or the weight.
     """
     matrix("weight", weight)
+    floating_dtype("dtype", dtype)
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     elif not isinstance(out, Tensor):
@@ -90,6 +93,8 @@ def perturb_weight(
             f"out must be of shape {tuple(weight.shape)} and dtype {dtype or out.dtype} on {weight.device}, "
             f"got {tuple(out.shape)}, {out.dtype}, {out.device}"
         )
+    if factors is not None and not (isinstance(factors, tuple) and len(factors) == 3):
+        raise TypeError(f"factors must be a tuple (B, A, s) or None, got {shown(factors)}")
     backend = resolve_backend(backend, weight.device)
     if backend == "c":
         native.perturb(weight, row_std, key, layer, out, relative=relative, first_row=first_row, factors=factors)
@@ -106,7 +111,9 @@ def perturb_weight(
 
 def makes_norms(weight: Tensor, backend: str) -> bool:
     """Can `perturb_weight` compute the row norms of W + s B A on its way?"""
-    return resolve_backend(backend, weight.device) == "c" and native.has_norms(weight)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor of shape (m, n), got {type(weight).__name__}")
+    return weight.ndim == 2 and resolve_backend(backend, weight.device) == "c" and native.has_norms(weight)
 
 
 def row_noise(
@@ -141,6 +148,7 @@ def row_noise(
     k = rows.numel() if isinstance(rows, Tensor) else 0
     expect("rows", rows, (k,), INTEGERS, None)
     expect("row_std", row_std, (k,), None, rows.device)
+    floating_dtype("dtype", dtype)
     integer("columns", columns, 0, min(COLUMNS, (1 << 60) // max(1, k)) + 1)
     if rows.is_cpu and k and is_plain(rows):  # on a GPU it would have to be waited for
         low, high = rows.aminmax()
@@ -159,10 +167,12 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     Raises:
         ValueError: an unknown name, or a backend that cannot serve the device.
     """
+    if not isinstance(device, torch.device):
+        raise TypeError(f"device must be a torch.device, got {type(device).__name__}")
+    if not isinstance(backend, str) or backend not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {shown(backend)}")
     if backend == "auto":
         return _auto(device.type)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     if backend == "c" and device.type != "cpu":
         raise ValueError(f"backend='c' serves CPU tensors only, got one on {device}: use backend='auto'")
     if backend == "c" and native.LIBRARY is None:

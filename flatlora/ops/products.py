@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from . import blocks
 from .blocks import row_blocks, scratch
-from .operands import expect, expect_factors, matrix
+from .operands import expect, expect_columns, expect_factors, integer, matrix
 from .perturb import Factors, perturb_weight
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -55,6 +55,11 @@ def perturbed_linear(
     Returns:
         (..., m).
     """
+    if not torch.compiler.is_compiling():
+        m, n = matrix("weight", weight)
+        expect_columns("x", x, n)
+        if bias is not None:
+            expect("bias", bias, (m,), None, weight.device)
     x, bias, dtype = cast_inputs(x, bias, weight.dtype)
     if torch.compiler.is_compiling():  # the registered operator; eager calls are spared its overhead
         address = torch.tensor([0, layer, owner], dtype=torch.int64, device="cpu")
@@ -83,12 +88,26 @@ def perturbed_conv(
     Returns:
         (batch, m, *spatial).
     """
+    _check_conv(x, weight, bias, groups)
     x, bias, dtype = cast_inputs(x, bias, weight.dtype)
     batched = x.ndim == weight.ndim
     x = x if batched else x.unsqueeze(0)
     geometry = (stride, padding, dilation)
     out = _PerturbedConv.apply(x, weight, bias, row_std, key, layer, dtype, backend, geometry, groups)
     return out if batched else out.squeeze(0)
+
+
+def _check_conv(x: Any, weight: Any, bias: Any, groups: Any) -> None:
+    integer("groups", groups, 1, 1 << 32)
+    for name, tensor, dims in (("weight", weight, (3, 4, 5)), ("x", x, None)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {what}")
+        if tensor.ndim not in (dims or (weight.ndim - 1, weight.ndim)):
+            wanted = "3 to 5" if dims else f"{weight.ndim}, or {weight.ndim - 1} without a batch,"
+            raise ValueError(f"{name} must have {wanted} dimensions, got shape {tuple(tensor.shape)}")
+    if bias is not None:
+        expect("bias", bias, (weight.shape[0],), None, weight.device)
 
 
 def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:

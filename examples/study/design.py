@@ -12,7 +12,7 @@ from study.tasks import Cell, Task
 from study.train import Recipe
 
 TUNING_SEEDS = (100, 101)
-ABLATION_SEEDS = 5
+ABLATION_CELL, ABLATION_SEEDS = "128-clean", 5
 ABLATED_RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 EIGEN_ARMS, EIGEN_SEEDS = ("lora", "flat", "rwp", "rwp-factors"), 3
 PARTS = ("tuning", "final", "ablation")
@@ -62,10 +62,9 @@ def validated(trial: list[dict[str, str]], score: str) -> float:
 
 
 def chosen(cell: Cell, arm: Arm, rows: Rows) -> float | None:
-    """The strength of highest validation accuracy, ties by the lower NLL; None while trials are missing.
+    """The strength of highest validation accuracy, ties by the lower NLL.
 
-    Raises:
-        RuntimeError: every trial failed.
+    None while trials are missing, and where every trial failed: the arm has no final runs.
     """
     if arm.tuned_as:
         return chosen(cell, BY_NAME[arm.tuned_as], rows)
@@ -73,9 +72,7 @@ def chosen(cell: Cell, arm: Arm, rows: Rows) -> float | None:
     if any(len(trial) < len(TUNING_SEEDS) for trial in found.values()):
         return None
     ok = {s: trial for s, trial in found.items() if math.isfinite(validated(trial, "acc"))}
-    if not ok:
-        raise RuntimeError(f"{arm.name} in {cell.name}: every trial failed, see the column `error`")
-    return max(ok, key=lambda s: (validated(ok[s], "acc"), -validated(ok[s], "nll")))
+    return max(ok, key=lambda s: (validated(ok[s], "acc"), -validated(ok[s], "nll")), default=None)
 
 
 # --- final
@@ -96,6 +93,14 @@ def final(cell: Cell, read: Read) -> Iterator[Recipe]:
                 yield Recipe(cell, name, *found, seed)
 
 
+def planned(cell: Cell) -> dict[str, int]:
+    """Part -> number of its runs."""
+    arms = [BY_NAME[name] for name in cell.arms]
+    tuning = sum(len(arm.grid) for arm in arms) * len(TUNING_SEEDS)
+    ablation = sum(1 for _ in ablations(cell, math.nan))
+    return {"tuning": tuning, "final": len(arms) * cell.seeds, "ablation": ablation}
+
+
 def wants_eigenvalue(recipe: Recipe) -> bool:
     return recipe.arm in EIGEN_ARMS and recipe.seed < EIGEN_SEEDS and not recipe.variant
 
@@ -104,11 +109,15 @@ def wants_eigenvalue(recipe: Recipe) -> bool:
 
 
 def ablation(cell: Cell, read: Read) -> Iterator[Recipe]:
-    """Of the first cell of the text task."""
-    if cell.name != "128-clean":
-        return
+    """At the tuned learning rate of LoRA."""
     lr = chosen(cell, BY_NAME["lora"], read())
-    if lr is None:
+    if lr is not None:
+        yield from ablations(cell, lr)
+
+
+def ablations(cell: Cell, lr: float) -> Iterator[Recipe]:
+    """Of one cell of the text task."""
+    if cell.name != ABLATION_CELL:
         return
 
     def recipe(variant: str, arm: str, strength: float, seed: int, **more: Any) -> Recipe:

@@ -10,7 +10,6 @@ from typing import Any
 
 KEY = ("part", "cell", "arm", "variant", "strength", "lr", "seed")  # what makes a run, in this order
 ORIGIN = ("status", "error", "command", "commit", "machine", "finished", "seconds")
-LARGEST_ERROR = 300  # characters
 
 
 class Records:
@@ -26,8 +25,8 @@ class Records:
 
     def __init__(self, path: Path, outcomes: list[str]) -> None:
         self.path, self.columns = path, [*KEY, *ORIGIN, *outcomes]
-        if path.exists():
-            self._drop_torn_row()
+        self._drop_torn_row()
+        if self._begun():
             header = path.read_text().partition("\n")[0].split(",")
             if header != self.columns:
                 odd = sorted(set(header) ^ set(self.columns))
@@ -37,7 +36,7 @@ class Records:
 
     def rows(self) -> list[dict[str, str]]:
         """All rows, also those that another process wrote meanwhile."""
-        if not self.path.exists():
+        if not self._begun():
             return []
         with open(self.path, newline="") as file:
             return list(csv.DictReader(file))
@@ -49,7 +48,7 @@ class Records:
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists():
+        if not self._begun():
             writer.writeheader()
         writer.writerow({name: _cell(value) for name, value in row.items()})
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -59,9 +58,13 @@ class Records:
         finally:
             os.close(file)
 
+    def _begun(self) -> bool:
+        """Whether there is a header."""
+        return self.path.exists() and self.path.stat().st_size > 0
+
     def _drop_torn_row(self) -> None:
         """A machine that lost its power may leave half a row."""
-        content = self.path.read_bytes()
+        content = self.path.read_bytes() if self.path.exists() else b""
         if content and not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)
 
@@ -74,7 +77,7 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.7g}"
-    return " ".join(str(value).split())[:LARGEST_ERROR]
+    return " ".join(str(value).split())
 
 
 def values(rows: list[dict[str, str]], column: str) -> list[float]:

@@ -37,6 +37,8 @@ from study.records import Records, key  # noqa: E402
 from study.tasks import LOADERS, Task, Tests, load  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+LARGEST_ERROR = 300  # characters of a message that are kept
+
 
 class Stopped(BaseException):
     """Raised at SIGTERM; no `except Exception` holds it."""
@@ -67,7 +69,7 @@ def attempt(do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         row = {"status": "ok", "error": "", **do()}
     except Exception as error:  # a failed run is a result
-        row = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        row = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:LARGEST_ERROR]}
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 

@@ -132,13 +132,13 @@ class _AddNoise(Function):
     def forward(ctx: Any, weight, row_std, key, layer, transposed, backend):
         ctx.mark_dirty(weight)
         first = 0
-        for matrix in matrices(weight, transposed):
-            for rows in row_blocks(matrix.shape[0], matrix.shape[1], matrix.element_size()):
-                part, here = matrix[rows], first + rows.start
+        for one in matrices(weight, transposed):
+            for rows in row_blocks(one.shape[0], one.shape[1], one.element_size()):
+                part, here = one[rows], first + rows.start
                 out = scratch(part.shape, part.dtype, part.device)
                 std = row_std[here : here + len(part)]
                 part.copy_(perturb_weight(part, std, key, layer, here, backend=backend, out=out))
-            first += matrix.shape[0]
+            first += one.shape[0]
         return weight
 
     @staticmethod

@@ -118,7 +118,7 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     """An integer in [low, high)."""
     if type(value) is not int:
         try:
-            value = operator.index(None if isinstance(value, bool) else value)
+            value = operator.index("a bool" if isinstance(value, bool) else value)  # type: ignore[arg-type]
         except (TypeError, RuntimeError):  # RuntimeError: of a tensor without memory
             raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
     if not low <= value < high:

@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from data import Example  # noqa: E402
-from study import design, outcomes, records, run, stats, tasks, train  # noqa: E402
+from study import design, outcomes, records, report, run, stats, tasks, train  # noqa: E402
 from study.arms import ARMS, BY_NAME  # noqa: E402
 
 UNLIKE = ("seconds", "train_seconds", "finished", "command")  # columns that differ between two equal runs
@@ -313,3 +313,101 @@ def test_scores_closed_form():
     nll = -(math.log(0.8) + math.log(0.2) + 2 * math.log(0.65)) / 4
     brier = (2 * 0.2**2 + 2 * 0.8**2 + 2 * 2 * 0.35**2) / 4
     assert found == pytest.approx({"acc": 0.75, "nll": nll, "brier": brier, "ece": (0.3 + 0.35) / 2}, abs=1e-6)
+
+
+# --- report
+
+
+CELL = tasks.Cell("128-clean", 8, 0.0, 4, ("lora", "smoothing", "dropout", "flat"), 4)
+TABLE = tasks.Text("text", [], [], [], [CELL], ["movie", "books"])
+MOVIE = {"lora": [0.70, 0.72, 0.74, 0.76], "flat": [0.73, 0.73, 0.78, 0.81], "dropout": [0.71, 0.70, 0.75, 0.80]}
+
+
+def row(part, arm, strength, seed, **more):
+    blank = dict.fromkeys([*records.KEY, *records.ORIGIN, *train.columns(TABLE)], "")
+    made = {"part": part, "cell": CELL.name, "arm": arm, "strength": strength, "lr": 0.001, "seed": seed}
+    return blank | {k: str(v) for k, v in (made | {"status": "ok", "commit": "abc"} | more).items()}
+
+
+def tuning_rows(arm, acc, nll):
+    """Trials of an arm, of which the second strength is the best."""
+    grid = BY_NAME[arm].grid
+    return [
+        row("tuning", arm, s, seed, lr=s if arm == "lora" else 0.001, acc_validation=acc - (k != 1), nll_validation=nll)
+        for k, s in enumerate(grid)
+        for seed in design.TUNING_SEEDS
+    ]
+
+
+def final_rows():
+    tuned = {name: BY_NAME[name].grid[1] for name in MOVIE}
+    return [
+        row("final", arm, tuned[arm], seed, acc_books=acc, nll_books=1 - acc, acc_movie=acc, acc_train=1, sharpness=acc)
+        for arm, of in MOVIE.items()
+        for seed, acc in enumerate(of)
+    ]
+
+
+def line(text, section, arm):
+    """The cells of an arm in a table."""
+    found = text.split(f"### {section}")[1].split("###")[0].splitlines()
+    return [cell.strip() for cell in next(x for x in found if x.startswith(f"| {arm} |")).split("|")[1:-1]]
+
+
+def test_report_holds_means_paired_differences_and_corrected_p():
+    rows = tuning_rows("lora", 0.7, 0.6) + tuning_rows("flat", 0.7, 0.6)
+    rows += tuning_rows("dropout", 0.8, 0.6) + tuning_rows("smoothing", 0.7, 0.5) + final_rows()
+    text = report.report("text", [CELL], rows)
+    primary = "Accuracy out of domain, % (primary)"
+    difference = torch.tensor([3.0, 1.0, 4.0, 5.0], dtype=torch.float64)
+    low, high = stats.bootstrap_interval(difference)
+    # p of flat against LoRA: 2 / 16, times three arms that are compared; smoothing has no runs and still counts
+    expected = ["Flat-LoRA", "4", "76.2 ± 2.0", f"+3.2 [{low:+.1f}, {high:+.1f}]", "0.375"]
+    assert line(text, primary, "Flat-LoRA")[:5] == expected
+    error = torch.tensor([73.0, 73.0, 78.0, 81.0]).std().item() / 2
+    assert expected[2] == f"{76.25:.1f} ± {error:.1f}"
+    assert "minus LoRA, dropout" in text.split(primary)[1].split("###")[0]  # best by accuracy
+    d = torch.tensor([2.0, 3.0, 3.0, 1.0], dtype=torch.float64)  # flat minus dropout
+    low, high = stats.bootstrap_interval(d)
+    assert line(text, primary, "Flat-LoRA")[5] == f"+2.2 [{low:+.1f}, {high:+.1f}]"
+    assert "minus LoRA, label smoothing" in text.split("### NLL out of domain")[1].split("###")[0]  # best by NLL
+    assert "**44 of" in text and "| 128-clean | final | 12 | 16 | 0 |" in text
+    assert "| accuracy | 12 | -1.00 [-1.00, -1.00] |" in text and "| NLL | 12" not in text  # gap 1 - acc, sharpness acc
+
+
+def test_report_of_a_part_shows_what_is_there_and_nothing_else():
+    text = report.report("text", [CELL], [])
+    assert "**0 of 263 planned runs.**" in text and "##" not in text  # 32 of tuning, 16 final, 215 ablations
+    rows = tuning_rows("lora", 0.7, 0.6) + tuning_rows("dropout", 0.7, 0.6)[:-1]
+    text = report.report("text", [CELL], rows)
+    assert line(text, "What tuning chose", "LoRA")[1:4] == ["lr", "0.001", "0.001"]
+    assert "LoRA, dropout" not in text and "Accuracy" not in text and "Flat-LoRA" not in text
+    rows += tuning_rows("flat", 0.7, 0.6) + [r for r in final_rows() if r["arm"] != "dropout"][:5]
+    text = report.report("text", [CELL], rows)
+    primary = "Accuracy out of domain, % (primary)"
+    assert line(text, primary, "LoRA")[1:3] == ["4", "73.0 ± 1.3"]
+    assert line(text, primary, "Flat-LoRA")[1:] == ["1", "73.0", "", ""]  # one pair has no interval
+    assert "minus LoRA, " not in text  # which simple regularizer is the best is not known yet
+
+
+def test_report_leaves_out_failed_runs_and_other_strengths():
+    rows = tuning_rows("lora", 0.7, 0.6) + tuning_rows("flat", 0.7, 0.6) + final_rows()
+    rows += [row("final", "lora", 0.001, 9, status="failed"), row("final", "flat", 0.4, 9, acc_books=0.1)]
+    text = report.report("text", [CELL], rows)
+    assert line(text, "Accuracy out of domain, % (primary)", "Flat-LoRA")[1:3] == ["4", "76.2 ± 2.0"]
+    assert "| 128-clean | final | 14 | 16 | 1 |" in text
+
+
+def test_report_command_reads_whole_lines_and_ablations(tmp_path):
+    path, out = tmp_path / "text.csv", tmp_path / "report.md"
+    rows = [row("ablation", "flat", 0.2, seed, variant="r=4", acc_books=0.5 + seed / 10) for seed in (0, 1)]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        file.write("ablation,128-clean,flat,r=4,0.2")  # a process is writing this one
+    text = report.main(["--csv", str(path), "--out", str(out)])
+    assert out.read_text() == text
+    assert line(text, "Ablations", "r=4")[1:5] == ["Flat-LoRA", "0.2", "2", "55.0 ± 5.0"]
+    with pytest.raises(ValueError, match="--csv must be named after a task"):
+        report.main(["--csv", str(tmp_path / "other.csv")])

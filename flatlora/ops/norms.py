@@ -129,9 +129,9 @@ def merged_row_norms(
         TypeError, ValueError: arguments that do not fit each other.
     """
     m, n = matrix("weight", weight)
-    expect_factors(B, A, m, n, weight.device)
     if whole is None and sums_merged_rows(weight):
         return native.merged_row_norms(weight, B, A, scaling)
+    expect_factors(B, A, m, n, weight.device)
     if squared is None:
         raise ValueError("squared must be squared_row_norms(weight) for a weight that not sums_merged_rows, got None")
     dtype, wide = norm_dtype(weight.dtype), None

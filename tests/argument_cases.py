@@ -1,6 +1,7 @@
 """Every public function with right arguments, and which of fifty values are right for each of them."""
 
 import functools
+import inspect
 import math
 from decimal import Decimal
 from pathlib import Path
@@ -12,7 +13,17 @@ from torch import nn
 
 import flatlora
 from flatlora import analysis, ops, plotting, report
-from flatlora.analysis import Degradation, ExpectedSharpness, LossLine, LossSurface, SamSharpness, SpectralDensity
+from flatlora.analysis import (
+    Degradation,
+    Eigenvalues,
+    Estimate,
+    ExpectedSharpness,
+    LossLine,
+    LossSurface,
+    SamSharpness,
+    SpectralDensity,
+)
+from flatlora.config import own_fields
 
 LORA = {"r": 2, "target_modules": ["0"]}
 LINE = torch.linspace(0, 1, 3, dtype=torch.float64)
@@ -70,8 +81,8 @@ def plain():
 
 
 @functools.cache
-def flat(kind=flatlora.FlatLoraConfig):
-    return flatlora.get_flat_peft_model(model(), kind(**LORA, schedule="constant"))
+def flat():
+    return flatlora.get_flat_peft_model(model(), flatlora.FlatLoraConfig(**LORA, schedule="constant"))
 
 
 @functools.cache
@@ -79,29 +90,61 @@ def hessian():
     return analysis.Hessian(model(), loss, [torch.ones(2, 4)])
 
 
-@functools.cache
-def result(kind):
-    return {
-        LossLine: lambda: LossLine(LINE, SQUARE, 1.0, "filter", "merged", 0),
-        LossSurface: lambda: LossSurface(LINE, LINE, SQUARE, 1.0, "filter", "merged", 0),
-        ExpectedSharpness: lambda: ExpectedSharpness(LINE, SQUARE, 1.0, "filter", "merged", 0),
-        SamSharpness: lambda: SamSharpness(LINE, SQUARE, SQUARE, 1.0, "merged", 1),
-        SpectralDensity: lambda: SpectralDensity(LINE, SQUARE, 1.0, SQUARE, SQUARE, 3),
-        Degradation: lambda: Degradation(LINE, SQUARE, 1.0, "rounding", "bits", 0),
-        analysis.Estimate: lambda: analysis.Estimate(1.0, 0.1, LINE),
-        analysis.Eigenvalues: lambda: analysis.Eigenvalues(ONE(), ONE(), ONE(1)),
-    }[kind]()
+RESULTS = {
+    LossLine: LossLine(LINE, SQUARE, 1.0, "filter", "merged", 0),
+    LossSurface: LossSurface(LINE, LINE, SQUARE, 1.0, "filter", "merged", 0),
+    ExpectedSharpness: ExpectedSharpness(LINE, SQUARE, 1.0, "filter", "merged", 0),
+    SamSharpness: SamSharpness(LINE, SQUARE, SQUARE, 1.0, "merged", 1),
+    SpectralDensity: SpectralDensity(LINE, SQUARE, 1.0, SQUARE, SQUARE, 3),
+    Degradation: Degradation(LINE, SQUARE, 1.0, "rounding", "bits", 0),
+    Estimate: Estimate(1.0, 0.1, LINE),
+    Eigenvalues: Eigenvalues(ONE(), ONE(), ONE(1)),
+}
+KINDS = {  # of arguments that mean the same in most functions; of any other, every value is wrong
+    "model": MODULE, "batches": BATCHES, "seed": INTEGER, "layers": LAYERS, "sizes": NONE, "progress": OPTIONAL_BOOL,
+    "file": f"None {PATH}", "path": PATH, "loss_fn": FUNCTION, "score_fn": FUNCTION, "score": TEXT, "unit": TEXT,
+    "rho": STRENGTHS, "samples": COUNT, "steps": COUNT, "center": ANY_REAL, "level": LEVEL, "title": f"None {TEXT}",
+    "norms": NONE, "total_steps": f"None {COUNT}", "layer": INTEGER, "bias": NONE, "scaling": ANY_REAL,
+    "relative": ANY_REAL, "dtype": "None dtype", "adapter_name": NAME, "field": FIELD,
+}  # fmt: skip
 
 
-def made_again(kind):
-    return lambda **given: type(result(kind))(**{**vars(result(kind)), **given})
+def case(function, right=None, *, of=None, call=None, skip=(), **kinds):
+    """A public function or class, and how to call it.
+
+    Args:
+        right: arguments with which it can be called.
+        of: the names of its arguments; default all that its signature has.
+        call: what is called in its place.
+        skip: arguments that are not looked at.
+        kinds: of arguments, where they are not those of `KINDS`.
+
+    Returns:
+        The call, and the kind of each argument.
+    """
+    found = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = [name for name in of or found if name not in skip]
+    assert kinds.keys() <= set(names)
+    run = call or function
+    return lambda **given: run(**{**(right or {}), **given}), {n: kinds.get(n, KINDS.get(n, OTHER)) for n in names}
 
 
-def with_defaults(function, *makers, **defaults):
-    """A call with right arguments, but for those given; the values of `makers` are made once, when they are needed."""
-    names = ("model", "config", "loss_fn")
-    made = dict(zip(names, makers, strict=False))
-    return lambda **given: function(**{**{k: v() for k, v in made.items() if k not in given}, **defaults, **given})
+def config(kind, **kinds):
+    kinds = {"rho": RHO, **({"seed": f"None {INTEGER}"} if "seed" in own_fields(kind) else {}), **kinds}
+    return case(kind, LORA, of=sorted(own_fields(kind)), **kinds)
+
+
+def made(kind, **kinds):
+    return case(kind, vars(RESULTS[kind]), **kinds)
+
+
+def figure(function, name, kind, **kinds):
+    return case(function, {name: {"a": RESULTS[kind]}}, **kinds)
+
+
+def measured(function, name="loss_fn", more=None, **kinds):
+    right = {"model": plain(), name: loss, "batches": [torch.ones(2, 4)] * 2, **(more or {})}
+    return case(function, right, **kinds)
 
 
 def entered(context):
@@ -112,257 +155,139 @@ def entered(context):
     return call
 
 
-def setting(name):
-    return lambda value: setattr(flatlora.perturbation(flat()), name, value)
+def attribute(name, kind):
+    return lambda **given: setattr(flatlora.perturbation(flat()), name, given[name]), {name: kind}
 
 
-MEASURED = {
-    "model": MODULE, "batches": BATCHES, "seed": INTEGER, "noise": WORD, "space": WORD, "layers": LAYERS, "norms": NONE,
-    "sizes": NONE, "progress": OPTIONAL_BOOL, "file": f"None {PATH}",
+X, W, A, B, STD = torch.ones(2, 4), torch.ones(3, 4), torch.ones(2, 4), torch.ones(3, 2), torch.ones(3)
+KEY = torch.ones(2, dtype=torch.int64)
+NOISY, LINEAR = {"row_std": STD, "key": KEY, "layer": 0}, {"x": X, "weight": W, "bias": None}
+ROW_NOISE = {"norms": STD, "relative": 1.0, "key": KEY, "layer": 0}
+LORA_LINEAR = {**LINEAR, "A": A, "B": B, "scaling": 1.0, "noise": ops.RowNoise(**ROW_NOISE)}
+CONV = {"x": torch.ones(2, 4, 5), "weight": W[..., None], "stride": (1,), "padding": (0,), "dilation": (1,)}
+
+
+def with_noise(**given):
+    return ops.lora_linear(**{**LORA_LINEAR, "noise": ops.RowNoise(**given)})
+
+
+OF_LIBRARY = {
+    "FlatLoraConfig": config(flatlora.FlatLoraConfig),
+    "RwpConfig": config(flatlora.RwpConfig),
+    "BarConfig": config(flatlora.BarConfig),
+    "BiLoraConfig": config(flatlora.BiLoraConfig, ascent_r=COUNT),
+    "FMLoraConfig": config(flatlora.FMLoraConfig, rtol="None 0 0.5"),
+    "EFMLoraConfig": config(flatlora.EFMLoraConfig, rtol="None 0 0.5", beta="0.5 1"),
+    "LoraSamConfig": config(flatlora.LoraSamConfig),
+    "FlatLoraConfig.save_pretrained": case(flatlora.FlatLoraConfig().save_pretrained, save_directory=PATH),
+    "FlatLoraConfig.from_pretrained": case(
+        flatlora.FlatLoraConfig.from_pretrained, {"pretrained_model_name_or_path": "."},
+        pretrained_model_name_or_path=PATH, subfolder=f"None {TEXT}",
+    ),
+    "FlatLoraCallback": case(
+        flatlora.FlatLoraCallback, {"sharpness_steps": 1, "sharpness_batches": [1]}, sharpness_steps=f"None {COUNT}",
+        sharpness_batches=f"None {BATCHES}", sharpness_loss=f"None {FUNCTION}", sharpness_rho="None 0.5 1",
+        sharpness_samples=COUNT,
+    ),
+    "FlatLoraCallback.add_to": case(flatlora.FlatLoraCallback().add_to),
+    "TwoPassTrainerMixin": case(flatlora.TwoPassTrainerMixin, of=[]),  # its step is given what the Trainer gives
+    "ascent": case(flatlora.ascent, call=entered(flatlora.ascent)),
+    "attach": case(flatlora.attach, {"model": plain()}, rho=RHO, seed=f"None {INTEGER}", adapter_names=NONE),
+    "detach": case(flatlora.detach),
+    "get_flat_peft_model": case(
+        flatlora.get_flat_peft_model, {"model": model(), "config": flatlora.FlatLoraConfig(**LORA)}
+    ),
+    "load": case(flatlora.load, {"model": model(), "path": "."}, is_trainable=BOOL),
+    "perturbation": case(flatlora.perturbation),
+    "unperturbed": case(flatlora.unperturbed, call=entered(flatlora.unperturbed)),
+    "perturbed": case(
+        flatlora.perturbed, {"model": flat()}, call=entered(flatlora.perturbed), sample=f"None {INDEX}"
+    ),
+    "perturbation.rho": attribute("rho", RHO),
+    "perturbation.progress": attribute("progress", RHO),
+    "perturbation.total_steps": attribute("total_steps", f"None {COUNT}"),
+    "perturbation.sample": attribute("sample", INDEX),
+    "perturbation.seed": attribute("seed", INTEGER),
+    "perturbation.rank": attribute("rank", f"None {INDEX}"),
+    "perturbation.enabled": attribute("enabled", BOOL),
 }  # fmt: skip
-LOSS, SCORE = {"loss_fn": FUNCTION}, {"score_fn": FUNCTION, "score": TEXT}
-NO_NOISE = {name: kind for name, kind in MEASURED.items() if name not in ("noise", "norms")}
-OPERATOR = {"operator": OTHER, "seed": INTEGER, "progress": OPTIONAL_BOOL}
-HOW = {"center": ANY_REAL, "noise": WORD, "space": WORD, "seed": INTEGER}
-TRAINED = {"rho": RHO, "schedule": WORD, "total_steps": f"None {COUNT}", "on_unsupported": WORD}
-DRAWN = {"resample": WORD, "seed": f"None {INTEGER}", "backend": WORD}
-FIGURE = {"title": f"None {TEXT}", "theme": WORD, "size": OTHER}
-TWO = {"batches": [torch.ones(2, 4)] * 2, "progress": False}
-
-
-def measured(function, name="loss_fn", **more):
-    return lambda **given: function(**{"model": plain(), name: loss, **TWO, **more, **given})
-
-
-def config(kind, **own):
-    return lambda **given: kind(**LORA, **given), {**TRAINED, **own}
-
-
-def figure(function, name, kind, **more):
-    return lambda **given: function(**{name: {"a": result(kind)}, **given}), {name: OTHER, **FIGURE, **more}
-
-
-X, W, A, B, STD, KEY = (
-    torch.ones(2, 4),
-    torch.ones(3, 4),
-    torch.ones(2, 4),
-    torch.ones(3, 2),
-    torch.ones(3),
-    torch.ones(2, dtype=torch.int64),
-)
-NOISE = {"row_std": OTHER, "key": OTHER, "layer": INTEGER, "backend": WORD}
-NOISY = {"row_std": STD, "key": KEY, "layer": 0}
-
-
-def with_tensors(function, **right):
-    return lambda **given: function(**{**right, **given})
-
-
-CASES = {
-    "flatlora.FlatLoraConfig": config(flatlora.FlatLoraConfig, **DRAWN),
-    "flatlora.RwpConfig": config(flatlora.RwpConfig, **DRAWN, space=WORD),
-    "flatlora.BarConfig": config(flatlora.BarConfig, variant=WORD),
-    "flatlora.BiLoraConfig": config(flatlora.BiLoraConfig, ascent_r=COUNT, seed=f"None {INTEGER}"),
-    "flatlora.FMLoraConfig": config(flatlora.FMLoraConfig, rtol="None 0 0.5"),
-    "flatlora.EFMLoraConfig": config(flatlora.EFMLoraConfig, rtol="None 0 0.5", beta="0.5 1"),
-    "flatlora.LoraSamConfig": config(flatlora.LoraSamConfig),
-    "flatlora.FlatLoraConfig.save_pretrained": (flatlora.FlatLoraConfig().save_pretrained, {"save_directory": PATH}),
-    "flatlora.FlatLoraConfig.from_pretrained": (
-        with_tensors(flatlora.FlatLoraConfig.from_pretrained, pretrained_model_name_or_path="."),
-        {"pretrained_model_name_or_path": PATH, "subfolder": f"None {TEXT}"},
+OF_ANALYSIS = {
+    "Degradation": made(Degradation),
+    "Eigenvalues": made(Eigenvalues, values="empty nans"),
+    "Estimate": made(Estimate, estimate=ANY_REAL, stderr=ANY_REAL, samples="empty nans"),
+    "Estimate.of": case(Estimate.of, samples="nans"),
+    "Estimate.interval": case(RESULTS[Estimate].interval),
+    "ExpectedSharpness": made(ExpectedSharpness, rho=OTHER),
+    "LossLine": made(LossLine),
+    "LossLine.minus": case(RESULTS[LossLine].minus),
+    "LossLine.interval": case(RESULTS[LossLine].interval),
+    "LossSurface": made(LossSurface),
+    "SamSharpness": made(SamSharpness, rho=OTHER),
+    "SpectralDensity": made(SpectralDensity, width=ABOVE_ZERO, size=COUNT),
+    "Hessian": measured(analysis.Hessian),
+    "Hessian.split": case(hessian().split),
+    "Hessian.__matmul__": case(hessian().__matmul__),
+    "hessian_vector_product": measured(analysis.hessian_vector_product, more={"vectors": {"0": torch.ones(3, 4)}}),
+    "top_eigenvalues": case(
+        analysis.top_eigenvalues, {"operator": hessian()}, count=COUNT, smallest=BOOL, steps=f"None {COUNT}",
+        tolerance="0 0.5 1 1e300 2**64",
     ),
-    "flatlora.FlatLoraCallback": (
-        with_tensors(flatlora.FlatLoraCallback, sharpness_steps=1, sharpness_batches=[1]),
-        {"sharpness_steps": f"None {COUNT}", "sharpness_batches": f"None {BATCHES}",
-         "sharpness_loss": f"None {FUNCTION}",
-         "sharpness_rho": "None 0.5 1", "sharpness_samples": COUNT},
+    "trace": case(analysis.trace, {"operator": hessian()}),
+    "spectral_density": case(
+        analysis.spectral_density, {"operator": hessian()}, points=COUNT, width=f"None {ABOVE_ZERO}"
     ),
-    "flatlora.FlatLoraCallback.add_to": (lambda trainer: flatlora.FlatLoraCallback().add_to(trainer),
-        {"trainer": OTHER}),
-    "flatlora.TwoPassTrainerMixin": (None, {}),  # its step has the arguments that the Trainer gives it
-    "flatlora.ascent": (entered(flatlora.ascent), {"model": MODULE}),
-    "flatlora.attach": (
-        lambda **given: flatlora.attach(**{"model": plain(), **given}),
-        {"model": MODULE, **TRAINED, **DRAWN, "adapter_names": NONE},
+    "add_noise": case(analysis.add_noise),
+    "replace_tokens": case(analysis.replace_tokens, {"vocabulary": 5}, vocabulary=COUNT, keep=INTEGERS),
+    "expected_sharpness": measured(analysis.expected_sharpness),
+    "sam_sharpness": measured(analysis.sam_sharpness, per_batch=BOOL),
+    "loss_line": measured(analysis.loss_line, distances=f"None {REALS}", directions=COUNT),
+    "loss_surface": measured(analysis.loss_surface, x=f"None {REALS}", y=f"None {REALS}"),
+    "merged_row_norms": case(analysis.merged_row_norms, {"model": plain()}),
+    "under_weight_noise": measured(analysis.under_weight_noise, "score_fn"),
+    "under_rounding": measured(analysis.under_rounding, "score_fn"),
+    "under_corruption": measured(
+        analysis.under_corruption, "score_fn", {"corrupt": lambda batch, level, generator: batch, "levels": [1]},
+        corrupt=FUNCTION, levels=REALS,
     ),
-    "flatlora.detach": (flatlora.detach, {"model": MODULE}),
-    "flatlora.get_flat_peft_model": (
-        lambda **given: flatlora.get_flat_peft_model(**{"model": model(), "config": flatlora.FlatLoraConfig(**LORA),
-            **given}),
-        {"model": MODULE, "config": OTHER, "adapter_name": NAME},
+    "save": case(analysis.save, {"result": RESULTS[LossLine], "path": "x"}),
+    "load": case(analysis.load),
+}  # fmt: skip
+OF_PLOTTING = {
+    "plot_loss_line": figure(plotting.plot_loss_line, "lines", LossLine, relative=BOOL),
+    "plot_sharpness": figure(plotting.plot_sharpness, "results", SamSharpness),
+    "plot_degradation": figure(plotting.plot_degradation, "results", Degradation),
+    "plot_spectrum": figure(plotting.plot_spectrum, "spectra", SpectralDensity),
+    "plot_surface": figure(plotting.plot_surface, "surfaces", LossSurface, size=NONE),
+    "plot_training": case(plotting.plot_training, {"histories": {"a": [{"step": 1, "loss": 1.0}]}}),
+}
+OF_REPORT = {
+    "build": case(report.build, {"runs": ["."]}, runs="['x']", labels="None ['x']"),
+    "main": case(report.main, arguments="None [] () set ['x'] np.empty"),
+}
+OF_OPS = {
+    "RowNoise": case(ops.RowNoise, ROW_NOISE, call=with_noise, norms=OTHER, stale=BOOL),
+    "lora_linear": case(ops.lora_linear, LORA_LINEAR, noise=NONE, dropped=NONE, began=f"None {FUNCTION}"),
+    "perturbed_linear": case(ops.perturbed_linear, {**LINEAR, **NOISY}, skip=["owner"]),  # a number of compiled code
+    "rebuilt_linear": case(ops.rebuilt_linear, {**LINEAR, **NOISY}),
+    "perturbed_conv": case(  # the geometry is torch's to check
+        ops.perturbed_conv, {**CONV, "bias": None, "groups": 1, **NOISY}, skip=["stride", "padding", "dilation"],
+        groups=COUNT,
     ),
-    "flatlora.load": (
-        lambda **given: flatlora.load(**{"model": model(), "path": ".", **given}),
-        {"model": MODULE, "path": PATH, "adapter_name": NAME, "is_trainable": BOOL},
+    "add_noise_": case(ops.add_noise_, {"weight": W.clone(), **NOISY}, transposed=BOOL),
+    "perturb_weight": case(ops.perturb_weight, {"weight": W, **NOISY}, first_row=INDEX, out=NONE, factors=NONE),
+    "row_noise": case(ops.row_noise, {"rows": torch.arange(3), **NOISY, "columns": 4}, columns=INDEX),
+    "merged_row_norms": case(
+        ops.merged_row_norms, {"weight": W, "squared": None, "B": B, "A": A}, squared=NONE, whole=NONE
     ),
-    "flatlora.perturbation": (flatlora.perturbation, {"model": MODULE}),
-    "flatlora.unperturbed": (entered(flatlora.unperturbed), {"model": MODULE}),
-    "flatlora.perturbed": (
-        entered(lambda **given: flatlora.perturbed(**{"model": flat(), **given})),
-        {"model": MODULE, "sample": f"None {INDEX}"},
+    "squared_row_norms": case(ops.squared_row_norms),
+    "sums_merged_rows": case(ops.sums_merged_rows, weight=TENSOR),
+    "makes_norms": case(ops.makes_norms, {"weight": W, "backend": "auto"}, weight=TENSOR),
+    "resolve_backend": case(
+        ops.resolve_backend, {"backend": "auto", "device": torch.device("cpu")}, device="device"
     ),
-    **{
-        f"flatlora.perturbation.{name}": (lambda name=name, **given: setting(name)(given[name]), {name: kind})
-        for name, kind in {
-            "rho": RHO, "progress": RHO, "total_steps": f"None {COUNT}", "sample": INDEX, "seed": INTEGER,
-            "rank": f"None {INDEX}", "enabled": BOOL,
-        }.items()
-    },
-    "flatlora.analysis.Degradation": (
-        made_again(Degradation),
-        {"levels": OTHER, "scores": OTHER, "center": ANY_REAL, "disturbance": WORD, "unit": TEXT, "seed": INTEGER,
-         "score": TEXT},
-    ),
-    "flatlora.analysis.Eigenvalues": (
-        made_again(analysis.Eigenvalues), {"values": "empty nans", "residuals": OTHER, "vectors": OTHER},
-    ),
-    "flatlora.analysis.Estimate": (
-        made_again(analysis.Estimate), {"estimate": ANY_REAL, "stderr": ANY_REAL, "samples": "empty nans"},
-    ),
-    "flatlora.analysis.Estimate.of": (analysis.Estimate.of, {"samples": "nans"}),
-    "flatlora.analysis.Estimate.interval": (result(analysis.Estimate).interval, {"level": LEVEL}),
-    "flatlora.analysis.ExpectedSharpness": (made_again(ExpectedSharpness), {"rho": OTHER, "rises": OTHER, **HOW}),
-    "flatlora.analysis.LossLine": (made_again(LossLine), {"distances": OTHER, "losses": OTHER, **HOW}),
-    "flatlora.analysis.LossLine.minus": (result(LossLine).minus, {"other": OTHER}),
-    "flatlora.analysis.LossLine.interval": (result(LossLine).interval, {"level": LEVEL}),
-    "flatlora.analysis.LossSurface": (made_again(LossSurface), {"x": OTHER, "y": OTHER, "losses": OTHER, **HOW}),
-    "flatlora.analysis.SamSharpness": (
-        made_again(SamSharpness),
-        {"rho": OTHER, "rises": OTHER, "first_order": OTHER, "center": ANY_REAL, "space": WORD, "steps": COUNT},
-    ),
-    "flatlora.analysis.SpectralDensity": (
-        made_again(SpectralDensity),
-        {"eigenvalues": OTHER, "densities": OTHER, "width": ABOVE_ZERO, "nodes": OTHER, "weights": OTHER,
-         "size": COUNT},
-    ),
-    "flatlora.analysis.Hessian": (measured(lambda progress, **given: analysis.Hessian(**given)), {
-        **LOSS, **{name: NO_NOISE[name] for name in ("model", "batches", "space", "layers", "sizes")},
-    }),
-    "flatlora.analysis.Hessian.split": (lambda **given: hessian().split(**given), {"vector": OTHER}),
-    "flatlora.analysis.Hessian.__matmul__": (lambda vector: hessian() @ vector, {"vector": OTHER}),
-    "flatlora.analysis.hessian_vector_product": (
-        lambda **given: analysis.hessian_vector_product(
-            **{"model": plain(), "loss_fn": loss, "batches": TWO["batches"], "vectors": {"0": torch.ones(3, 4)},
-                **given}
-        ),
-        {**LOSS, "vectors": OTHER, **{name: NO_NOISE[name] for name in ("model", "batches", "space", "layers",
-         "sizes")}},
-    ),
-    "flatlora.analysis.top_eigenvalues": (
-        lambda **given: analysis.top_eigenvalues(**{"operator": hessian(), "progress": False, **given}),
-        {**OPERATOR, "count": COUNT, "smallest": BOOL, "steps": f"None {COUNT}", "tolerance": "0 0.5 1 1e300 2**64"},
-    ),
-    "flatlora.analysis.trace": (
-        lambda **given: analysis.trace(**{"operator": hessian(), "progress": False, **given}), {**OPERATOR,
-            "samples": COUNT},
-    ),
-    "flatlora.analysis.spectral_density": (
-        lambda **given: analysis.spectral_density(**{"operator": hessian(), "progress": False, **given}),
-        {**OPERATOR, "samples": COUNT, "steps": COUNT, "points": COUNT, "width": f"None {ABOVE_ZERO}"},
-    ),
-    "flatlora.analysis.add_noise": (analysis.add_noise, {"field": FIELD}),
-    "flatlora.analysis.replace_tokens": (
-        with_tensors(analysis.replace_tokens, vocabulary=5), {"vocabulary": COUNT, "field": FIELD, "keep": INTEGERS},
-    ),
-    "flatlora.analysis.expected_sharpness": (
-        measured(analysis.expected_sharpness), {**MEASURED, **LOSS, "rho": STRENGTHS, "samples": COUNT},
-    ),
-    "flatlora.analysis.sam_sharpness": (
-        measured(analysis.sam_sharpness), {**NO_NOISE, **LOSS, "rho": STRENGTHS, "steps": COUNT, "per_batch": BOOL},
-    ),
-    "flatlora.analysis.loss_line": (
-        measured(analysis.loss_line), {**MEASURED, **LOSS, "distances": f"None {REALS}", "directions": COUNT},
-    ),
-    "flatlora.analysis.loss_surface": (
-        measured(analysis.loss_surface), {**MEASURED, **LOSS, "x": f"None {REALS}", "y": f"None {REALS}"},
-    ),
-    "flatlora.analysis.merged_row_norms": (
-        lambda **given: analysis.merged_row_norms(**{"model": plain(), **given}),
-        {"model": MODULE, "layers": LAYERS, "space": WORD},
-    ),
-    "flatlora.analysis.under_weight_noise": (
-        measured(analysis.under_weight_noise, "score_fn"), {**MEASURED, **SCORE, "rho": STRENGTHS, "samples": COUNT},
-    ),
-    "flatlora.analysis.under_rounding": (
-        measured(analysis.under_rounding, "score_fn"),
-        {**SCORE, "bits": OTHER, **{k: MEASURED[k] for k in ("model", "batches", "layers", "progress", "file")}},
-    ),
-    "flatlora.analysis.under_corruption": (
-        measured(analysis.under_corruption, "score_fn", corrupt=lambda batch, level, generator: batch, levels=[1]),
-        {**SCORE, **{k: MEASURED[k] for k in ("model", "batches", "seed", "sizes", "progress", "file")},
-         "corrupt": FUNCTION, "levels": REALS, "samples": COUNT, "unit": TEXT},
-    ),
-    "flatlora.analysis.save": (
-        lambda **given: analysis.save(**{"result": result(LossLine), "path": "x", **given}), {"result": OTHER,
-            "path": PATH},
-    ),
-    "flatlora.analysis.load": (analysis.load, {"path": PATH}),
-    "flatlora.plotting.plot_loss_line": figure(plotting.plot_loss_line, "lines", LossLine, level=LEVEL, relative=BOOL),
-    "flatlora.plotting.plot_sharpness": figure(plotting.plot_sharpness, "results", SamSharpness, level=LEVEL),
-    "flatlora.plotting.plot_degradation": figure(plotting.plot_degradation, "results", Degradation, level=LEVEL),
-    "flatlora.plotting.plot_spectrum": figure(plotting.plot_spectrum, "spectra", SpectralDensity),
-    "flatlora.plotting.plot_surface": (
-        lambda **given: plotting.plot_surface(**{"surfaces": {"a": result(LossSurface)}, **given}),
-        {"surfaces": OTHER, "kind": WORD, **FIGURE, "size": NONE},
-    ),
-    "flatlora.plotting.plot_training": (
-        with_tensors(plotting.plot_training, histories={"a": [{"step": 1, "loss": 1.0}]}), {"histories": OTHER,
-            **FIGURE},
-    ),
-    "flatlora.report.build": (with_tensors(report.build, runs=["."]), {"runs": "['x']", "labels": "None ['x']"}),
-    "flatlora.report.main": (report.main, {"arguments": "None [] () set ['x'] np.empty"}),
-    "flatlora.ops.RowNoise": (
-        lambda **given: ops.lora_linear(X, W, None, A, B, 1.0, ops.RowNoise(**{"norms": STD, "relative": 1.0,
-            "key": KEY, "layer": 0, **given})),
-        {"norms": OTHER, "relative": ANY_REAL, "key": OTHER, "layer": INTEGER, "stale": BOOL},
-    ),
-    "flatlora.ops.lora_linear": (
-        with_tensors(ops.lora_linear, x=X, weight=W, bias=None, A=A, B=B, scaling=1.0, noise=ops.RowNoise(STD, 1.0,
-            KEY, 0)),
-        {"x": OTHER, "weight": OTHER, "bias": NONE, "A": OTHER, "B": OTHER, "scaling": ANY_REAL, "noise": NONE,
-         "dropped": NONE, "backend": WORD, "began": f"None {FUNCTION}"},
-    ),
-    "flatlora.ops.perturbed_linear": (
-        with_tensors(ops.perturbed_linear, x=X, weight=W, bias=None, **NOISY), {"x": OTHER, "weight": OTHER,
-            "bias": NONE, **NOISE},
-    ),
-    "flatlora.ops.rebuilt_linear": (
-        with_tensors(ops.rebuilt_linear, x=X, weight=W, bias=None, **NOISY), {"x": OTHER, "weight": OTHER,
-            "bias": NONE, **NOISE},
-    ),
-    "flatlora.ops.perturbed_conv": (
-        with_tensors(ops.perturbed_conv, x=torch.ones(2, 4, 5), weight=torch.ones(3, 4, 1), bias=None, **NOISY,
-            stride=(1,),
-                     padding=(0,), dilation=(1,), groups=1),
-        {"x": OTHER, "weight": OTHER, "bias": NONE, **NOISE, "groups": COUNT},
-    ),
-    "flatlora.ops.add_noise_": (
-        lambda **given: ops.add_noise_(**{"weight": W.clone(), **NOISY, **given}), {"weight": OTHER, **NOISE,
-            "transposed": BOOL},
-    ),
-    "flatlora.ops.perturb_weight": (
-        with_tensors(ops.perturb_weight, weight=W, **NOISY),
-        {"weight": OTHER, **NOISE, "first_row": INDEX, "dtype": "None dtype", "out": NONE, "relative": ANY_REAL,
-         "factors": NONE},
-    ),
-    "flatlora.ops.row_noise": (
-        with_tensors(ops.row_noise, rows=torch.arange(3), **NOISY, columns=4),
-        {"rows": OTHER, **NOISE, "columns": INDEX, "dtype": "None dtype"},
-    ),
-    "flatlora.ops.merged_row_norms": (
-        with_tensors(ops.merged_row_norms, weight=W, squared=None, B=B, A=A),
-        {"weight": OTHER, "squared": NONE, "B": OTHER, "A": OTHER, "scaling": ANY_REAL, "whole": NONE},
-    ),
-    "flatlora.ops.squared_row_norms": (ops.squared_row_norms, {"weight": OTHER}),
-    "flatlora.ops.sums_merged_rows": (ops.sums_merged_rows, {"weight": TENSOR}),
-    "flatlora.ops.makes_norms": (with_tensors(ops.makes_norms, weight=W, backend="auto"), {"weight": TENSOR,
-        "backend": WORD}),
-    "flatlora.ops.resolve_backend": (
-        with_tensors(ops.resolve_backend, backend="auto", device=torch.device("cpu")), {"backend": WORD,
-            "device": "device"},
-    ),
-    "flatlora.ops.row_norms_of_sum": (
-        with_tensors(ops.row_norms_of_sum, squared=STD, cross=torch.ones(2, 3), B=B, A=A),
-        {"squared": "empty nans", "cross": OTHER, "B": OTHER, "A": OTHER, "scaling": ANY_REAL},
+    "row_norms_of_sum": case(
+        ops.row_norms_of_sum, {"squared": STD, "cross": torch.ones(2, 3), "B": B, "A": A}, squared="empty nans"
     ),
 }  # fmt: skip
+ROOMS = {"": OF_LIBRARY, "analysis": OF_ANALYSIS, "plotting": OF_PLOTTING, "report": OF_REPORT, "ops": OF_OPS}
+CASES = {f"{room}.{name}".strip("."): case for room, cases in ROOMS.items() for name, case in cases.items()}

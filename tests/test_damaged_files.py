@@ -1,8 +1,11 @@
 """What is read from a file is checked whole, named in the error, and changes nothing if it is wrong."""
 
 import copy
+import errno
 import json
 import math
+import os
+import sys
 
 import pytest
 import tiny
@@ -10,8 +13,12 @@ import torch
 
 import flatlora
 from flatlora import BiLoraConfig, FlatLoraConfig, get_flat_peft_model, perturbation, report
+from flatlora.analysis import LossLine, loss_line, save
+from flatlora.plotting import plot_loss_line
 
 OURS = "flatlora_config.json"
+X = torch.ones(2, 3)
+LINE = LossLine(torch.ones(1), torch.ones(2, 1), 1.0, "filter", "merged", 0)
 SETTINGS = {"rho": 0.3, "seed": 5, "schedule": "linear", "total_steps": 9}
 
 
@@ -131,13 +138,111 @@ def test_a_damaged_state_changes_nothing(damage):
     state.load_state_dict({k: v for k, v in good.items() if k not in ("tensors", "climber")})  # of an older version
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_config.json", "loss_line.json"])
-@pytest.mark.parametrize("content", [b"", b'{"result": "LossLine", "los', b'{"result": "LossLine", "log_history": 3}'])
+NOT_WHOLE = (b"", b'{"result": "LossLine", "los')
+OF_A_RUN = {
+    "trainer_state.json": (*NOT_WHOLE, b'{"log_history": 3}', b'{"log_history": [{"step": "x"}]}'),
+    "adapter_config.json": (*NOT_WHOLE, b"[]"),
+    "loss_line.json": (*NOT_WHOLE, b'{"result": "LossLine", "losses": 3}'),
+}
+
+
+@pytest.mark.parametrize("name, content", [(name, content) for name in OF_A_RUN for content in OF_A_RUN[name]])
 def test_the_report_answers_with_a_sentence(name, content, tmp_path, capsys):
     (tmp_path / name).write_bytes(content)
-    if name == "adapter_config.json" and content.endswith(b"3}"):
-        pytest.skip("a JSON object, and nothing in it is ours")
     with pytest.raises(SystemExit) as stopped:
         report.main([str(tmp_path)])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and name in said and said.count("\n") == 1
+
+
+def measure(file):
+    return loss_line(torch.nn.Linear(3, 2), lambda model, batch: model(batch).sum(), [X], distances=[1], file=file)
+
+
+JOURNALS = {
+    "empty line": lambda lines: [b"", *lines],
+    "no settings": lambda lines: lines[1:],
+    "a list": lambda lines: [b"[]", *lines[1:]],
+    "no pair": lambda lines: [*lines, b'["1.0 D0"]'],
+    "no loss": lambda lines: [*lines, b'["1.0 D0", "x"]'],
+    "no name": lambda lines: [*lines, b"[3, 1.0]"],
+    "a huge loss": lambda lines: [*lines, b'["1.0 D0", %d]' % 10**400],
+    "an object": lambda lines: [*lines, b"{}"],
+    "utf-16": lambda lines: [*lines, "é".encode("utf-16")],
+    "zeros": lambda lines: [*lines, bytes(9)],
+    "deep": lambda lines: [*lines, b"[" * 100_000],
+}
+
+
+@pytest.mark.parametrize("damage", JOURNALS.values(), ids=JOURNALS)
+def test_a_malformed_journal_is_named_and_left_alone(damage, tmp_path):
+    file = tmp_path / "journal"
+    torch.manual_seed(0)
+    measure(file)
+    bad = b"\n".join(damage(file.read_bytes().splitlines())) + b"\n"
+    file.write_bytes(bad)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="journal is no journal of a measurement.*delete this one"):
+        measure(file)
+    assert file.read_bytes() == bad
+
+
+def test_a_journal_that_was_cut_short_goes_on(tmp_path):
+    file = tmp_path / "journal"
+    torch.manual_seed(0)
+    whole = measure(file)
+    content = file.read_bytes()
+    for length in range(content.index(b"\n") + 1, len(content)):
+        file.write_bytes(content[:length])
+        torch.manual_seed(0)
+        assert torch.equal(measure(file).losses, whole.losses) and file.read_bytes() == content
+
+
+@pytest.mark.parametrize("use", [measure, lambda path: save(LINE, path)], ids=["journal", "save"])
+@pytest.mark.parametrize("place", ["folder", "file/below"])
+def test_a_path_that_cannot_be_written_is_named(use, place, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"{place} cannot be .*Give another"):
+        use(tmp_path / place)
+
+
+@pytest.mark.parametrize("place", ["folder", "file/below", "missing/page.html"])
+def test_a_report_that_cannot_be_written_is_a_sentence(place, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    save(LINE, tmp_path / "run" / "line.json")
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(tmp_path / "run"), "-o", str(tmp_path / place)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"{place} cannot be written" in said and said.count("\n") == 1
+    assert not list(tmp_path.glob(".*"))  # what was begun is taken away
+
+
+def test_without_matplotlib_figures_and_report_say_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import fails
+    save(LINE, tmp_path / "line.json")
+    with pytest.raises(ImportError, match=r"pip install 'flatlora\[plot\]'"):
+        plot_loss_line({"one": LINE})
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(tmp_path), "-o", str(tmp_path / "page.html")])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "pip install 'flatlora[plot]'" in said and said.count("\n") == 1
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("step", ["replace", "fsync"])
+def test_a_full_disk_leaves_the_old_file_whole(step, tmp_path, monkeypatch):
+    FlatLoraConfig(**SETTINGS).save_pretrained(tmp_path)
+    before = (tmp_path / OURS).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            FlatLoraConfig(rho=0.7).save_pretrained(tmp_path)
+    assert (tmp_path / OURS).read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+    assert FlatLoraConfig.from_pretrained(tmp_path).rho == 0.3

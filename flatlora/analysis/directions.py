@@ -58,8 +58,8 @@ class Directions:
         check_norms("norms", self.norms)
         for weight in self.weights:
             if weight.name not in self.norms:
-                got = list(self.norms)
-                raise ValueError(f"norms must hold every chosen layer, {weight.name!r} is missing, got {shown(got)}")
+                names = shown(list(self.norms))
+                raise ValueError(f"norms must hold every chosen layer, {weight.name!r} is missing, got {names}")
             if self.norms[weight.name].shape != weight.shape[:1]:
                 shape = tuple(self.norms[weight.name].shape)
                 raise ValueError(f"norms[{weight.name!r}] must have shape {weight.shape[:1]}, got {shape}")

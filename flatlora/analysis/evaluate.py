@@ -202,7 +202,7 @@ def _loss(number: int, line: bytes) -> tuple[str, float]:
     try:
         name, value = json.loads(line.decode("utf-8"))
         return arguments.text("name", name), real("loss", value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"line {number} must be a name and a loss, got {arguments.shown(line)}") from None
 
 

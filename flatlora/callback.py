@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from .arguments import WrongType, batches, function, integer, refuse
-from .model import perturbation
+from .model import flat_parts
 from .settings import check_rho
 from .state import Perturbation
 
@@ -78,7 +78,7 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         sharpness_rho: float | None = None,
         sharpness_samples: int = 4,
     ) -> None:
-        self._perturbation: Perturbation | None = None
+        self._perturbations: list[Perturbation] = []  # several, if parts of the model have settings of their own
         self._sharpness: dict[str, float] = {}  # measured and not yet logged
         self._every = integer("sharpness_steps", sharpness_steps, 1, optional=True)
         self._samples = integer("sharpness_samples", sharpness_samples, 1)
@@ -105,39 +105,47 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._perturbation, self._sharpness = perturbation(model), {}
+        self._perturbations, self._sharpness = flat_parts(model), {}
         callbacks: Any = state.stateful_callbacks  # a dict by now, whatever its annotation says
         saved = callbacks.get(type(self).__name__)
         # a checkpoint from before this callback has no entry, and the trainer's own saving expects one
         callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:
             _check_loaded()
-        if state.global_step and isinstance(saved, dict) and saved.get("attributes"):
-            self._perturbation.load_state_dict(saved["attributes"].get("perturbation"))
-            self._load_from_optimizer(kwargs.get("optimizer"))
-            step = self._perturbation.steps  # without those that a scaler has skipped
-        else:
-            step = state.global_step
-        total_steps = self._perturbation.settings.total_steps
-        self._perturbation.set_step(step, state.max_steps if total_steps is None else total_steps)
+        resumed = bool(state.global_step and isinstance(saved, dict) and saved.get("attributes"))
+        if resumed:
+            attributes = saved["attributes"]
+            kept = [attributes.get("perturbation"), *attributes.get("others", [])]
+            if len(kept) != len(self._perturbations):
+                raise ValueError(
+                    f"the checkpoint has the noise of {len(kept)} parts, and the model has {len(self._perturbations)}: "
+                    "adapt the model as it was when the checkpoint was written"
+                )
+            for each, numbers in zip(self._perturbations, kept, strict=True):
+                each.load_state_dict(numbers)
+                self._load_from_optimizer(each, kwargs.get("optimizer"))
+        for each in self._perturbations:
+            step = each.steps if resumed else state.global_step  # without those that a scaler has skipped
+            total_steps = each.settings.total_steps
+            each.set_step(step, state.max_steps if total_steps is None else total_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if self._perturbation is not None:
-            method = self._perturbation.settings.method
-            if method.uses_gradients and not self._perturbation.sees_steps:
+        for each in self._perturbations:
+            method = each.settings.method
+            if method.uses_gradients and not each.sees_steps:
                 raise RuntimeError(
                     f"{type(method).__name__} needs to see the optimizer's step on the adapter's own parameters, and "
                     "here they are replaced (FSDP1, DeepSpeed). Use DDP or one process, or FlatLoraConfig."
                 )
-            if not self._perturbation.counts_steps:
-                self._perturbation.set_step(state.global_step)
+            if not each.counts_steps:
+                each.set_step(state.global_step)
             if method.uses_gradients:
-                self._save_in_optimizer(kwargs["optimizer"])
-            if self._every is not None and state.global_step % self._every == 0:
-                self._sharpness = self._measure(model)
-                control.should_log = True
+                self._save_in_optimizer(each, kwargs["optimizer"])
+        if self._every is not None and self._perturbations and state.global_step % self._every == 0:
+            self._sharpness = self._measure(model)
+            control.should_log = True
 
     def on_log(
         self,
@@ -147,8 +155,8 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._perturbation is not None and logs is not None and "loss" in logs:
-            ours = {"flat_rho": self._perturbation.rho_t, **self._sharpness}
+        if self._perturbations and logs is not None and "loss" in logs:
+            ours = {"flat_rho": max(each.rho_t for each in self._perturbations), **self._sharpness}
             self._sharpness = {}
             logs.update(ours)
             if state.log_history:  # written before the callbacks are asked
@@ -157,37 +165,36 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
     def _measure(self, model: nn.Module) -> dict[str, float]:
         from .analysis import expected_sharpness
 
-        assert self._perturbation is not None
         device = next(model.parameters()).device
         found = expected_sharpness(
             model,
             lambda model, batch: self._loss(model, send_to_device(batch, device)),
             self._batches,
-            rho=self._rho or self._perturbation.rho or 0.05,
+            rho=self._rho or max(each.rho for each in self._perturbations) or 0.05,
             samples=self._samples,
             progress=False,
         )
         return {"flat_sharpness": found.mean.item(), "flat_sharpness_stderr": found.stderr.item()}
 
     def state(self) -> dict[str, Any]:
-        if self._perturbation is None:
+        if not self._perturbations:
             return {"args": {}, "attributes": {}}
-        known = self._perturbation.state_dict()
-        numbers = {name: value for name, value in known.items() if name not in TENSORS}
-        return {"args": {}, "attributes": {"perturbation": numbers}}
+        first, *others = (
+            {name: value for name, value in each.state_dict().items() if name not in TENSORS}
+            for each in self._perturbations
+        )
+        return {"args": {}, "attributes": {"perturbation": first, **({"others": others} if others else {})}}
 
-    def _save_in_optimizer(self, optimizer: Any) -> None:
+    def _save_in_optimizer(self, perturbation: Perturbation, optimizer: Any) -> None:
         """Tensors do not go into a JSON file; the optimizer's state is saved beside it, and they ride along."""
-        assert self._perturbation is not None
-        known = self._perturbation.state_dict()
+        known = perturbation.state_dict()
         kept = {name: known[name] for name in TENSORS}
-        anchor = self._perturbation.anchor()
+        anchor = perturbation.anchor()
         if kept["tensors"] and anchor is not None and optimizer.state.get(anchor):
             optimizer.state[anchor]["flatlora"] = kept
 
-    def _load_from_optimizer(self, optimizer: Any) -> None:
-        assert self._perturbation is not None
-        anchor = self._perturbation.anchor()
+    def _load_from_optimizer(self, perturbation: Perturbation, optimizer: Any) -> None:
+        anchor = perturbation.anchor()
         kept = None if optimizer is None or anchor is None else optimizer.state.get(anchor, {}).pop("flatlora", None)
         if kept is not None:
-            self._perturbation.load_state_dict({**self._perturbation.state_dict(), **kept})
+            perturbation.load_state_dict({**perturbation.state_dict(), **kept})

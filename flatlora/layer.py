@@ -202,7 +202,7 @@ class FlatLayer(_Layer):
         """``out + x eps^T``: the base layer's product stays its own. eps is rounded to the dtype of `like`."""
         base: Any = self.get_base_layer()
         if isinstance(base, CONVOLUTIONS):
-            shape = base.weight.shape
+            shape = tuple(base.weight.shape)
         else:
             shape = (self.in_features, self.out_features)[:: 1 if isinstance(base, Conv1D) else -1]
         none = torch.zeros(1, dtype=like.dtype, device=like.device).expand(shape)  # W = 0 without its memory: eps alone

@@ -70,7 +70,11 @@ class AttentionLayer(MergedLayer):
                 part.merged_adapters.clear()
 
         with attributes(self, unmerge=put_back):
-            return forward(x, *args, **kwargs)
+            try:
+                return forward(x, *args, **kwargs)
+            except BaseException:  # peft does not unmerge then
+                put_back()
+                raise
 
     def with_noise(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         places = self._places()

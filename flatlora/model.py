@@ -134,15 +134,15 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not flat.
     """
-    states = _perturbations(model)
+    states = flat_parts(model)
     for layer in list(flat_layers(model)):
         release(layer)
     for state in states:
         if not state.layers_alive():  # of a part of a model the rest stays flat
             state.close(model)
     for module in model.modules():
-        configs = getattr(module, "peft_config", None)
-        for name, config in (configs or {}).items():
+        configs: Any = getattr(module, "peft_config", None) or {}
+        for name, config in configs.items():
             if isinstance(config, PerturbedLoraConfig):
                 configs[name] = plain_copy(config)
     return model
@@ -154,7 +154,7 @@ def perturbation(model: nn.Module) -> Perturbation:
     Raises:
         ValueError: the model has no flat layer.
     """
-    states = _perturbations(model)
+    states = flat_parts(model)
     if len(states) > 1:
         names = sorted({_differences(states[0], other) for other in states[1:]})
         raise ValueError(
@@ -220,7 +220,8 @@ def load(model: nn.Module, path: str, adapter_name: str = "default", is_trainabl
     )
 
 
-def _perturbations(model: nn.Module) -> list[Perturbation]:
+def flat_parts(model: nn.Module) -> list[Perturbation]:
+    """The perturbations of a model: one, unless its parts were adapted with settings of their own."""
     found = perturbations(arguments.module("model", model))
     if not found:
         raise ValueError(
@@ -238,7 +239,7 @@ def _differences(first: Perturbation, second: Perturbation) -> str:
 
 
 def _override(model: nn.Module, **changes: Any) -> AbstractContextManager[None]:
-    return _override_all(_perturbations(model), changes)
+    return _override_all(flat_parts(model), changes)
 
 
 @contextmanager

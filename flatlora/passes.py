@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class Passes:
 
     def belong_to(self, owner: Any) -> None:
         """Say whose passes these are. Held weakly: the hooks of a model lead here, and must not keep it alive."""
-        self._owner = weakref.ref(owner)
+        self._owner: Callable[[], Any] = weakref.ref(owner)
 
     def watch(self, module: nn.Module) -> None:
         """Take `module` for a place where a pass may begin."""
@@ -213,10 +213,11 @@ def _nobody() -> None:
 
 
 def _remove_hooks(module: nn.Module, passes: Passes) -> None:
-    for hooks, flags in (
+    kinds: Any = (
         (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
         (module._forward_hooks, [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]),
-    ):
+    )
+    for hooks, flags in kinds:
         for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is passes]:
             for found in (hooks, *flags):
                 found.pop(key, None)

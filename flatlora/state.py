@@ -6,7 +6,7 @@ import copy
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ class Perturbation(Strength):
     seed = Checked(integer, *SEED)
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self._model = weakref.ref(model)
+        self._model: Callable[[], Any] = weakref.ref(model)
         super().__init__(settings)
         self.sample = 0
         self.seed = torch.initial_seed() if settings.seed is None else settings.seed

@@ -129,3 +129,49 @@ def test_the_operator_is_differentiable_twice():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(product, (x, weight))
     assert torch.autograd.gradgradcheck(product, (x, weight))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own, of an input that is no leaf
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("region", ["whole", "blocks"])
+def test_a_forward_between_a_checkpointed_forward_and_its_backward(region, backend):
+    """What compiled code computes again has the noise of its own forward too."""
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        flat = model(checkpointed=True)
+        run = flat
+        if compiled and region == "whole":
+            run = torch.compile(flat, backend=backend)
+        elif compiled:
+            for layer in flat.base_model.model.layers:
+                layer.compile(backend=backend)
+        state = perturbation(flat)
+        state.progress = 1.0
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+        run(x).square().mean().backward()  # so that the next forward takes another sample
+        flat.zero_grad()
+        first = run(x).square().mean()
+        for _ in range(2):
+            run(x + 1).square().mean().backward()
+        flat.zero_grad()
+        first.backward()
+        results.append([first.detach(), *(p.grad for p in tiny.trainable(flat))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own, of an input that is no leaf
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_equal_blocks_share_one_graph(fullgraph):
+    """Regional compilation: a layer's number and stream are no constants of its graph."""
+    blocks = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh()) for _ in range(12)])
+    config = FlatLoraConfig(target_modules=[f"{i}.0" for i in range(12)], rho=0.2, schedule="constant", seed=3)
+    flat = get_flat_peft_model(blocks, config).train()
+    x = torch.randn(4, 16)
+    eager = flat(x).detach()
+    counter = CompileCounterWithBackend("eager")
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=fullgraph)
+    torch.testing.assert_close(flat(x), eager, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2  # as plain LoRA: the first input needs no gradient, the others do

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 
 import peft
 import pytest
@@ -86,8 +87,9 @@ def test_functions_reach_all_parts():
     assert all(type(part.peft_config["default"]) is peft.LoraConfig for part in (model.vision, model.language))
 
 
-def test_the_callback_reaches_all_parts(tmp_path):
-    model, seen = Whole(schedule="cosine"), []
+@pytest.mark.parametrize("other", [{}, {"rho": 0.1}], ids=str)
+def test_the_callback_reaches_all_parts(other, tmp_path):
+    model, seen = Whole(schedule="cosine", language=other), []
 
     class See(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
@@ -97,7 +99,8 @@ def test_the_callback_reaches_all_parts(tmp_path):
     args = TrainingArguments(str(tmp_path), max_steps=4, per_device_train_batch_size=2, disable_tqdm=True, **options)
     data = [{"x": torch.randn(8), "labels": 0} for _ in range(8)]
     Trainer(model, args, train_dataset=data, callbacks=[FlatLoraCallback(), See()]).train()
-    assert [step[0] for step in seen] == [step[1] for step in seen] and seen[-1][0] == pytest.approx(0.3)
+    ramp = [0.5 * (1 - math.cos(math.pi * t / 4)) for t in (1, 2, 3, 4)]
+    assert seen == [pytest.approx([0.3 * up, other.get("rho", 0.3) * up]) for up in ramp]
 
 
 def test_one_optimizer_step_counts_once():

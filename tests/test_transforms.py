@@ -1,16 +1,30 @@
 """torch.func, forward-mode AD and traces: the noise and the gradients are those of loss.backward()."""
 
+import warnings
+from collections import OrderedDict
+
 import layer_cases
 import pytest
 import torch
 from layer_cases import CASES
 from peft import LoraConfig
 from test_autograd import KINDS, TwoLayers, adapted, flat, trainable, x_like
+from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, jvp, linearize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flatlora import BarConfig, BiLoraConfig, EFMLoraConfig, RwpConfig, perturbation, perturbed
+from flatlora import (
+    BarConfig,
+    BiLoraConfig,
+    EFMLoraConfig,
+    FlatLoraConfig,
+    RwpConfig,
+    get_flat_peft_model,
+    perturbation,
+    perturbed,
+    unperturbed,
+)
 
 DENSE = [case for case in CASES if "dora" not in case.name and "groups" not in case.name and "depth" not in case.name]
 OTHERS = [case for case in CASES if case not in DENSE]
@@ -124,3 +138,31 @@ def test_nothing_of_a_transform_is_left_behind():
         jvp(models[0], (x,), (x,))
     results = [by_backward(model, x) for model in models]
     assert torch.equal(results[0][0], results[1][0])
+
+
+def weight_norm_by_hooks(linear):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(linear)
+
+
+REMADE = {
+    "weight_norm (hooks)": weight_norm_by_hooks,
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "prune": lambda linear: nn.utils.prune.l1_unstructured(linear, "weight", 0.5),
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize("remake", REMADE.values(), ids=REMADE.keys())
+def test_a_base_weight_that_hooks_or_parametrizations_make(remake):
+    torch.manual_seed(0)
+    layers = nn.Sequential(OrderedDict(f=remake(nn.Linear(6, 6).double()), tanh=nn.Tanh()))
+    config = FlatLoraConfig(target_modules=["f"], rho=0.5, schedule="constant", seed=1, init_lora_weights=False)
+    model = get_flat_peft_model(layers, config, autocast_adapter_dtype=False).train()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with unperturbed(model):
+        clean = total(model, x)(named(model))
+    gradients, value = grad_and_value(total(model, x))(named(model))
+    close((value, gradients), by_backward(model, x))
+    assert not torch.equal(value, clean)

@@ -61,8 +61,8 @@ class Directions:
                 names = shown(list(self.norms))
                 raise ValueError(f"norms must hold every chosen layer, {weight.name!r} is missing, got {names}")
             if self.norms[weight.name].shape != weight.shape[:1]:
-                got = tuple(self.norms[weight.name].shape)
-                raise ValueError(f"norms[{weight.name!r}] must have shape {weight.shape[:1]}, got {got}")
+                shape = tuple(self.norms[weight.name].shape)
+                raise ValueError(f"norms[{weight.name!r}] must have shape {weight.shape[:1]}, got {shape}")
 
     def at(self, steps: Sequence[tuple[float, int]]) -> At:
         """The displacement sum_k t_k D(direction_k) of (t_k, direction_k) pairs, as a function for `displaced`."""

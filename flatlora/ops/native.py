@@ -16,6 +16,7 @@ from .operands import (
     COLUMNS,
     INT64,
     INTEGERS,
+    LAYERS,
     ROWS,
     check_memory,
     check_noise,
@@ -93,10 +94,13 @@ def perturb(
             memory than it would read and write.
     """
     check_noise(weight, norms, key, layer, out, first_row, rows)
-    _expect_known("weight", weight), _expect_known("out", out)
+    if weight.dtype not in DTYPES or out.dtype not in DTYPES:
+        _expect_known("weight", weight)
+        _expect_known("out", out)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if factors is None:
-        norms = norms.to(wide).contiguous()
+        if norms.dtype != wide or not norms.is_contiguous():
+            norms = norms.to(wide).contiguous()
     elif norms.dtype != torch.float32 or not norms.is_contiguous() or not has_norms(weight):
         raise ValueError(
             "with factors, row_std is written: it must be float32 and contiguous, and the weight float32 or bfloat16 "
@@ -163,10 +167,14 @@ def _call(
         B, A, r = B.to(torch.float32).contiguous(), A.to(torch.float32).contiguous(), A.shape[0]
         if A.numel() == 0:
             A = A.new_empty(1)  # an empty tensor has no address, and no address of A means that the norms are given
-    written, read = [("row_std", norms)], [("weight", weight), ("B", B), ("A", A), ("key", key), ("rows", rows)]
     if factors is None:
-        written, read = [], [("row_std", norms), *read]
-    check_memory(written if out is None else [("out", out), *written], read)
+        check_memory(
+            [] if out is None else [("out", out)],
+            [("weight", weight), ("row_std", norms), ("key", key), ("rows", rows)],
+        )
+    else:
+        written = [("row_std", norms)] if out is None else [("out", out), ("row_std", norms)]
+        check_memory(written, [("weight", weight), ("B", B), ("A", A), ("key", key), ("rows", rows)])
     LIBRARY.flatlora_perturb(
         *((None, 0, 0, 0) if out is None else (out.data_ptr(), DTYPES[out.dtype], *out.stride())),
         weight.data_ptr(), DTYPES[weight.dtype], *weight.stride(),
@@ -226,7 +234,7 @@ def words(
     check_memory([("out", out)], [("rows", rows), ("key", key)])
     LIBRARY.flatlora_words(
         out.data_ptr(), rows.data_ptr(), len(rows), integer("first_block", first_block, 0, ROWS), blocks,
-        key.data_ptr(), integer("layer", layer, -(1 << 63), 1 << 63),
+        key.data_ptr(), integer("layer", layer, -LAYERS, LAYERS),
         BEST if kernel is None else integer("kernel", kernel, 0, BEST + 1),
     )  # fmt: skip
     return out.to(torch.int64) & 0xFFFFFFFF

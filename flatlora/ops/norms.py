@@ -131,7 +131,6 @@ def merged_row_norms(
         TypeError, ValueError: arguments that do not fit each other.
     """
     m, n = matrix("weight", weight)
-    expect_factors(B, A, m, n, weight.device)
     scaling = number("scaling", scaling)
     if squared is not None:
         expect("squared", squared, (m,), WIDE, None)
@@ -139,6 +138,7 @@ def merged_row_norms(
         raise ValueError(f"whole must be of shape ({len(A)}, N), got {tuple(whole.shape)}")
     if whole is None and sums_merged_rows(weight):
         return native.merged_row_norms(weight, B, A, scaling)
+    expect_factors(B, A, m, n, weight.device)
     if squared is None:
         raise ValueError("squared must be squared_row_norms(weight) for a weight that not sums_merged_rows, got None")
     dtype, wide = norm_dtype(weight.dtype), None

@@ -143,7 +143,7 @@ def linear_forward(
     """
     out = None
     if bias is not None:
-        expect("bias", bias, (weight.shape[0],), None, weight.device)
+        expect("bias", bias, (weight.shape[0],), None, x.device)  # a stored weight has no device
     for rows, block in _blocks(weight, row_std, key, *settings, factors=factors):
         part = F.linear(x, block, None if bias is None else bias[rows])
         if len(block) == len(weight):

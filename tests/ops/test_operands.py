@@ -154,28 +154,34 @@ def test_overlap_by_brute_force():
                     assert overlaps_itself(view) == (len(set(offsets)) < m * n), (m, n, down, right)
 
 
-def without_memory():
-    """Float32 (9, 7) matrices whose numbers are not where a kernel would look for them."""
+def fake():
     with FakeTensorMode():
-        yield "fake", torch.ones(M, N)
-    yield "wrapper", TwoTensor(torch.ones(M, N), torch.ones(M, N))
-    yield "sparse", torch.ones(M, N).to_sparse()
-    freed = torch.ones(M, N)
-    freed.untyped_storage().resize_(0)
-    yield "freed", freed
-    short = torch.ones(M, N)
-    short.untyped_storage().resize_(4 * (M * N - 1))
-    yield "too short", short
-    yield "functional", torch._to_functional_tensor(torch.ones(M, N))
-    yield "negative", torch._neg_view(torch.ones(M, N))
-    yield "not aligned", torch.frombuffer(bytearray(4 * M * N + 1), dtype=torch.float32, offset=1).view(M, N)
+        return torch.ones(M, N)
+
+
+def shortened(elements):
+    tensor = torch.ones(M, N)
+    tensor.untyped_storage().resize_(4 * elements)
+    return tensor
+
+
+# float32 (9, 7) matrices whose numbers are not where a kernel would look for them
+WITHOUT_MEMORY = {
+    "fake": fake,
+    "wrapper": lambda: TwoTensor(torch.ones(M, N), torch.ones(M, N)),
+    "sparse": lambda: torch.ones(M, N).to_sparse(),
+    "freed": lambda: shortened(0),
+    "too short": lambda: shortened(M * N - 1),
+    "functional": lambda: torch._to_functional_tensor(torch.ones(M, N)),
+    "negative": lambda: torch._neg_view(torch.ones(M, N)),
+    "not aligned": lambda: torch.frombuffer(bytearray(4 * M * N + 1), dtype=torch.float32, offset=1).view(M, N),
+}
 
 
 @needs_c
-@pytest.mark.parametrize(
-    "name, tensor", list(without_memory()), ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_no_memory(name, tensor):
+@pytest.mark.parametrize("name", WITHOUT_MEMORY)
+def test_no_memory(name):
+    tensor = WITHOUT_MEMORY[name]()
     taken = {
         "weight": lambda: native.perturb(tensor, STD, KEY, 0, torch.empty(M, N)),
         "out": lambda: native.perturb(W, STD, KEY, 0, tensor),

@@ -132,7 +132,7 @@ def test_the_weight_and_the_forward_are_whole_after_an_exception():
     model, layer, x, _ = prepare(CASES[0])
     base = layer.get_base_layer()
     before, attributes = base.weight.detach().clone(), set(base.__dict__)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"x must be of shape \(..., 10\), got"):
         model(x[..., :-1])
     assert torch.equal(base.weight, before) and set(base.__dict__) == attributes
     assert torch.equal(model(x), model(x))

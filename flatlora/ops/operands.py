@@ -20,6 +20,7 @@ INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.u
 INT64 = frozenset({torch.int64})
 ROWS = 1 << 32  # rows of a whole weight that the noise contract can tell apart
 COLUMNS = 1 << 34  # columns: four to a block, whose index is a word of 32 bits
+LAYERS = 1 << 63  # a layer is taken modulo 2^32
 
 _not_dispatched = Tensor.__torch_dispatch__
 
@@ -120,7 +121,7 @@ def expect_factors(B: Tensor, A: Tensor, m: int, n: int, device: torch.device | 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
     """An integer in [low, high)."""
-    if type(value) is not int:
+    if type(value) is not int:  # of NumPy, say
         try:
             if isinstance(value, bool):
                 raise TypeError
@@ -183,7 +184,8 @@ def check_noise(
         expect("row_std", row_std, (m,), None, device)
         expect("key", key, (2,), INT64, device)
         expect("out", out, (m, n), None, device)
-    integer("layer", layer, -(1 << 63), 1 << 63)
+    if type(layer) is not int or not -LAYERS <= layer < LAYERS:
+        integer("layer", layer, -LAYERS, LAYERS)
     if rows is None:
         integer("first_row", first_row, 0, max(1, ROWS - m + 1))
     else:
@@ -231,10 +233,12 @@ def check_memory(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor
         start, end = memory(name, tensor)
         _check_apart(spans, start, end, name, tensor)
         spans.append((start, end, name, tensor))
-    for name, tensor_or_none in read:
-        if tensor_or_none is not None:
-            start, end = memory(name, tensor_or_none)
-            _check_apart(spans, start, end, name, tensor_or_none)
+    for other, given in read:
+        if given is not None:
+            start, end = memory(other, given)
+            for first, last, _, _ in spans:
+                if first < end and start < last:
+                    _check_apart(spans, start, end, other, given)
 
 
 def _check_apart(spans: list[tuple[int, int, str, Tensor]], start: int, end: int, name: str, tensor: Tensor) -> None:

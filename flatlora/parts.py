@@ -8,6 +8,7 @@ the order of the model's modules, and with noise streams that go on counting fro
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ from .steps import unwatch, watched
 def perturbations(model: nn.Module) -> list[Any]:
     """The perturbations of the flat layers in a model; one, if what can be joined has been joined."""
     found: list[Any] = []
-    for module in model.modules():
+    for module in _modules(model):
         state = module.__dict__.get("perturbation")
         if state is not None and not any(state is other for other in found):
             found.append(state)
@@ -29,6 +30,17 @@ def perturbations(model: nn.Module) -> list[Any]:
     for state in found:
         state.bind(model)
     return found
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """`model.modules()`, but for peft's attention, which puts new weights in place when it is asked for its modules."""
+    seen, todo = {model}, [model]
+    while todo:
+        module = todo.pop()
+        yield module
+        inside = [child for child in module._modules.values() if child is not None and child not in seen]
+        seen.update(inside)
+        todo += reversed(inside)
 
 
 def join_parts(state: Any) -> None:

@@ -194,8 +194,10 @@ class AdoptedLayer(FlatLayer):
         self._enrol()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # the class is made at run time, so by its recipe; what is cached holds weak references
-        return _rebuild, (self.plain_class,), {**self.__dict__, "_norms": {}}
+        # the class is made at run time, so by its recipe; what is cached holds weak references, a lock is of a process
+        state = {**self.__dict__, "_norms": {}}
+        state.pop("lock", None)
+        return _rebuild, (self.plain_class,), state
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         replica = super()._replicate_for_data_parallel()

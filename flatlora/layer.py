@@ -15,6 +15,7 @@ with it go on as before. A forward that is not to be perturbed is peft's own for
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -89,7 +90,7 @@ _Layer: Any = object  # for the type checker: in use, the class that peft has ma
 
 OWN_ATTRIBUTES = (  # of a flat layer, beside those of the class that peft made
     *("perturbation", "stream", "number", "address", "flat_adapters", "offsets", "strict", "user_thread"),
-    *("_norms", "_base_forward"),
+    *("lock", "_norms", "_base_forward"),
 )
 
 
@@ -104,6 +105,7 @@ class FlatLayer(_Layer):
     flat_adapters: set[str]  # the adapters whose training is perturbed here
     offsets: dict[tuple[str, str], Tensor]  # what the method keeps here, by factor ("lora_B") and adapter
     strict: bool  # kernels that pass this layer by are an error
+    lock: Any  # an RLock: some forwards change the modules inside for their time, and other threads must not see it
     user_thread: int  # where the user's code runs, in a replica of `nn.DataParallel`
     _norms: dict[str, tuple]  # cached norms, each with what it was computed from
     _base_forward: Any  # of the base layer, as it was when the layer became flat
@@ -113,6 +115,10 @@ class FlatLayer(_Layer):
         if torch.compiler.is_compiling():
             return self._forward_in_compiler(plain, x, *args, **kwargs)
         self.perturbation.passes.note_layer(self.number)
+        with self.lock:
+            return self._eager(plain, x, *args, **kwargs)
+
+    def _eager(self, plain: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._strength() == 0 or self.disable_adapters or self.merged:
             return self._clean(plain, x, *args, **kwargs)
         record = self._record()
@@ -307,7 +313,7 @@ class FlatLayer(_Layer):
 
     def noise_of_compiled_forward(self) -> tuple[Tensor, Tensor]:
         """`noise` at the run time of compiled code, which has been compiled as perturbed."""
-        with self.perturbation.forward_of(self._record()):
+        with self.lock, self.perturbation.forward_of(self._record()):
             return self.noise()
 
     def noise(self) -> tuple[Tensor, Tensor]:
@@ -491,4 +497,4 @@ class FlatLayer(_Layer):
         self.perturbation.enrol(self)
         number = enrol(self)
         address = torch.tensor([number, self.stream, self.perturbation.number], dtype=torch.int64, device="cpu")
-        self.__dict__.update(number=number, address=address)
+        self.__dict__.update(number=number, address=address, lock=threading.RLock())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from inspect import signature
@@ -29,6 +30,8 @@ from .parts import perturbations
 from .passes import of_model, root_of
 from .settings import CHECKS, Settings
 from .state import Perturbation
+
+logger = logging.getLogger(__name__)
 
 OF_PEFT = {  # keywords that peft takes when it loads an adapter
     *(signature(PeftModel.from_pretrained).parameters.keys() | signature(PeftModel.load_adapter).parameters.keys())
@@ -71,8 +74,11 @@ def get_flat_peft_model(
     before = set(model.modules())
     try:
         return peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
-    except Exception:
-        _take_back(model, before)
+    except BaseException:
+        try:
+            _take_back(model, before)
+        except Exception:  # the first error is the one to be seen
+            logger.warning("the model could not be put back as it was", exc_info=True)
         raise
 
 

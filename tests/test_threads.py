@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation, perturbed, unperturbed
+from flatlora import EFMLoraConfig, FlatLoraConfig, get_flat_peft_model, perturbation, perturbed, unperturbed
+from flatlora.layer import flat_layers
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
@@ -79,8 +80,32 @@ def test_a_thread_that_answers_does_not_touch_the_training(serve):
         assert losses(model, 60) == alone
 
 
-def test_the_answers_are_clean_while_another_thread_trains():
-    model = net(rho=0.3)
+def hooked(**settings):
+    """Hooks see the modules: the base layer's forward is replaced for the time of a perturbed one."""
+    model = net(**settings)
+    for layer in flat_layers(model):
+        layer.base_layer.register_forward_hook(lambda *args: None)
+    return model
+
+
+def factor_method(**settings):
+    """A and B are moved for the time of a perturbed forward."""
+    config = EFMLoraConfig(target_modules=["0", "2"], init_lora_weights=False, rho=2.0, schedule="constant")
+    layers = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    model = get_flat_peft_model(layers, config).train()
+    losses(model, 2)
+    return model
+
+
+def convolution(**settings):
+    config = FlatLoraConfig(target_modules=["1"], init_lora_weights=False, schedule="constant", **settings)
+    layers = nn.Sequential(nn.Unflatten(1, (4, 4)), nn.Conv1d(4, 4, 3), nn.Flatten()).double()
+    return get_flat_peft_model(layers, config).train()
+
+
+@pytest.mark.parametrize("make", [net, hooked, factor_method, convolution], ids=lambda make: make.__name__)
+def test_the_answers_are_clean_while_another_thread_trains(make):
+    model = make(rho=0.3)
     clean = no_grad(model)
     with running(lambda: model(X.double()).square().mean().backward()):  # no optimizer: the weights stay
         assert all(torch.equal(no_grad(model), clean) for _ in range(200))

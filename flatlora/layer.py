@@ -45,7 +45,7 @@ from .ops import (
     sums_merged_rows,
 )
 from .ops.blocks import unwatched
-from .ops.norms import grouped_row_norms, norm_dtype
+from .ops.norms import grouped_row_norms, norm_dtype, vector_norms
 from .passes import tensors
 from .spread import is_dtensor, is_gathered, moved_weight, refuse_fsdp1, replaced_forward, whole_weight
 from .state import Perturbation, Record
@@ -489,7 +489,7 @@ class FlatLayer(_Layer):
         key, _ = self.perturbation.draw(out.device)
         rho_t = self._strength() * self.perturbation.ramp
         merged = out.detach().flatten(0, -2)
-        row_std = torch.linalg.vector_norm(merged, dim=-1, dtype=norm_dtype(out.dtype)) * (rho_t / math.sqrt(n))
+        row_std = vector_norms(merged, norm_dtype(out.dtype)) * (rho_t / math.sqrt(n))
         noise = row_noise(tokens.flatten(), row_std, key, self.stream, n, dtype=out.dtype, backend=backend)
         return out + noise.view_as(out)
 

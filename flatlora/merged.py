@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from .layer import FlatLayer
-from .ops import add_noise_, squared_row_norms
+from .ops import add_noise_
 from .ops.merged import matrices
+from .ops.norms import row_norms
 from .spread import Applied, attributes, refuse_fsdp1
 
 
@@ -32,7 +33,7 @@ class MergedLayer(FlatLayer):
 
     def _add_noise(self, weight: Tensor, key: Tensor, stream: int, transposed: bool = False) -> Tensor:
         rows = matrices(weight.detach(), transposed)
-        norms = torch.cat([squared_row_norms(matrix) for matrix in rows]).sqrt()
+        norms = torch.cat([row_norms(matrix) for matrix in rows])
         row_std = self._row_std(norms, rows[0].shape[1])
         backend = self.perturbation.settings.backend
         return add_noise_(weight, row_std, key, stream, transposed=transposed, backend=backend)

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .method import FlatLora
 from .ops.blocks import is_watched
-from .ops.norms import norm_dtype
+from .ops.norms import norm_dtype, vector_norms
 from .ops.perturb import perturb_weight
 from .spread import moved_weight, replaced_forward
 
@@ -91,7 +91,7 @@ def _dense_noise(layer: Any, base: Any) -> Tensor:
         merged = rows.to(dtype)
         for name in layer._active():
             merged = merged + layer.scaling[name] * _product(layer, name).to(dtype)
-        row_norms = torch.linalg.vector_norm(merged, dim=1)
+        row_norms = vector_norms(merged, dtype)
         row_std = state.settings.method.noise_norms(row_norms) * (layer._strength() * state.ramp / math.sqrt(n))
         like = torch.empty(0, dtype=dtype, device=rows.device)
         z = torch.ops.flatlora.normals(like, m, n, seed, sample, layer.stream, state.settings.backend)

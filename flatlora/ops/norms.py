@@ -223,6 +223,24 @@ def grouped_row_norms(
     return torch.cat(norms)
 
 
+@torch.no_grad()
+def vector_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``||x||`` along the last dimension, of this dtype; right where a square leaves its range.
+
+    Args:
+        x: (..., n) floating point.
+
+    Returns:
+        (...).
+    """
+    norms = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    largest = x.to(dtype).abs().amax(dim=-1) if x.shape[-1] else norms
+    tiny, huge = torch.finfo(dtype).smallest_normal ** 0.5, torch.finfo(dtype).max ** 0.5
+    fits = (largest == 0) | ((largest > tiny / torch.finfo(dtype).eps) & (norms < huge))
+    scaled = x.to(dtype) / torch.where(fits, 1, largest)[..., None]
+    return torch.where(fits, norms, torch.linalg.vector_norm(scaled, dim=-1) * largest)
+
+
 def no_autocast(device: str) -> AbstractContextManager:
     """No autocast inside."""
     # it would round the products; where it is off already, the context would cost more than they do

@@ -7,7 +7,7 @@ import torch
 
 from flatlora.ops import merged_row_norms, native, perturb_weight, row_norms_of_sum, squared_row_norms
 from flatlora.ops.blocks import BLOCK_BYTES, row_blocks, scratch
-from flatlora.ops.norms import grouped_row_norms, row_norms
+from flatlora.ops.norms import grouped_row_norms, row_norms, vector_norms
 
 SHAPES = [(5, 7, 1), (6, 16, 2), (33, 65, 8), (64, 576, 8), (7, 100, 13), (9, 48, 64), (1, 1, 1)]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -177,3 +177,13 @@ def test_the_noise_has_its_strength_where_squares_leave_the_range(dtype, scale):
         norms = merged_row_norms(weight * scale, squared_row_norms(weight * scale), B, A)
         scaled = perturb_weight(weight * scale, norms, key, 0, **options, **made)
         torch.testing.assert_close(scaled / scale, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e19, 1e-23, 1e-30, 0.0])
+def test_vector_norms_over_the_range_of_float32(scale):
+    x = torch.randn(5, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * scale
+    x[2] = 0
+    got = vector_norms(x.float(), torch.float32)
+    torch.testing.assert_close(got.double(), x.float().double().norm(dim=1), rtol=1e-6, atol=0)
+    if scale == 1.0:  # ordinary numbers keep their bits
+        assert torch.equal(got, torch.linalg.vector_norm(x.float(), dim=1))

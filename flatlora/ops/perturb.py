@@ -80,8 +80,8 @@ def perturb_weight(
         TypeError, ValueError: a backend that is unknown or that cannot serve the weight's device; arguments that do not
             fit each other; an `out` that overlaps itself or the weight.
     """
-    matrix("weight", weight)
     if out is None:
+        matrix("weight", weight)
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     elif not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")

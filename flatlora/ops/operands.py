@@ -50,9 +50,10 @@ def memory(name: str, tensor: Tensor) -> tuple[int, int]:
     try:
         if type(tensor).__torch_dispatch__ is _not_dispatched:
             start, size = tensor.data_ptr(), tensor.itemsize
+            # a view with a negative bit, complex.conj().imag, takes every other number
             span = tensor.nbytes if tensor.is_contiguous() else _span(tensor)
             held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * size
-            if span <= held and start % size == 0 and (start or not span) and not tensor.is_neg():
+            if 0 <= span <= held and start % size == 0 and (start or not span):
                 return start, start + span
     except RuntimeError:  # of a layout, or inside of a transform, that has no address
         pass
@@ -60,7 +61,9 @@ def memory(name: str, tensor: Tensor) -> tuple[int, int]:
 
 
 def _span(tensor: Tensor) -> int:
-    """Bytes from the first to the end of the last element."""
+    """Bytes from the first to the end of the last element; -1 where they are to be taken with another sign."""
+    if tensor.is_neg():
+        return -1
     if 0 in tensor.shape:
         return 0
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
@@ -177,19 +180,19 @@ def check_noise(
     rows: Tensor | None = None,  # (m,)
 ) -> None:
     """What `perturb_weight` asks of its arguments, the memory of which is looked at elsewhere."""
-    m, n = weight.shape
-    device = weight.device
     if not _fits(weight, row_std, key, out):
-        matrix("weight", weight)
-        expect("row_std", row_std, (m,), None, device)
-        expect("key", key, (2,), INT64, device)
-        expect("out", out, (m, n), None, device)
+        m, n = matrix("weight", weight)
+        expect("row_std", row_std, (m,), None, weight.device)
+        expect("key", key, (2,), INT64, weight.device)
+        expect("out", out, (m, n), None, weight.device)
+    m, n = weight.shape
     if type(layer) is not int or not -LAYERS <= layer < LAYERS:
         integer("layer", layer, -LAYERS, LAYERS)
     if rows is None:
-        integer("first_row", first_row, 0, max(1, ROWS - m + 1))
+        if type(first_row) is not int or not 0 <= first_row <= ROWS - m:
+            integer("first_row", first_row, 0, max(1, ROWS - m + 1))
     else:
-        expect("rows", rows, (m,), INTEGERS, device)
+        expect("rows", rows, (m,), INTEGERS, weight.device)
     if n > COLUMNS or m > ROWS:
         raise ValueError(f"weight must have at most 2^32 rows and 2^34 columns, got {(m, n)}")
     if not out.is_contiguous() and overlaps_itself(out):
@@ -201,7 +204,8 @@ def _fits(weight: Tensor, row_std: Tensor, key: Tensor, out: Tensor) -> bool:
     device, shape = weight.device, weight.shape
     try:
         return (
-            weight.is_floating_point()
+            len(shape) == 2
+            and weight.is_floating_point()
             and row_std.shape == shape[:1]
             and row_std.is_floating_point()
             and row_std.device == device

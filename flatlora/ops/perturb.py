@@ -82,9 +82,10 @@ def perturb_weight(
         TypeError, ValueError: a backend that is unknown or that cannot serve the weight's device; arguments that do not
             fit each other; an `out` that overlaps itself or the weight.
     """
-    matrix("weight", weight)
-    floating_dtype("dtype", dtype)
+    if dtype is not None:
+        floating_dtype("dtype", dtype)
     if out is None:
+        matrix("weight", weight)
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     elif not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")

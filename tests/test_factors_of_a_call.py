@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation, perturbed
 from flatlora.layer import flat_layers
+from flatlora.state import Record
 
 X = torch.randn(8, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
 
@@ -98,3 +99,32 @@ def test_replaced_factors_and_base_weights():
         with torch.no_grad():
             layer.base_layer.weight.mul_(2)
     check(model)
+
+
+def norms_of(layer):
+    return (
+        layer.base_layer.weight
+        + layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    ).norm(dim=1)
+
+
+def test_another_tensor_at_the_same_address_in_the_same_pass():
+    """Address and version are those of before; only the tensor is another one."""
+    layer = next(flat_layers(net()))
+    factor = layer.lora_B["default"]
+    factor.weight = nn.Parameter(torch.randn(factor.weight.shape, dtype=torch.double))
+    with perturbation(layer).forward_of(Record(sample=0, perturbed=True, token=object())):
+        torch.testing.assert_close(layer._row_norms(), norms_of(layer))
+        before = factor.weight
+        factor.weight = nn.Parameter(before.data)
+        factor.weight.data.mul_(3)
+        assert (factor.weight.data_ptr(), factor.weight._version) == (before.data_ptr(), before._version)
+        torch.testing.assert_close(layer._row_norms(), norms_of(layer))
+
+
+def test_a_write_through_data_between_two_calls_that_belong_to_no_pass():
+    layer = next(flat_layers(net()))
+    for _ in range(2):
+        with perturbation(layer).forward_of(Record(sample=0, perturbed=True, token=None)):
+            torch.testing.assert_close(layer._row_norms(), norms_of(layer))
+        layer.lora_B["default"].weight.data.mul_(3)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .arguments import WrongType, batches, function, integer, refuse
 from .model import flat_parts
 from .settings import check_rho
 from .state import Perturbation
+from .utils.arguments import WrongType, batches, function, integer, refuse
 
 TENSORS = ("tensors", "climber")  # what of a perturbation's state is no number
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import INT64, SEED, WrongType, boolean, integer, number, shown
 from .settings import check_rho
+from .utils.arguments import INT64, SEED, WrongType, boolean, integer, number, shown
 
 NUMBERS = ("seed", "sample", "stale", "steps", "total_steps", "origin", "rhos")
 TENSORS = ("tensors", "climber")  # added to the state later, and absent from what a Trainer keeps in JSON

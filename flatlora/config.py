@@ -18,11 +18,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from . import jsonfiles
 from .adoption import create_layer
-from .arguments import keywords, path, text
 from .method import FlatLora, Method
 from .settings import CHECKS, Settings
+from .utils import jsonfiles
+from .utils.arguments import keywords, path, text
 
 CONFIG_NAME = "flatlora_config.json"
 WAY_OUT = (

@@ -13,9 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from . import arguments
 from .adoption import abandon, adopt, release
-from .arguments import WrongType, boolean, integer, keywords, shown, text, texts
 from .config import (
     HUB_OPTIONS,
     FlatLoraConfig,
@@ -30,6 +28,8 @@ from .parts import perturbations
 from .passes import of_model, root_of
 from .settings import CHECKS, Settings
 from .state import Perturbation
+from .utils import arguments
+from .utils.arguments import WrongType, boolean, integer, keywords, shown, text, texts
 
 logger = logging.getLogger(__name__)
 

@@ -23,11 +23,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from flatlora import analysis, arguments, jsonfiles, plotting
+from flatlora import analysis, plotting
 from flatlora.analysis.files import result_kind
 from flatlora.analysis.stats import Curve
-from flatlora.arguments import WrongType, refuse, texts
 from flatlora.plotting.curves import check_history
+from flatlora.utils import arguments, jsonfiles
+from flatlora.utils.arguments import WrongType, refuse, texts
 
 WAY_OUT = "Take the file from a backup, or delete it"
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .arguments import INT64, SEED, check_fields, checker, choice, integer, number
 from .method import FlatLora, Method
 from .ops import BACKENDS
+from .utils.arguments import INT64, SEED, check_fields, checker, choice, integer, number
 
 RAMPS: dict[str, Callable[[float, int], float]] = {  # of the progress t in [0, 1] and of the steps made
     "cosine": lambda t, steps: 0.5 * (1 - math.cos(math.pi * t)),

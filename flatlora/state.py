@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .arguments import INT64, SEED, Checked, boolean, integer
 from .checks import (
     check_layers_run,
     check_single_optimizer,
@@ -33,6 +32,7 @@ from .settings import Settings
 from .spread import calling_deepspeed, global_rank, is_deepspeed, is_sharded
 from .steps import follow_state, overflowed, unwatch, watch
 from .strength import Strength
+from .utils.arguments import INT64, SEED, Checked, boolean, integer
 
 _numbers = itertools.count(1)
 

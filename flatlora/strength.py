@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from .arguments import INT64, Checked, integer, number
 from .settings import NEED_NO_LENGTH, RAMPS, Settings, check_rho
+from .utils.arguments import INT64, Checked, integer, number
 
 
 class Strength:

@@ -10,7 +10,8 @@ import torch
 from argument_cases import CASES, COUNT, KEY, RESULTS, STD, VALUES, W, flat, hessian, loss
 
 import flatlora
-from flatlora import analysis, arguments, methods, ops, plotting, report
+from flatlora import analysis, methods, ops, plotting, report
+from flatlora.utils import arguments
 
 ARGUMENTS = [(name, argument) for name, (_, kinds) in CASES.items() for argument in kinds]
 

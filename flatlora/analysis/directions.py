@@ -26,7 +26,7 @@ from torch import Tensor
 from flatlora.ops.perturb import perturb_weight
 from flatlora.ops.philox import mix_rank
 
-from ..arguments import choice, shown
+from ..utils.arguments import choice, shown
 from .options import NOISES, check_norms, check_seed
 from .weights import CHUNK, At, Weight
 

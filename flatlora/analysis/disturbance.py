@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from flatlora.ops.philox import mix_rank, philox4x32
 
-from .. import arguments
-from ..arguments import INT64, boolean, choice, function, integer, integers, text
+from ..utils import arguments
+from ..utils.arguments import INT64, boolean, choice, function, integer, integers, text
 from .directions import Norms
 from .evaluate import Journal, LossFn, MeanLoss, bar, fingerprint, kept_rng
 from .measurement import Measurement

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import arguments, jsonfiles
+from ..utils import arguments, jsonfiles
 from .options import real
 from .weights import At, Weight, displaced
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import jsonfiles
-from ..arguments import WrongType, shown
-from ..arguments import path as check_path
+from ..utils import jsonfiles
+from ..utils.arguments import WrongType, shown
+from ..utils.arguments import path as check_path
 from .disturbance import Degradation
 from .hessian import SpectralDensity
 from .landscape import LossLine, LossSurface

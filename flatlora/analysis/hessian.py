@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..arguments import boolean, check_fields, integer, mapping, number, tensor
+from ..utils.arguments import boolean, check_fields, integer, mapping, number, tensor
 from .directions import probe
 from .evaluate import LossFn, MeanLoss, bar
 from .gradients import Variables

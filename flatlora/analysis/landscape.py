@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import boolean, check_fields, integer
+from ..utils.arguments import boolean, check_fields, integer
 from .directions import Norms
 from .evaluate import LossFn, bar
 from .measurement import Measurement

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments import choice
+from ..utils.arguments import choice
 from .directions import Directions, Norms
 from .evaluate import Journal, LossFn, MeanLoss, fingerprint
 from .norms import all_row_norms

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import SEED, WrongType, checker, choice, integer, number, numbers, refuse, scalar, tensor, text
+from ..utils.arguments import SEED, WrongType, checker, choice, integer, number, numbers, refuse, scalar, tensor, text
 
 NOISES = ("filter", "filter_normalised", "layer", "plain")
 SPACES = ("merged", "adapter")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import boolean, integer, tensor
+from ..utils.arguments import boolean, integer, tensor
 from .directions import Norms, probe
 from .evaluate import Journal, LossFn, MeanLoss, bar, fingerprint
 from .gradients import Variables

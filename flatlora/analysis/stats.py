@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..arguments import WrongType, check_fields, refuse, tensor
+from ..utils.arguments import WrongType, check_fields, refuse, tensor
 from .options import check_level, how, result, same_length
 
 

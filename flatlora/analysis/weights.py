@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .. import arguments
+from ..utils import arguments
 from .options import SPACES
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

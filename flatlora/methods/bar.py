@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..arguments import checker, choice
 from ..config import PerturbedLoraConfig, Unset
+from ..utils.arguments import checker, choice
 from .factors import FactorMethod, gradient, trained_factors
 
 

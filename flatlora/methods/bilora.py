@@ -25,10 +25,10 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from ..arguments import checker, integer
 from ..config import PerturbedLoraConfig
 from ..ops import perturb_weight
 from ..ops.philox import mix_rank
+from ..utils.arguments import checker, integer
 from .factors import FactorMethod
 
 A2, B2 = "ascent_A", "ascent_B"

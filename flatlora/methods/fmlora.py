@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..arguments import checker, number
 from ..config import PerturbedLoraConfig
 from ..method import Method
 from ..ops.ascent import full_weight_ascent
+from ..utils.arguments import checker, number
 from .factors import FactorMethod, Factors, gradient, trained_factors
 from .two_pass import TwoPass
 

@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..arguments import checker, choice
 from ..config import FlatLoraConfig
 from ..method import FlatLora, Method
 from ..ops import perturb_weight
 from ..ops.norms import norm_dtype
 from ..spread import whole_weight
+from ..utils.arguments import checker, choice
 from .factors import FactorMethod
 
 FACTOR_STREAMS = 2**31  # the noise of factors is in the upper half of the layer counters, that of weights below

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..arguments import shown
+from ..utils.arguments import shown
 from . import native
 from .blocks import is_watched
 from .operands import boolean, expect, expect_columns, expect_factors, matrix, number

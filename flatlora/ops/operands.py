@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..arguments import scalar, shown
+from ..utils.arguments import scalar, shown
 
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 INT64 = frozenset({torch.int64})

@@ -23,7 +23,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..arguments import shown
+from ..utils.arguments import shown
 from . import native, philox
 from .operands import (
     COLUMNS,

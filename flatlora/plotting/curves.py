@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..analysis.options import check_level, real
-from ..arguments import WrongType, boolean, mapping, refuse
+from ..utils.arguments import WrongType, boolean, mapping, refuse
 from .style import THEMES, every, finish, first_of, look, new_figure, zero
 
 if TYPE_CHECKING:

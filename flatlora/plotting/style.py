@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import choice, instance, mapping, numbers, text
+from ..utils.arguments import choice, instance, mapping, numbers, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

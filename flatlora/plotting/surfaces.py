@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import choice
+from ..utils.arguments import choice
 from .style import THEMES, first_of, new_figure
 
 if TYPE_CHECKING:

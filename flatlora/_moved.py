@@ -35,6 +35,16 @@ MOVED = {
     "weights": ["layers.quantized_rows"],
 }
 
+RENAMED = {  # names whose spelling has changed
+    "FactorMethod": "FactorOffset",
+    "Passes": "ForwardPasses",
+    "QUANTISED": "QUANTIZED",
+    "QuantisedLayer": "QuantizedLayer",
+    "is_quantised": "is_quantized",
+    "of_model": "listener_of",
+    "quantised_row_norms": "quantized_row_norms",
+}
+
 
 class MovedModule(ModuleType):
     """An old module name, which finds its names in the modules that replaced it."""
@@ -42,7 +52,7 @@ class MovedModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         package, _, old = self.__name__.partition(".")
         for new in MOVED[old] if not name.startswith("__") else ():
-            found = getattr(importlib.import_module(f"{package}.{new}"), name, self)
+            found = getattr(importlib.import_module(f"{package}.{new}"), RENAMED.get(name, name), self)
             if found is not self:
                 return found
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")

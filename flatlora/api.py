@@ -77,7 +77,8 @@ def get_flat_peft_model(
     config.check()
     before = set(model.modules())
     try:
-        return peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)  # type: ignore[return-value]
+        made: PeftModel = peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+        return made
     except BaseException:
         try:
             _undo_injection(model, before)
@@ -314,7 +315,7 @@ def _undo_injection(model: nn.Module, before: set[nn.Module]) -> None:
     for name, module in list(model.named_modules()):
         # a layer inside one that has been put back
         inside = ".base_layer." in f".{name}."
-        if isinstance(module, LoraLayer) and module not in before and not inside:
+        if module not in before and isinstance(module, LoraLayer) and not inside:
             unload = getattr(module, "unload_and_optionally_merge_module", None)
             own = unload and unload(merge=False, safe_merge=False, adapter_names=None)
             model.set_submodule(name, own or module.get_base_layer())

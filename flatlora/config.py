@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -144,7 +144,7 @@ class PerturbedLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         from_dict, without_rho = self.peft_type is not None, isinstance(self.rho, Unset)
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # peft's
         if from_dict and without_rho:
             raise ValueError(
                 f"rho must be given when a {type(self).__name__} is created from the fields of another configuration: "
@@ -181,8 +181,9 @@ class PerturbedLoraConfig(LoraConfig):
         peft writes them into `adapter_config.json`, and diffusers into the metadata of its files, from which it creates
         a `LoraConfig(**metadata)`. Readers of LoRA files must know all of them. `dataclasses.asdict` includes ours.
         """
+        whole: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]  # peft's
         own = own_fields(type(self))
-        return {name: value for name, value in super().to_dict().items() if name not in own}
+        return {name: value for name, value in whole.items() if name not in own}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save `adapter_config.json` as peft does, and our own settings beside it in `flatlora_config.json`.

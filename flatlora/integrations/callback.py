@@ -19,7 +19,8 @@ from ..utils.arguments import WrongType, batches, function, integer, refuse
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
-    return model(**batch).loss
+    loss: Tensor = model(**batch).loss
+    return loss
 
 
 def _check_loaded() -> None:

@@ -26,7 +26,7 @@ def add_noise(layer: FlatLayer, out: Tensor, x: Tensor, *, dtype_of: Tensor) -> 
     """``out + x eps^T``, with eps rounded to the dtype of `dtype_of`."""
     base: Any = layer.get_base_layer()
     if isinstance(base, CONVOLUTIONS):
-        shape = tuple(base.weight.shape)
+        shape: tuple[int, ...] = tuple(base.weight.shape)
     else:
         shape = (layer.in_features, layer.out_features)[:: 1 if isinstance(base, Conv1D) else -1]
     return out + product(layer, x, _zeros(shape, dtype_of), None, *layer.noise())

@@ -77,7 +77,8 @@ def _parts(layer: Any) -> list[Any]:
 def _convert(layer: Any, perturbation: Perturbation) -> None:
     if not isinstance(layer, FlatLayer):
         layer.__dict__.update(perturbation=perturbation, flat_adapters=set(), offsets={}, _norms=NormCache())
-        layer.__class__ = flat_class(type(layer))
+        peft_class: Any = type(layer)
+        layer.__class__ = flat_class(peft_class)
         layer.__dict__["stream"] = perturbation.registry.stream_of(layer.anchor())
         layer.remember_base()
         layer.enroll()
@@ -95,12 +96,13 @@ class FlatPeftLayer(FlatLayer):
         self._norms.clear()
         super().unmerge()
 
-    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+    # peft calls it with keywords only
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:  # type: ignore[override]
         from .peft_door import as_lora_config
 
         self._norms.clear()
         with as_lora_config(config):
-            super().update_layer(adapter_name, *args, config=config, **kwargs)
+            super().update_layer(adapter_name, *args, config=config, **kwargs)  # type: ignore[misc]
         # not so for a layer inside this one, which becomes flat with it
         if isinstance(config, PerturbedLoraConfig):
             check_same_settings(self.perturbation, config.settings())
@@ -112,7 +114,9 @@ class FlatPeftLayer(FlatLayer):
     ) -> Iterator[tuple[str, nn.Module]]:
         """The modules with their names in one process. peft looks up by name what an adapter saves and loads, and
         FSDP1's wrappers add names that are in no state dict."""
-        return super().named_modules(memo, name_without_fsdp1(prefix), remove_duplicate)
+        modules: Iterator[tuple[str, nn.Module]]
+        modules = super().named_modules(memo, name_without_fsdp1(prefix), remove_duplicate)
+        return modules
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -145,7 +149,7 @@ class FlatPeftLayer(FlatLayer):
         return base
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         self.enroll()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -40,7 +40,22 @@ from .supported import SPLIT, check_changed_base, is_torch_tensor
 from .weights import LayerWeights
 
 if TYPE_CHECKING:
-    from peft.tuners.lora.layer import LoraLayer as _PeftLayer
+    from peft.tuners.lora.layer import LoraLayer
+
+    class _PeftLayer(nn.Module, LoraLayer):
+        """A LoRA layer of peft, of which these attributes are not typed as they are used."""
+
+        disable_adapters: bool
+        in_features: int
+        out_features: int
+        lora_A: Any
+        lora_B: Any
+        lora_dropout: Any
+        lora_embedding_A: Any
+        lora_embedding_B: Any
+        lora_magnitude_vector: Any
+        lora_variant: dict[str, Any]
+
 else:
     # at run time the class that peft made follows in the bases
     _PeftLayer = object
@@ -130,7 +145,7 @@ class FlatLayer(_PeftLayer):
 
     def noisy_forward(self, peft_forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """peft's forward with Gaussian noise in the merged weight."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if isinstance(base, nn.Embedding):
             return additive.add_row_noise(self, peft_forward(x, *args, **kwargs), x)
         if self.base_has_changed():
@@ -272,13 +287,13 @@ class FlatLayer(_PeftLayer):
         number = self.number
 
         # an output may be saved without its hooks
-        @unserializable_hook  # type: ignore[no-untyped-call,untyped-decorator]  # torch's
+        @unserializable_hook  # type: ignore[untyped-decorator]  # torch's
         def hook(_grad: Tensor) -> None:
             backward_began(number)
 
         for tensor in tensors(out):
             if tensor.requires_grad:
-                tensor.register_hook(hook)
+                tensor.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's
 
     # ---- registration ----
 

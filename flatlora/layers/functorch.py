@@ -44,7 +44,7 @@ def _(like: Tensor, rows: int, columns: int, seed: int, sample: int, layer: int,
 
 def is_transformed() -> bool:
     """Whether this forward runs inside a transform or a trace (TensorBoard's `add_graph`, make_fx, fake tensors)."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing():
         return True
     return is_watched() and any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACES)
 
@@ -119,6 +119,7 @@ def _base_product(base: Any, x: Tensor, weight: Tensor) -> Tensor:
 def _delta(layer: FlatLayer, name: str) -> Tensor:
     """B A, (m, n)."""
     if name in layer.lora_embedding_A:
-        return (layer.lora_embedding_B[name] @ layer.lora_embedding_A[name]).T
+        delta: Tensor = layer.lora_embedding_B[name] @ layer.lora_embedding_A[name]
+        return delta.T
     A, B = layer.weights.factors(name)
     return B @ A

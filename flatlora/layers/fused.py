@@ -37,11 +37,12 @@ def operands(layer: FlatLayer) -> Operands | None:
 
     It takes a linear layer with one adapter of two matrices, without a variant and without hooks on these modules.
     """
-    names, modules = layer.active_lora_adapters(), layer._modules
+    names = layer.active_lora_adapters()
+    modules: Any = layer._modules  # spares the lookups of nn.Module.__getattr__
     if len(names) != 1 or layer.lora_variant or layer.peft_class is not lora.Linear:
         return None
-    base: Any = modules["base_layer"]
-    A, B = (modules[factor]._modules.get(names[0]) for factor in ("lora_A", "lora_B"))  # type: ignore[union-attr]
+    base = modules["base_layer"]
+    A, B = (modules[factor]._modules.get(names[0]) for factor in ("lora_A", "lora_B"))
     if type(base) not in (nn.Linear, Conv1D) or type(base.weight) not in (nn.Parameter, Tensor):
         return None
     if not (type(A) is type(B) is nn.Linear and A.bias is B.bias is None):

@@ -29,14 +29,18 @@ def whole_weight(module: Any) -> Tensor:
         if getattr(hook, "_tensor_name" if isinstance(hook, BasePruningMethod) else "name", None) != "weight":
             continue
         if isinstance(hook, BasePruningMethod):
-            return hook.apply_mask(module)  # type: ignore[no-any-return,no-untyped-call]
+            pruned: Tensor = hook.apply_mask(module)  # type: ignore[no-untyped-call]  # torch's
+            return pruned
         if isinstance(hook, WeightNorm):
-            return hook.compute_weight(module)
+            normalized: Tensor = hook.compute_weight(module)
+            return normalized
         if isinstance(hook, SpectralNorm):
             return hook.compute_weight(module, do_power_iteration=False)
     if _is_here(module):
-        return module.weight  # type: ignore[no-any-return]
-    inner, found = _inner(module), []
+        here: Tensor = module.weight
+        return here
+    inner = _inner(module)
+    found: list[Tensor] = []
 
     def look(probe: Tensor) -> Tensor:
         found.append(inner.weight.detach().clone())
@@ -44,7 +48,7 @@ def whole_weight(module: Any) -> Tensor:
 
     with replaced_forward(inner, look), torch.no_grad():
         module(torch.empty(0))
-    weight: Tensor = found[0]
+    weight = found[0]
     if weight.is_meta:
         raise RuntimeError(
             "an adapter has no memory (device 'meta'), as peft creates it for an offloaded layer. Keep that layer on a "

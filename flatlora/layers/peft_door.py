@@ -33,7 +33,8 @@ def create_flat_layer(target: nn.Module, adapter_name: str, config: Any, **kwarg
     """
     tuner = _calling_tuner()
     with as_lora_config(config):
-        layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+        create: Any = LoraModel._create_new_module
+        layer: nn.Module = create(config, adapter_name, target, **kwargs)
     perturbation = Perturbation.shared(tuner.model, config.settings())
     perturbation.passes.watch(tuner)
     name = kwargs.get("target_name", adapter_name)

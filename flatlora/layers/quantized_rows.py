@@ -42,10 +42,11 @@ class FourBitRows:
 
         (m, n), size = self.shape, self.state.blocksize
         if n % size or (not rows.start and rows.stop >= m):  # a block must not extend over the end of a row
-            return F.dequantize_4bit(self.packed, self.state)[rows]
+            whole: Tensor = F.dequantize_4bit(self.packed, self.state)
+            return whole[rows]
         start, stop = rows.start * n, min(rows.stop, m) * n
         scales = self._scales(start // size, stop // size)
-        state = F.QuantState(
+        state = F.QuantState(  # type: ignore[no-untyped-call]  # its
             scales, (stop // n - rows.start, n), blocksize=size, quant_type=self.state.quant_type, dtype=self.dtype
         )
         return F.dequantize_4bit(self.packed.view(torch.uint8).view(-1)[start // 2 : stop // 2], state)
@@ -55,13 +56,15 @@ class FourBitRows:
 
         state = self.state
         if not state.nested:
-            return state.absmax[first:last].float()
+            absmax: Tensor = state.absmax[first:last]
+            return absmax.float()
         size = state.state2.blocksize
         a, b = first // size, -(-last // size)
         scales = F.dequantize_blockwise(
             state.absmax[a * size : b * size], absmax=state.state2.absmax[a:b], code=state.state2.code, blocksize=size
         )
-        return (scales[first - a * size : last - a * size] + state.offset).float()
+        found: Tensor = (scales[first - a * size : last - a * size] + state.offset).float()
+        return found
 
 
 class EightBitRows:
@@ -74,27 +77,34 @@ class EightBitRows:
         self.scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
 
     def __len__(self) -> int:
-        return self.shape[0]
+        m: int = self.shape[0]
+        return m
 
     def __getitem__(self, rows: slice) -> Tensor:
-        return self.integers[rows].float() * (self.scales[rows, None].float() / 127)
+        dense: Tensor = self.integers[rows].float() * (self.scales[rows, None].float() / 127)
+        return dense
 
 
 def quantized_rows(base: Any) -> Rows | None:
     """The rows of a quantized weight, or None if they are not available."""
-    weight = base._parameters.get("weight")
+    weight: Any = base._parameters.get("weight")
+    rows: Tensor | None
     if hasattr(base, "quant_state"):  # by attributes, because a pickled weight loses its class
         return FourBitRows(base)
     if hasattr(base, "state") and weight.dtype == torch.int8:
         return EightBitRows(base)
     if hasattr(base, "W_q"):
-        return base.dequantize()
+        rows = base.dequantize()
+        return rows
     if type(weight).__module__.startswith("torchao."):
-        return weight.dequantize()
+        rows = weight.dequantize()
+        return rows
     if hasattr(base, "quant_input"):  # Neural Compressor keeps (in, out); on Gaudi only its kernel knows the scales
         dequantize = getattr(base, "dequant_weights", getattr(base, "qdq_weights", None))
-        return None if dequantize is None else dequantize(weight).T
-    return weight if weight is not None and weight.dtype in FLOATS else None
+        rows = None if dequantize is None else dequantize(weight).T
+        return rows
+    rows = weight if weight is not None and weight.dtype in FLOATS else None
+    return rows
 
 
 @torch.no_grad()
@@ -130,7 +140,7 @@ def quantized_row_norms(base: nn.Module, squared: Tensor, B: Tensor, A: Tensor, 
 
 def _products(base: nn.Module, x: Tensor) -> Tensor:
     """``x W^T``, (k, m) float32: the output of the layer without the bias, which is its output at zero."""
-    out = base(torch.cat([x, torch.zeros_like(x[:1])])).float()
+    out: Tensor = base(torch.cat([x, torch.zeros_like(x[:1])])).float()
     return out[:-1] - out[-1]
 
 

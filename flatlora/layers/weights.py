@@ -69,8 +69,9 @@ class LayerWeights:
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A, (r, n), and B, (m, r), whose product this adapter adds, without its scaling."""
-        layer = self.layer
-        if isinstance(layer, AdaLoraLayer):
+        layer: Any = self.layer  # of one of peft's subclasses
+        is_adalora = isinstance(layer, AdaLoraLayer)
+        if is_adalora:
             singular = layer.lora_E[adapter] / (layer.ranknum[adapter] + 1e-5)  # as peft divides
             return layer.lora_A[adapter].detach() * singular.detach(), layer.lora_B[adapter].detach()
         A, B = (_dense(factor[adapter]) for factor in (layer.lora_A, layer.lora_B))
@@ -83,8 +84,7 @@ class LayerWeights:
 
 
 def _dense(factor: Any) -> Tensor:
-    if isinstance(factor, BlockDiagonalLinear):
-        weight: Tensor = factor.weight_as_blockdiagonal_matrix()
-    else:
-        weight = whole_weight(factor)
-    return weight.detach().flatten(1)
+    is_block_diagonal = isinstance(factor, BlockDiagonalLinear)
+    weight: Any = factor.weight_as_blockdiagonal_matrix() if is_block_diagonal else whole_weight(factor)
+    dense: Tensor = weight.detach().flatten(1)
+    return dense

@@ -69,5 +69,10 @@ class Bar(FactorOffset):
     def grows(self, A: nn.Parameter, B: nn.Parameter) -> Tensor:
         """Whether A grows, and not B."""
         if self.variant == "obar":
-            return torch.linalg.vector_norm(A) < torch.linalg.vector_norm(B)
-        return torch.linalg.vector_norm(gradient(A)) > torch.linalg.vector_norm(gradient(B))
+            return _norm(A) < _norm(B)
+        return _norm(gradient(A)) > _norm(gradient(B))
+
+
+def _norm(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..config import PerturbedLoraConfig, ScheduleName, schedule_field
-from .base import WeightNoise
+from .base import Method, WeightNoise
 
 
 @dataclass
@@ -47,7 +47,7 @@ class FlatLoraConfig(PerturbedLoraConfig):
     seed: int | None = field(default=None, metadata={"help": "Seed of the noise; default: torch's initial seed."})
     backend: str = field(default="auto", metadata={"help": "Implementation of the noise; 'auto' takes the fastest."})
 
-    def make_method(self) -> FlatLora:
+    def make_method(self) -> Method:
         return FlatLora()
 
 

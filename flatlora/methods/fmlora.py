@@ -94,8 +94,8 @@ class _FullWeightAscent:
             A, B = torch.stack([f.A for f in group]), torch.stack([_B_of_gradient(f) for f in group])
             grad_A = torch.stack([gradient(f.A) for f in group])
             grad_B = torch.stack([gradient(f.B) for f in group])
-            settings = {"scaling": group[0].scaling, "rho": rho_t[group[0].adapter], "rtol": self.rtol}
-            E = full_weight_ascent(*(t.flatten(2) for t in (A, B, grad_A, grad_B)), **settings)
+            flat = (t.flatten(2) for t in (A, B, grad_A, grad_B))
+            E = full_weight_ascent(*flat, scaling=group[0].scaling, rho=rho_t[group[0].adapter], rtol=self.rtol)
             yield from zip(group, E.view(B.shape), strict=True)
 
 
@@ -133,7 +133,7 @@ def _B_of_gradient(f: Factors) -> Tensor:
 
 
 def _of_equal_shape(factors: Iterable[Factors]) -> Iterator[list[Factors]]:
-    groups: dict[tuple, list[Factors]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Factors]] = defaultdict(list)
     for f in factors:
         groups[f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scaling, f.adapter].append(f)
     for group in groups.values():

@@ -173,14 +173,14 @@ class ForwardPasses:
         record = listener.record_of_pass()
 
         # an output may be saved without its hooks
-        @unserializable_hook  # type: ignore[no-untyped-call,untyped-decorator]  # torch's
+        @unserializable_hook  # type: ignore[untyped-decorator]  # torch's
         def recall(_grad: Tensor) -> None:
             running.recorded = torch._C._current_graph_task_id(), record
 
         found = [tensor for tensor in tensors(output) if tensor.requires_grad and tensor.grad_fn is not None]
         listener.on_pass_end(running.layers, found)
         for tensor in found:
-            tensor.register_hook(recall)
+            tensor.register_hook(recall)  # type: ignore[no-untyped-call]  # torch's
 
 
 def listener_of(module: nn.Module) -> PassListener | None:
@@ -193,7 +193,8 @@ def root_of(model: nn.Module) -> nn.Module:
     """The model inside peft's wrappers, in which the layers have their names."""
     inner = getattr(model, "base_model", None)
     if isinstance(inner, BaseTuner):
-        return inner.model
+        model_inside: nn.Module = inner.model
+        return model_inside
     return model.model if isinstance(model, BaseTuner) else model
 
 

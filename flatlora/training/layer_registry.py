@@ -14,7 +14,7 @@ from .forward_passes import root_of
 
 
 class FlatLayer(Protocol):
-    """What the training of a model needs of a flat layer, which is an `nn.Module`."""
+    """What the training of a model needs of a flat layer."""
 
     number: int
     stream: int
@@ -22,12 +22,13 @@ class FlatLayer(Protocol):
     perturbation: Any
     offsets: Offsets
     flat_adapters: set[str]
-    lora_A: Any
-    lora_B: Any
     __dict__: dict[str, Any]
 
     def anchor(self) -> Any:
         """The tensor or module that identifies the frozen weight: layers that share it share their noise."""
+
+    def join(self, perturbation: Any, stream: int) -> None:
+        """Take part in a perturbation, with this noise stream."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -40,7 +41,7 @@ class LayerRegistry(PartlyCopied):
     def __init__(self, model: nn.Module) -> None:
         self.streams = 0  # noise streams handed out
         self._start()
-        self._model = weakref.ref(model)
+        self.set_model(model)
 
     def _start(self) -> None:
         self._model: Callable[[], nn.Module | None] = no_object
@@ -67,9 +68,10 @@ class LayerRegistry(PartlyCopied):
     def named(self) -> Iterator[tuple[str, FlatLayer]]:
         """(name in the model, layer) of each layer that is in the model."""
         ours = {id(layer) for layer in self.alive()}
-        for name, module in () if self.model is None else self.model.named_modules():
+        modules: Any = () if self.model is None else self.model.named_modules()
+        for name, module in modules:
             if id(module) in ours:
-                yield name, module  # type: ignore[misc]  # a flat layer is a module
+                yield name, module
 
     def factors(self) -> Iterator[nn.Parameter]:
         """The trainable parameters of the adapters in these layers."""

@@ -24,8 +24,8 @@ class NoiseStream(PartlyCopied):
         backend: name of the noise backend.
     """
 
-    sample = Checked(integer, 0, INT64)
-    seed = Checked(integer, *SEED)
+    sample: int = Checked(integer, 0, INT64)
+    seed: int = Checked(integer, *SEED)
     not_copied: ClassVar[frozenset[str]] = frozenset({"_key"})
 
     def __init__(self, seed: int | None, resample: str, backend: str) -> None:

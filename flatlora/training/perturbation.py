@@ -87,7 +87,7 @@ class Perturbation(PartlyCopied):
         self.records = ForwardRecords(self.passes, self.overrides, self.noise, self.schedule)
         self.leader = LeadingOptimizer()
         self.diagnostics = Diagnostics(self.registry, self.passes)
-        self.method_state = settings.method.make_state()
+        self.method_state: Any = settings.method.make_state()  # a MethodState of the method's own class
         for module in entrances(model):
             self.passes.watch(module)
         self._start()

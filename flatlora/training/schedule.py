@@ -64,7 +64,7 @@ class Schedule(PartlyCopied):
         total_steps: length of the run in optimizer steps, None if unknown.
     """
 
-    total_steps = Checked(integer, 1, INT64, optional=True)
+    total_steps: int | None = Checked(integer, 1, INT64, optional=True)
 
     def __init__(self, kind: str, total_steps: int | None) -> None:
         self.kind = kind

@@ -11,12 +11,12 @@ LINK = re.compile(r"\]\((?:\.\./)+((?:examples|tests)/[^)#]+)\)")
 
 def on_files(files, config):
     for page in list(files.documentation_pages()):
-        for name in LINK.findall(page.content_string):
-            if files.get_file_from_path(f"files/{name}") is None:
-                files.append(File.generated(config, f"files/{name}", abs_src_path=str(ROOT / name)))
+        for name in LINK.findall(Path(page.abs_src_path).read_text(encoding="utf-8")):
+            if files.get_file_from_path(name) is None:
+                files.append(File(name, str(ROOT), config["site_dir"], config["use_directory_urls"]))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
     up = "../" * page.file.src_uri.count("/")
-    return LINK.sub(lambda link: f"]({up}files/{link[1]})", markdown)
+    return LINK.sub(lambda link: f"]({up}{link[1]})", markdown)

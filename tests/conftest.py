@@ -5,6 +5,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers")
+
 torch.set_num_threads(1)  # tiny models: waking a second thread costs more than it saves
 
 
@@ -15,8 +17,11 @@ def _seeded():
 
 @pytest.fixture
 def any_peft(monkeypatch):
-    """transformers 5.24 refuses `add_adapter` with a peft below 0.22, which is not out yet; all that it then does with
-    peft works with today's 0.21, and is what a test of this fixture looks at."""
+    """Let transformers accept the installed peft.
+
+    transformers 5.24 refuses `add_adapter` with a peft below 0.22, which is not released yet. Everything that it then
+    calls works with peft 0.21.
+    """
     from transformers.integrations import peft
 
     monkeypatch.setattr(peft, "check_peft_version", lambda min_version: None)

@@ -1,6 +1,6 @@
 """Losses and parameters of 20 optimizer steps for each kind of layer and method, as `golden.json` holds them.
 
-    PYTHONPATH=tests/methods python tests/golden.py    # write golden.json, before a change that must keep every bit
+    PYTHONPATH=. python tests/golden.py    # write golden.json, before a change that must keep every bit
 
 `test_golden.py` compares: bit for bit on a machine of the same kind, within the precision of the dtype on any other.
 """
@@ -11,12 +11,8 @@ import platform
 import warnings
 from pathlib import Path
 
-import layer_cases
-import merged_cases
-import quantised_cases
-import tiny
 import torch
-import twin
+from helpers import layer_cases, merged_cases, quantized_cases, tiny, twin
 
 import flatlora
 
@@ -81,8 +77,8 @@ def layer_case(case, dtype):
 
 
 def quantized_case(case):
-    model, layer = quantised_cases.flat_model(case)
-    x = torch.randn(4, quantised_cases.N)
+    model, layer = quantized_cases.flat_model(case)
+    x = torch.randn(4, quantized_cases.N)
     return train(model, lambda step: mean_square(model(x)))
 
 
@@ -124,7 +120,7 @@ def cases():
     for case in layer_cases.CASES:
         for name, dtype in DTYPES.items():
             found[f"layer {case.name} {name}"] = name, lambda case=case, dtype=dtype: layer_case(case, dtype)
-    for case in quantised_cases.CASES:
+    for case in quantized_cases.CASES:
         dtype = "bfloat16" if "bf16" in case.name else "float32"
         found[f"quantized {case.name}"] = dtype, lambda case=case: quantized_case(case)
     for case in (merged_cases.ATTENTION, merged_cases.OUT_IN, merged_cases.IN_OUT):

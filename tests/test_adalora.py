@@ -2,10 +2,10 @@
 
 import peft
 import pytest
-import tiny
 import torch
-from dense import assert_dense, dense_forward
-from layer_cases import Holder
+from helpers import tiny
+from helpers.dense import assert_dense, dense_forward
+from helpers.layer_cases import Holder
 from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora.layer import SVDLinear
 from torch import nn

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import peft
 import pytest
-import tiny
 import torch
-from dense import assert_dense, cross_entropy
+from helpers import tiny
+from helpers.dense import assert_dense, cross_entropy
 from peft import LoHaConfig, LoraConfig, PeftModel, XLoraConfig, inject_adapter_in_model
 from peft.utils import load_peft_weights
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from argument_cases import CASES, COUNT, KEY, RESULTS, STD, VALUES, W, flat, hessian, loss
+from helpers.arguments import CASES, COUNT, KEY, RESULTS, STD, VALUES, W, flat, hessian, loss
 
 import flatlora
 from flatlora import analysis, methods, ops, plotting, report

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from merged_cases import (
+from helpers.merged_cases import (
     ATTENTION,
     DIM,
     FLAT,

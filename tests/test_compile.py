@@ -1,8 +1,8 @@
 """`torch.compile` of plain linear layers: one graph, no recompilation from step to step, the noise of the eager run."""
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint

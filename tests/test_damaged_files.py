@@ -8,8 +8,8 @@ import os
 import sys
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 import flatlora
 from flatlora import BiLoraConfig, FlatLoraConfig, get_flat_peft_model, perturbation, report

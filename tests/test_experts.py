@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from merged_cases import (
+from helpers.merged_cases import (
     DIM,
     FLAT,
     OUT_IN,

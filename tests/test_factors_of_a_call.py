@@ -1,8 +1,8 @@
 """Row norms are those of the very factors of a call: fast weights, weights written through `.data`, replaced ones."""
 
-import layer_cases
 import pytest
 import torch
+from helpers import layer_cases
 from torch import nn
 from torch.func import functional_call
 

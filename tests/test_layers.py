@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import CASES, SEED, Case, apply_dense, clean_forward, dense_noise, dense_weight, flat_model
+from helpers.layer_cases import CASES, SEED, Case, apply_dense, clean_forward, dense_noise, dense_weight, flat_model
 from torch import nn
 
 import flatlora.ops.blocks

@@ -9,8 +9,8 @@ import weakref
 
 import peft
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from torch import nn
 
 from flatlora import EFMLoraConfig, FlatLoraConfig, attach, detach, get_flat_peft_model, perturbation

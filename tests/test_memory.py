@@ -2,29 +2,14 @@
 
 import peft
 import pytest
-import tiny
 import torch
-from allocations import allocations
-from layer_cases import CASES, clean_forward, flat_model
+from helpers import tiny
+from helpers.layer_cases import CASES, clean_forward, flat_model
+from helpers.memory import allocations, saved_bytes
 from peft import LoraConfig
 
 import flatlora.ops.blocks
 from flatlora import FlatLoraConfig, get_flat_peft_model
-
-
-def saved_bytes(run, frozen):
-    """Bytes of the distinct storages that autograd keeps after `run()`, the frozen parameters' left out."""
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = run()
-    return sum(storages.values()), out
 
 
 def test_a_layer_saves_order_m_beyond_plain_lora():

@@ -6,8 +6,8 @@ import io
 import peft
 import pytest
 import torch
-from merged_cases import FLAT, assert_close, every_case, flat_model, input_of, plain_model, trained
-from test_memory import allocations, saved_bytes
+from helpers.memory import allocations, saved_bytes
+from helpers.merged_cases import FLAT, assert_close, every_case, flat_model, input_of, plain_model, trained
 
 import flatlora.ops.blocks
 from flatlora import attach, detach, perturbation, unperturbed

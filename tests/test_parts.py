@@ -7,6 +7,7 @@ import math
 import peft
 import pytest
 import torch
+from helpers.noise import unit_noise
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -22,7 +23,6 @@ from flatlora import (
     unperturbed,
 )
 from flatlora.layer import flat_layers
-from flatlora.ops import perturb_weight
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -47,8 +47,7 @@ def injected(part, config):
 
 
 def z_of(layer, sample=0):
-    key = torch.tensor([layer.perturbation.seed, sample])
-    return perturb_weight(torch.zeros(8, 8), torch.ones(8), key, layer.stream)
+    return unit_noise(8, 8, layer.stream, seed=layer.perturbation.seed, sample=sample)
 
 
 def streams(model):

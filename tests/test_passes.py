@@ -5,8 +5,8 @@ import threading
 from contextlib import nullcontext
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

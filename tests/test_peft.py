@@ -4,8 +4,8 @@ import weakref
 
 import peft
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from torch import nn

@@ -3,10 +3,10 @@
 import sys
 import time
 
-import processes
 import psutil
 import pytest
 import torch.distributed as dist
+from helpers import processes
 
 STALLED = 3  # seconds, in place of 120
 WORK = "import time; start = time.monotonic()\nwhile time.monotonic() - start < {}: pass\nprint('done')"

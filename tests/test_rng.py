@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from flatlora import perturbation
 

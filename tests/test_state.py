@@ -5,8 +5,8 @@ import warnings
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from flatlora import FlatLoraConfig, attach, get_flat_peft_model, load, perturbation, perturbed
 from flatlora.ops import products

@@ -3,12 +3,12 @@
 import warnings
 from collections import OrderedDict
 
-import layer_cases
 import pytest
 import torch
-from layer_cases import CASES
+from helpers import layer_cases
+from helpers.layer_cases import CASES
+from helpers.two_layers import KINDS, TwoLayers, adapted, flat, trainable, x_like
 from peft import LoraConfig
-from test_autograd import KINDS, TwoLayers, adapted, flat, trainable, x_like
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, jvp, linearize, vjp, vmap

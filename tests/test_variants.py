@@ -4,14 +4,13 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import SEED, Holder
+from helpers.layer_cases import SEED, Holder
+from helpers.noise import epsilon
 from peft.tuners.lora import BdLoraConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.lora.config import KasaConfig
 from torch import nn
 
 from flatlora import EFMLoraConfig, FlatLoraConfig, get_flat_peft_model, unperturbed
-from flatlora.ops import perturb_weight
-from flatlora.ops.philox import mix_rank
 
 RHO = 0.3
 VARIANTS = {
@@ -59,10 +58,7 @@ def merged_weight(layer):
 
 
 def dense_noise(layer):
-    merged = merged_weight(layer)
-    key = torch.tensor([mix_rank(SEED, 0), 0])
-    z = perturb_weight(torch.zeros_like(merged), torch.ones(len(merged), dtype=merged.dtype), key, layer.stream)
-    return (RHO / merged.shape[1] ** 0.5 * merged.norm(dim=1, keepdim=True) * z).detach()
+    return epsilon(merged_weight(layer), layer.stream, rho=RHO, seed=SEED)
 
 
 @every_variant

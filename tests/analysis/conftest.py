@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from analysis.cases import Net
+from helpers.landscapes import Net
 
 from flatlora.analysis import directions
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from analysis.cases import Quadratic, Snapshot, token_loss, value
+from helpers.landscapes import Quadratic, Snapshot, token_loss, value
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

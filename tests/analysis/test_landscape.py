@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from allocations import allocations
-from analysis.cases import Quadratic, Snapshot, token_loss, value
+from helpers.landscapes import Quadratic, Snapshot, token_loss, value
+from helpers.memory import allocations
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

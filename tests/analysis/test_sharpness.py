@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from analysis.cases import Quadratic, Snapshot, token_loss, value
+from helpers.landscapes import Quadratic, Snapshot, token_loss, value
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

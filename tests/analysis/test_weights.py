@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from analysis.cases import Snapshot
-from layer_cases import CASES, apply_dense, dense_weight, flat_model, merged_norms
+from helpers.landscapes import Snapshot
+from helpers.layer_cases import CASES, apply_dense, dense_weight, flat_model, merged_norms
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import models
 import packages
-import processes
 import pytest
 import torch.distributed as dist
+from helpers import processes
 
 CONTENT = b"an archive"
 PACKAGE = packages.Package("made-up==1.0", "made_up-1.0.tar.gz", hashlib.sha256(CONTENT).hexdigest(), "a test")

@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from loops import runs
-from loops.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model
+from helpers import runs
+from helpers.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 

@@ -15,13 +15,12 @@ transformers below 5.18, so it cannot be installed beside what these tests run w
 import copy
 from types import MethodType
 
-import processes
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 import triton
-from loops.runs import flat_model, trainer
+from helpers import processes, tiny
+from helpers.runs import flat_model, trainer
 from packaging import version
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

@@ -3,7 +3,7 @@
 import lightning
 import pytest
 import torch
-from loops.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model, plain_model
+from helpers.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model, plain_model
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 

@@ -1,9 +1,9 @@
 """`Trainer(fp16=True)` as far as a CPU has it: accelerate makes that float32 there, so its scaler is put in by hand."""
 
 import pytest
-import tiny
 import torch
-from loops.runs import cosine, flat_model, trainer
+from helpers import tiny
+from helpers.runs import cosine, flat_model, trainer
 from transformers import Trainer
 
 from flatlora import FlatLoraCallback, perturbation

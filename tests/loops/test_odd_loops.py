@@ -3,10 +3,9 @@
 import copy
 
 import pytest
-import tiny
 import torch
-import twin
-from kinds import every_method, step
+from helpers import tiny, twin
+from helpers.methods import every_method, step
 from torch.optim import SGD, AdamW, Optimizer
 
 from flatlora import BarConfig, BiLoraConfig, EFMLoraConfig, FlatLoraConfig, perturbation, perturbed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from loops.runs import adapter, assert_same_adapter, batches, cosine, flat_model, plain_model
+from helpers.runs import adapter, assert_same_adapter, batches, cosine, flat_model, plain_model
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from loops.runs import adapter, assert_same_adapter, batches, flat_model, rows, trainer
+from helpers.runs import adapter, assert_same_adapter, batches, flat_model, rows, trainer
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 

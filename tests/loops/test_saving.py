@@ -8,9 +8,9 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
-from loops.runs import RHO, adapter, assert_same_adapter, flat_model, plain_model
+from helpers import tiny
+from helpers.runs import RHO, adapter, assert_same_adapter, flat_model, plain_model
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 

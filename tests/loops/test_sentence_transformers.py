@@ -1,10 +1,10 @@
 """sentence-transformers: losses that compare the outputs of several forwards, before one backward."""
 
 import pytest
-import tiny
 import torch
-from loops.runs import RHO, adapter, assert_same_adapter
-from loops.test_trl import texts, tokenizer
+from helpers.runs import RHO, adapter, assert_same_adapter
+from helpers.sentences import saved_bert
+from helpers.trl_runs import texts
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
@@ -12,7 +12,6 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertEncoder
 
 from flatlora import FlatLoraCallback, FlatLoraConfig, perturbation, perturbed
@@ -20,15 +19,6 @@ from flatlora import FlatLoraCallback, FlatLoraConfig, perturbation, perturbed
 STEPS = 4
 COLUMNS = ("anchor", "positive", "negative")
 pytestmark = pytest.mark.usefixtures("any_peft")
-
-
-def saved_bert(path):
-    """The folder of a tiny BERT, as of a user's own model."""
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    BertModel(BertConfig(vocab_size=tiny.TOKENS, **sizes)).save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Inside transformers' Trainer: the ramp, what is logged, clean evaluation, and its other features beside us."""
 
 import pytest
-import tiny
-from loops.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model, plain_model, rows, trainer
+from helpers import tiny
+from helpers.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model, plain_model, rows, trainer
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (

@@ -5,8 +5,8 @@ import os
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import pytest
-import tiny
-from loops.test_trl import GENERATES, LENGTH, STEPS, assert_clean_but_for_training, number_of_words, texts, train
+from helpers import tiny
+from helpers.trl_runs import GENERATES, LENGTH, STEPS, assert_clean_but_for_training, number_of_words, texts, train
 from trl import GRPOTrainer, KTOConfig, KTOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.online_dpo import OnlineDPOTrainer

@@ -1,9 +1,8 @@
 """Two processes under DDP: the step sees averaged gradients, a first pass of two is each process's own."""
 
-import processes
 import pytest
 import torch
-import twin
+from helpers import processes, twin
 from torch.nn.parallel import DistributedDataParallel
 
 from flatlora import (

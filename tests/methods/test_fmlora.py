@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-import twin
+from helpers import twin
 from transformers import Trainer, TrainingArguments
 
 from flatlora import EFMLoraConfig, FlatLoraCallback, FMLoraConfig, TwoPassTrainerMixin, ascent

@@ -1,10 +1,9 @@
 """Every method in the loops that are not plain: a Trainer that is broken off, a GradScaler that overflows."""
 
-import tiny
 import torch
-import twin
-from kinds import every_method
-from loops.runs import adapter, assert_same_adapter, rows, trainer
+from helpers import tiny, twin
+from helpers.methods import every_method
+from helpers.runs import adapter, assert_same_adapter, rows, trainer
 from transformers import Trainer
 
 from flatlora import FlatLoraCallback, TwoPassTrainerMixin, ascent, perturbation

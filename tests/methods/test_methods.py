@@ -5,10 +5,10 @@ import json
 
 import peft
 import pytest
-import tiny
 import torch
-import twin
-from kinds import every_method, step
+from helpers import tiny, twin
+from helpers.methods import every_method, step
+from helpers.noise import unit_noise
 
 import flatlora
 from flatlora import (
@@ -24,8 +24,6 @@ from flatlora import (
     perturbation,
     perturbed,
 )
-from flatlora.ops import perturb_weight
-from flatlora.ops.philox import mix_rank
 
 S = twin.SCALING
 # ---- each from its equations ----
@@ -52,19 +50,13 @@ def test_lora_sam_takes_the_gradient_at_the_factors_moved_along_their_gradient()
     twin.assert_close(model, tensors)
 
 
-def noise(shape, std, stream, seed=5, sample=0):
-    key = torch.tensor([mix_rank(seed, 0), sample])
-    row_std = torch.full((shape[0],), float(std), dtype=torch.float64)
-    return perturb_weight(torch.zeros(shape, dtype=torch.float64), row_std, key, stream)
-
-
 def test_rwp_noise_has_one_standard_deviation_for_a_layer():
     model = twin.adapted(RwpConfig, rho=0.2, schedule="constant", seed=5)
     weights = []
     for stream, (W, A, B) in enumerate(twin.factors(model)):
         merged = (W + S * B @ A).detach()
         std = 0.2 * torch.linalg.matrix_norm(merged) / merged.numel() ** 0.5
-        weights.append(W + S * B @ A + noise(W.shape, std, stream))
+        weights.append(W + S * B @ A + std * unit_noise(*W.shape, stream, seed=5))
     assert abs(twin.loss(model, 0) - twin.dense_loss(weights, 0)) < 1e-10
     assert abs(twin.loss(model.eval(), 0) - twin.dense_loss(weights, 0)) > 1e-4
 

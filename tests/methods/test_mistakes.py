@@ -3,9 +3,8 @@
 import contextlib
 
 import pytest
-import tiny
 import torch
-import twin
+from helpers import tiny, twin
 from peft.tuners.lora.config import KasaConfig
 from torch import nn
 from transformers import TrainerState

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.noise_cases import key_of
+from helpers.noise_cases import key_of
 
 from flatlora.ops import RowNoise, blocks, lora_linear, makes_norms, merged_row_norms, native, perturb_weight
 

@@ -6,10 +6,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import processes
 import pytest
 import torch
-from ops.noise_cases import key_of, random_case
+from helpers import processes
+from helpers.noise_cases import key_of, random_case
 
 from flatlora.ops import native, perturb
 from flatlora.ops.perturb import perturb_weight, resolve_backend, row_noise

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.noise_cases import DEFAULTS, problem
 
 from flatlora.ops import (
     RowNoise,
@@ -28,19 +29,6 @@ from flatlora.ops.norms import grouped_row_norms, row_norms
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = ["reference", "torch", *(["c"] if native.LIBRARY is not None else [])]
-DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]
-
-
-def problem(dtype, m=130, n=70, r=3):
-    """Everything is of an explicit dtype, on the CPU."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, B, A, x = random(m, n).to(dtype), random(m, r).to(wide), random(r, n).to(wide), random(4, n).to(dtype)
-    return weight, B, A, x, random(m).to(wide).abs(), torch.tensor([5, -6], dtype=torch.int64, device="cpu")
 
 
 def every_operator(dtype, backend):
@@ -113,7 +101,7 @@ def test_the_default_device_changes_no_bit(backend):
 
 TRITON = """
 import torch
-from ops.test_default_dtype import DEFAULTS, problem
+from helpers.noise_cases import DEFAULTS, problem
 from flatlora.ops import perturb_weight, row_noise
 
 for dtype in (torch.float32, torch.bfloat16, torch.float64):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from ops.noise_cases import DTYPES, KNOWN, STREAMS, assert_close, definition, key_of, nans, random_case
+from helpers.noise_cases import DTYPES, KNOWN, STREAMS, assert_close, definition, key_of, nans, random_case
 
 from flatlora.ops import native, philox
 from flatlora.ops.perturb import perturb_weight, row_noise

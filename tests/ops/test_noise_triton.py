@@ -7,8 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-import processes
 import pytest
+from helpers import processes
 
 pytestmark = [processes.patient, pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")]
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ INTERPRETED = """
 import torch
 from flatlora.ops import philox
 from flatlora.ops.perturb import perturb_weight, row_noise
-from ops.noise_cases import DTYPES, STREAMS, assert_close, definition, key_of, nans, random_case
+from helpers.noise_cases import DTYPES, STREAMS, assert_close, definition, key_of, nans, random_case
 
 def check(weight, out, row_std, seed, sample, layer, first_row):
     perturb_weight(weight, row_std, key_of(seed, sample), layer, first_row, backend="triton", out=out)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops.noise_cases import key_of, random_case
+from helpers.noise_cases import key_of, random_case
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 

@@ -5,11 +5,11 @@ Losses and parameters of one process are met to 1e-5, which is the rounding of s
 
 import math
 
-import processes
 import pytest
 import torch
-from spread.engines import ENGINES
-from spread.record import CHECKPOINTING, REFUSED, RHO, STEPS, alone, record
+from helpers import processes
+from helpers.engine_runs import CHECKPOINTING, REFUSED, RHO, STEPS, alone, record
+from helpers.engines import ENGINES
 
 pytestmark = processes.patient
 SAME = {"zero": ["zero"], "off": list(CHECKPOINTING), "factors": ["factors"]}

@@ -10,15 +10,14 @@ import os
 import sys
 from pathlib import Path
 
-import processes
 import pytest
-import tiny
 import torch
 import transformers
+from helpers import processes, tiny
+from helpers.engine_runs import STEPS, train_together
 from packaging import version
 from peft import PeftModel
 from safetensors.torch import load_file
-from spread.record import STEPS, train_together
 from torch.utils.data import default_collate
 from transformers import set_seed
 

@@ -1,9 +1,9 @@
 """accelerate's `dispatch_model`: frozen weights that are on no device until their layer runs."""
 
 import pytest
-import tiny
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from helpers import tiny
 from peft.tuners.lora import LoraLayer
 
 from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation

@@ -3,13 +3,12 @@
 import os
 from contextlib import nullcontext
 
-import processes
 import pytest
-import tiny
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from loops.runs import flat_model, trainer
-from spread.engines import ENGINES
+from helpers import processes, tiny
+from helpers.engines import ENGINES
+from helpers.runs import flat_model, trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaForCausalLM

@@ -9,8 +9,18 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import RHO, SEED
-from quantised_cases import CASES, FROM_PEFT, SETTINGS, Holder, M, N, every_case, every_case_from_peft, flat_model
+from helpers.layer_cases import RHO, SEED
+from helpers.quantized_cases import (
+    CASES,
+    FROM_PEFT,
+    SETTINGS,
+    Holder,
+    M,
+    N,
+    every_case,
+    every_case_from_peft,
+    flat_model,
+)
 from test_memory import allocations, saved_bytes
 from torch import nn
 

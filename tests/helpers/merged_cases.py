@@ -9,14 +9,13 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import RHO, SEED
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from flatlora import FlatLoraConfig, get_flat_peft_model
-from flatlora.ops import perturb_weight
-from flatlora.ops.philox import mix_rank
+from helpers.layer_cases import RHO, SEED
+from helpers.noise import epsilon
 
 DIM, EXPERTS, HIDDEN = 8, 3, 10
 FLAT = {"rho": RHO, "schedule": "constant", "seed": SEED}
@@ -66,12 +65,10 @@ class Moe(nn.Module):
 
 
 def noise(layer, weight, transposed=False, sample=0):
-    """By its definition: outputs are rows, counted through the experts, each relative to its own norm."""
+    """eps in the layout of the weight: the rows are the outputs, numbered through all experts."""
     weight = weight.detach()
     rows = (weight.mT if transposed else weight).reshape(-1, weight.shape[-2 if transposed else -1])
-    key = torch.tensor([mix_rank(SEED, 0), sample])
-    z = perturb_weight(torch.zeros_like(rows), torch.ones(len(rows), dtype=rows.dtype), key, layer.stream)
-    eps = RHO / rows.shape[1] ** 0.5 * rows.norm(dim=1, keepdim=True) * z
+    eps = epsilon(rows, layer.stream, rho=RHO, seed=SEED, sample=sample)
     return eps.view(weight.mT.shape).mT if transposed else eps.view(weight.shape)
 
 

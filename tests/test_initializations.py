@@ -2,9 +2,9 @@
 
 import peft
 import pytest
-import tiny
 import torch
-from dense import assert_dense
+from helpers import tiny
+from helpers.dense import assert_dense
 from peft import EvaConfig, LoftQConfig, LoraConfig, initialize_lora_eva_weights
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig

@@ -57,3 +57,18 @@ def assert_close(actual, expected):
 def nans(m, n, dtype):
     """A result to write into: what is left unwritten shows."""
     return torch.full((m, n), float("nan"), dtype=dtype)
+
+
+DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]  # dtypes that a user may make torch's default
+
+
+def problem(dtype, m=130, n=70, r=3):
+    """W, B, A, x, row norms and a key. The dtype and the device of each tensor are explicit."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, B, A, x = random(m, n).to(dtype), random(m, r).to(wide), random(r, n).to(wide), random(4, n).to(dtype)
+    return weight, B, A, x, random(m).to(wide).abs(), torch.tensor([5, -6], dtype=torch.int64, device="cpu")

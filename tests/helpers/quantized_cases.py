@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import transformers.integrations.eetq
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-from layer_cases import RHO, SEED
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from flatlora import FlatLoraConfig, attach, get_flat_peft_model
+from helpers.layer_cases import RHO, SEED
 
 M, N = 64, 128
 SETTINGS = {"r": 4, "lora_alpha": 8, "target_modules": ["layer"]}

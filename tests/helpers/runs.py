@@ -3,12 +3,12 @@
 import math
 
 import peft
-import tiny
 import torch
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 
 from flatlora import FlatLoraConfig
+from helpers import tiny
 
 RHO = 0.2
 

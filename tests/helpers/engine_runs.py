@@ -5,13 +5,12 @@ from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 
 import pytest
-import tiny
 import torch
-from spread import kinds
-from spread.engines import ENGINES, LEARNING_RATE
 
 from flatlora import RwpConfig, perturbation
 from flatlora.ops import products
+from helpers import engine_models, tiny
+from helpers.engines import ENGINES, LEARNING_RATE
 
 STEPS, RHO = 4, 0.5
 FLAT = {"rho": RHO, "schedule": "linear", "total_steps": STEPS}
@@ -28,7 +27,7 @@ RUNS = {
     "zero": (tiny.flat_model, {**FLAT, "rho": 0.0}, "off"),
     **{name: (tiny.flat_model, FLAT, name) for name in CHECKPOINTING},
     "factors": (rwp_model, FLAT, "off"),
-    **{kind: (partial(kinds.make, kind), FLAT, "off") for kind in kinds.KINDS},
+    **{kind: (partial(engine_models.make, kind), FLAT, "off") for kind in engine_models.KINDS},
 }
 REFUSED = {  # what is raised: by us, or by what plain LoRA fails in too
     ("fsdp1", "dora"): "DoRA cannot be trained under FSDP1 .* use_orig_params=False",
@@ -46,7 +45,7 @@ def batch_seed(step, rank):
 def record(rank, engine, folder):
     os.environ["LOCAL_RANK"] = str(rank)
     found = {}
-    for name in [name for name in RUNS if name not in kinds.KINDS or name in ENGINES[engine].kinds]:
+    for name in [name for name in RUNS if name not in engine_models.KINDS or name in ENGINES[engine].kinds]:
         refused = pytest.raises(Exception, match=REFUSED[engine, name]) if (engine, name) in REFUSED else nullcontext()
         with refused:
             found[name] = train(rank, ENGINES[engine], *RUNS[name], follow=name in CHECKPOINTING)

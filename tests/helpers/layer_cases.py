@@ -9,8 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation
-from flatlora.ops import perturb_weight
-from flatlora.ops.philox import mix_rank
+from helpers.noise import epsilon
 
 RHO, SEED = 0.3, 11
 
@@ -115,15 +114,10 @@ def _ungroup(weight, groups):
 
 
 def dense_noise(layer, sample=0, rho=RHO, seed=SEED):
-    """eps by its definition, in the layout of `dense_weight`: rho / sqrt(n) * ||W'_i|| * z_ij, a constant."""
+    """eps in the layout of `dense_weight`."""
     base = layer.get_base_layer()
     own = base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
-    key = torch.tensor([mix_rank(seed, 0), sample])
-    z = perturb_weight(
-        torch.zeros(own.shape, dtype=own.dtype), torch.ones(len(own), dtype=own.dtype), key, layer.stream
-    )
-    norms = merged_norms(layer).detach()
-    eps = rho / own.shape[1] ** 0.5 * norms[:, None] * z
+    eps = epsilon(own, layer.stream, rho=rho, norms=merged_norms(layer), seed=seed, sample=sample)
     shape = own.shape if isinstance(base, Conv1D) else base.weight.shape
     return _ungroup(eps.view(shape), getattr(base, "groups", 1))
 

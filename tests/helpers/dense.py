@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from functools import partial
 from unittest import mock
 
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora import perturbation
 from flatlora.layer import flat_layers
-from flatlora.ops import perturb_weight
-from flatlora.ops.philox import mix_rank
+from helpers import tiny
+from helpers.noise import epsilon
 
 
 def cross_entropy(model):
@@ -36,13 +35,11 @@ def rows(layer, weight):
 
 
 def noise(layer, weight):
-    """rho_t / sqrt(n) * ||W'_i|| * z_ij in the weight's own layout; a constant."""
+    """eps in the layout of the weight."""
     state = layer.perturbation
     rho_t = max(state.rhos[name] for name in layer.active_flat_adapters()) * state.ramp
     flat = rows(layer, weight.detach())
-    key = torch.tensor([mix_rank(state.seed, 0), state.sample])
-    z = perturb_weight(torch.zeros_like(flat), torch.ones(len(flat), dtype=flat.dtype), key, layer.stream)
-    eps = rho_t / flat.shape[1] ** 0.5 * flat.norm(dim=1, keepdim=True) * z
+    eps = epsilon(flat, layer.stream, rho=rho_t, seed=state.seed, sample=state.sample)
     return rows(layer, eps).reshape(weight.shape)
 
 

@@ -1,11 +1,11 @@
 """Models whose adapted layers are more than plain linear ones, each from the same seeds every time."""
 
-import tiny
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from flatlora import FlatLoraConfig
+from helpers import tiny
 
 
 def gpt2():

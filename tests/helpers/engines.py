@@ -2,10 +2,11 @@
 
 import torch
 from peft.utils.other import fsdp_auto_wrap_policy
-from spread.kinds import KINDS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from helpers.engine_models import KINDS
 
 LEARNING_RATE = 0.05
 

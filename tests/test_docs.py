@@ -7,13 +7,13 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
 from datasets import Dataset
-from loops.runs import batches, rows
-from loops.test_diffusers import unet, unet_inputs
-from loops.test_sentence_transformers import saved_bert
-from loops.test_trl import texts, tokenizer
+from helpers import tiny
+from helpers.diffusion import unet, unet_inputs
+from helpers.runs import batches, rows
+from helpers.sentences import saved_bert
+from helpers.trl_runs import texts, tokenizer
 from torch.utils.data import DataLoader
 
 PAGES = Path(__file__).parents[1] / ".docs" / "pages"

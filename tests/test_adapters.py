@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.dense import assert_dense, cross_entropy
+from helpers.internals import strength
 from peft import LoHaConfig, LoraConfig, PeftModel, XLoraConfig, inject_adapter_in_model
 from peft.utils import load_peft_weights
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -53,7 +54,7 @@ def model_of(**configs):
 
 
 def strengths(model):
-    return {layer._strength() for layer in flat_layers(model)}
+    return {strength(layer) for layer in flat_layers(model)}
 
 
 @pytest.fixture

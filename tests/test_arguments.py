@@ -86,8 +86,14 @@ def test_numbers_of_any_kind_are_taken(half):
 def test_integers_of_any_kind_are_taken(two):
     config = flatlora.BiLoraConfig(ascent_r=two, seed=two, total_steps=two)
     assert [(type(x), x) for x in (config.ascent_r, config.seed, config.total_steps)] == [(int, 2)] * 3
-    callback = flatlora.FlatLoraCallback(sharpness_steps=two, sharpness_batches=[1], sharpness_samples=two)
-    assert (callback._every, callback._samples) == (2, 2)
+    callbacks = [
+        flatlora.FlatLoraCallback(sharpness_steps=count, sharpness_batches=[1], sharpness_samples=count)
+        for count in (two, 2)
+    ]
+    assert vars(callbacks[0]) == vars(callbacks[1])
+    assert {type(value) for value in vars(callbacks[0]).values()} <= {
+        type(value) for value in vars(callbacks[1]).values()
+    }
     assert analysis.trace(hessian(), samples=two, seed=two).samples.shape == (2,)
     state = flatlora.perturbation(flat())
     state.sample = state.seed = two

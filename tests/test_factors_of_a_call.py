@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import layer_cases
+from helpers.internals import row_norms
 from torch import nn
 from torch.func import functional_call
 
@@ -114,17 +115,17 @@ def test_another_tensor_at_the_same_address_in_the_same_pass():
     factor = layer.lora_B["default"]
     factor.weight = nn.Parameter(torch.randn(factor.weight.shape, dtype=torch.double))
     with perturbation(layer).forward_of(Record(sample=0, perturbed=True, token=object())):
-        torch.testing.assert_close(layer._row_norms(), norms_of(layer))
+        torch.testing.assert_close(row_norms(layer), norms_of(layer))
         before = factor.weight
         factor.weight = nn.Parameter(before.data)
         factor.weight.data.mul_(3)
         assert (factor.weight.data_ptr(), factor.weight._version) == (before.data_ptr(), before._version)
-        torch.testing.assert_close(layer._row_norms(), norms_of(layer))
+        torch.testing.assert_close(row_norms(layer), norms_of(layer))
 
 
 def test_a_write_through_data_between_two_calls_that_belong_to_no_pass():
     layer = next(flat_layers(net()))
     for _ in range(2):
         with perturbation(layer).forward_of(Record(sample=0, perturbed=True, token=None)):
-            torch.testing.assert_close(layer._row_norms(), norms_of(layer))
+            torch.testing.assert_close(row_norms(layer), norms_of(layer))
         layer.lora_B["default"].weight.data.mul_(3)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.dense import assert_dense
+from helpers.internals import row_norms
 from peft import EvaConfig, LoftQConfig, LoraConfig, initialize_lora_eva_weights
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
@@ -124,7 +125,7 @@ def test_a_second_adapter_that_changes_the_base_weight_renews_its_norms(way):
     assert not torch.equal(layer.base_layer.weight, before)
     model.set_adapter("second")
     weight = layer.base_layer.weight + layer.get_delta_weight("second")
-    torch.testing.assert_close(layer._row_norms(), weight.norm(dim=1))
+    torch.testing.assert_close(row_norms(layer), weight.norm(dim=1))
     assert_dense(model.double())
 
 

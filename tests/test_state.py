@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny
+from helpers.internals import row_norms
 
 from flatlora import FlatLoraConfig, attach, get_flat_peft_model, load, perturbation, perturbed
 from flatlora.ops import products
@@ -217,10 +218,10 @@ def test_whether_norms_are_gathered_depends_on_nothing_that_differs_between_proc
         if gathered:
             factor["default"].weight.ds_id = 0  # as ZeRO-3 marks what it gathers
     with perturbation(model).forward_of(Record(sample=0, perturbed=True, token=object())):
-        before = layer._row_norms()
+        before = row_norms(layer)
         weight = layer.get_base_layer().weight
         weight.data = weight.data.clone()  # the same weight at another address, as after an all-gather
-        assert (layer._row_norms() is before) == gathered
+        assert (row_norms(layer) is before) == gathered
 
 
 @pytest.mark.parametrize("options", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)

@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.internals import row_norms
 from helpers.layer_cases import SEED, Holder
 from helpers.noise import epsilon
 from peft.tuners.lora import BdLoraConfig, MontecloraConfig, VeloraConfig
@@ -104,7 +105,7 @@ def test_row_norms_follow_the_factors(variant):
     call(layer, x).square().sum().backward()
     optimizer.step()
     merged = merged_weight(layer)
-    torch.testing.assert_close(layer._row_norms(), merged.norm(dim=1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(row_norms(layer), merged.norm(dim=1), rtol=1e-10, atol=0)
 
 
 @every_variant

@@ -2,7 +2,8 @@
 
     eps_ij = rho_t / sqrt(n) * ||W'_i|| * z(seed, rank, sample, stream, i, j)
 
-W' is the merged weight, of shape (m, n); its rows are the outputs of the layer. The seed is mixed with the data-parallel
+W' is the merged weight, of shape (m, n); its rows are the outputs of the layer. The seed is mixed with the
+data-parallel
 rank. z is standard normal; the words that it comes from are tested in `ops/test_noise.py`.
 """
 

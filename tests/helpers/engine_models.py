@@ -1,7 +1,6 @@
 """Models whose adapted layers are more than plain linear ones, each from the same seeds every time."""
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from flatlora import FlatLoraConfig
@@ -25,6 +24,8 @@ def mixtral():
 
 def four_bit():
     """The tiny Llama in the 4 bits of bitsandbytes, stored in float32, which is what FSDP can shard."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
     model, stored = tiny.base_model(), {"quant_type": "nf4", "quant_storage": torch.float32}
     for name, layer in list(model.model.layers.named_modules()):
         if isinstance(layer, torch.nn.Linear):

@@ -1,4 +1,4 @@
-"""What one engine makes of a few steps of training, written down by each process for the tests to look at."""
+"""A few steps of training with one engine. Each process writes down what the tests look at."""
 
 import os
 from contextlib import contextmanager, nullcontext
@@ -7,7 +7,16 @@ from functools import cache, partial
 import pytest
 import torch
 
-from flatlora import RwpConfig, perturbation
+from flatlora import (
+    BarConfig,
+    BiLoraConfig,
+    EFMLoraConfig,
+    FMLoraConfig,
+    LoraSamConfig,
+    RwpConfig,
+    ascent,
+    perturbation,
+)
 from flatlora.ops import products
 from helpers import engine_models, tiny
 from helpers.engines import ENGINES, LEARNING_RATE
@@ -42,10 +51,16 @@ def batch_seed(step, rank):
     return 2 * step + rank
 
 
-def record(rank, engine, folder):
+def names_of(engine, four_bit):
+    """The runs that are made with an engine: those with 4-bit models, or all others."""
+    names = [name for name in RUNS if name not in engine_models.KINDS or name in ENGINES[engine].kinds]
+    return [name for name in names if ("4-bit" in name) == four_bit]
+
+
+def record(rank, engine, names, folder):
     os.environ["LOCAL_RANK"] = str(rank)
     found = {}
-    for name in [name for name in RUNS if name not in engine_models.KINDS or name in ENGINES[engine].kinds]:
+    for name in names:
         refused = pytest.raises(Exception, match=REFUSED[engine, name]) if (engine, name) in REFUSED else nullcontext()
         with refused:
             found[name] = train(rank, ENGINES[engine], *RUNS[name], follow=name in CHECKPOINTING)
@@ -128,3 +143,16 @@ def train_together(models, optimizers, loss):
             optimizer.step()
             optimizer.zero_grad()
     return losses
+
+
+def step_with_whole_gradients(rank, engines):
+    """Each method that needs whole gradients refuses each of these engines."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    for engine in engines:
+        for kind in (EFMLoraConfig, FMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig):
+            run = ENGINES[engine](tiny.adapted(kind(rho=0.1, **tiny.LORA)))
+            with pytest.raises(RuntimeError, match="needs whole gradients .*FSDP, DeepSpeed.*Use DDP"):
+                if kind in (FMLoraConfig, LoraSamConfig):
+                    with ascent(run.model):
+                        tiny.loss(run.model).backward()
+                run.step(tiny.loss(run.model))

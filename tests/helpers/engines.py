@@ -15,7 +15,7 @@ class Run:
     """A model spread by one engine, and its optimizer."""
 
     processes = 2
-    kinds = ()  # of layers that are tried with it, names in kinds.py
+    kinds = ()  # of models that are tried with it, by their names in engine_models.py
 
     def __init__(self, model):
         self.module = model

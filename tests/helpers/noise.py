@@ -3,8 +3,7 @@
     eps_ij = rho_t / sqrt(n) * ||W'_i|| * z(seed, rank, sample, stream, i, j)
 
 W' is the merged weight, of shape (m, n); its rows are the outputs of the layer. The seed is mixed with the
-data-parallel
-rank. z is standard normal; the words that it comes from are tested in `ops/test_noise.py`.
+data-parallel rank. z is standard normal; `ops/test_noise.py` tests the words that it comes from.
 """
 
 import torch

@@ -1,4 +1,8 @@
-"""The tests of every quantized layer. A file of tests derives a class from `QuantizedLayerTests` and names its cases."""
+"""The tests of every quantized layer: what peft computes, plus x eps^T.
+
+eps is relative to the rows of the dequantized merged weight. A file of tests derives a class from `QuantizedLayerTests`
+and names its cases.
+"""
 
 import copy
 import gc

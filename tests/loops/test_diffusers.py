@@ -6,14 +6,16 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
-from diffusers.training_utils import _collate_lora_metadata
-from diffusers.utils import convert_state_dict_to_diffusers
-from helpers.diffusion import transformer, transformer_inputs, unet, unet_inputs
 from helpers.runs import RHO, adapter, assert_same_adapter, cosine
 from safetensors import safe_open
 
 from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation
+
+pytest.importorskip("diffusers")
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers
+from helpers.diffusion import transformer, transformer_inputs, unet, unet_inputs
 
 STEPS = 3
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "conv1"]}

@@ -18,10 +18,8 @@ from types import MethodType
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 from helpers import processes, tiny
 from helpers.runs import flat_model, trainer
-from packaging import version
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -106,39 +104,6 @@ def test_in_a_trainer(tmp_path):
 def test_plain_lora_and_rho_zero_may_use_kernels():
     for model in (patched(tiny.plain_model()), patched(tiny.flat_model(rho=0.0))):
         step(model, optimizer_of(model))
-
-
-def _with_the_loss_of_liger(rank):
-    """Its fused linear cross entropy reads the head's weight, and not its adapter."""
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-    off = {"rope": False, "rms_norm": False, "swiglu": False, "cross_entropy": False}
-    for targets in (["q_proj", "down_proj"], ["q_proj", "lm_head"]):
-        settings = {**tiny.LORA, "target_modules": targets, "rho": 0.2, "schedule": "constant", "seed": 7}
-        stock, fused = (tiny.adapted(FlatLoraConfig(**settings)) for _ in range(2))
-        apply_liger_kernel_to_llama(model=fused.base_model.model, fused_linear_cross_entropy=True, **off)
-        losses = [tiny.loss(model) for model in (stock, fused)]
-        for loss in losses:
-            loss.backward()
-        received = {name.rsplit(".", 4)[1] for name, p in fused.named_parameters() if p.grad is not None}
-        if "lm_head" in targets:
-            assert received == {"q_proj"}  # as with plain LoRA: nothing trains there, so nothing trains unperturbed
-        else:
-            torch.testing.assert_close(*losses)
-            torch.testing.assert_close(*(tiny.gradients(model) for model in (stock, fused)), rtol=1e-4, atol=1e-6)
-        step(fused, optimizer_of(fused))
-        assert perturbation(fused).steps == 1
-
-
-@processes.patient
-@pytest.mark.xfail(
-    version.parse(triton.__version__) < version.parse("3.7"),
-    reason="the interpreter of triton 3.6 fails in Liger's kernel with today's NumPy",
-    strict=True,
-)
-def test_the_fused_loss_of_liger(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when a process imports triton
-    processes.run(_with_the_loss_of_liger, processes=1)
 
 
 # ---- layers that do not run, and are no mistake ----

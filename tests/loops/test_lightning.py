@@ -1,6 +1,5 @@
 """Lightning, which runs forward and backward inside of `optimizer.step(closure)`."""
 
-import lightning
 import pytest
 import torch
 from helpers.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model, plain_model
@@ -8,6 +7,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from flatlora import EFMLoraConfig, FlatLoraConfig, FMLoraConfig, ascent, perturbation
+
+pytest.importorskip("lightning")
+import lightning
 
 STEPS = 6  # three epochs of two
 pytestmark = [

@@ -6,15 +6,17 @@ from helpers.runs import RHO, adapter, assert_same_adapter
 from helpers.sentences import saved_bert
 from helpers.trl_runs import texts
 from peft import LoraConfig
+from transformers.models.bert.modeling_bert import BertEncoder
+
+from flatlora import FlatLoraCallback, FlatLoraConfig, perturbation, perturbed
+
+pytest.importorskip("sentence_transformers")
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers.models.bert.modeling_bert import BertEncoder
-
-from flatlora import FlatLoraCallback, FlatLoraConfig, perturbation, perturbed
 
 STEPS = 4
 COLUMNS = ("anchor", "positive", "negative")

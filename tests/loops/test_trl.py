@@ -15,9 +15,11 @@ from helpers.trl_runs import (
     texts,
     train,
 )
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from flatlora import BiLoraConfig, EFMLoraConfig, FlatLoraConfig, perturbation
+
+pytest.importorskip("trl")
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointing", "reentrant"])

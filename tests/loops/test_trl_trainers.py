@@ -7,13 +7,15 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import pytest
 from helpers import tiny
 from helpers.trl_runs import GENERATES, LENGTH, STEPS, assert_clean_but_for_training, number_of_words, texts, train
+
+from flatlora import TwoPassTrainerMixin
+
+pytest.importorskip("trl")
 from trl import GRPOTrainer, KTOConfig, KTOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.online_dpo import OnlineDPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
-
-from flatlora import TwoPassTrainerMixin
 
 PAIRS = ("prompt", "chosen", "rejected")
 kto_was_experimental = pytest.mark.filterwarnings("ignore:The `KTO.* is now located in `trl.experimental:FutureWarning")

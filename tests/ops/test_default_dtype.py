@@ -1,11 +1,5 @@
 """The default dtype and the default device of the process change no bit: every allocation names its own."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers.noise_cases import DEFAULTS, problem
@@ -27,7 +21,6 @@ from flatlora.ops import (
 from flatlora.ops.ascent import full_weight_ascent
 from flatlora.ops.norms import grouped_row_norms, row_norms
 
-ROOT = Path(__file__).parents[2]
 BACKENDS = ["reference", "torch", *(["c"] if native.LIBRARY is not None else [])]
 
 
@@ -97,30 +90,3 @@ def test_the_default_device_changes_no_bit(backend):
     with torch.device("meta"):
         got = list(every_operator(torch.float32, backend))
     assert all(a.device.type == "cpu" and torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-TRITON = """
-import torch
-from helpers.noise_cases import DEFAULTS, problem
-from flatlora.ops import perturb_weight, row_noise
-
-for dtype in (torch.float32, torch.bfloat16, torch.float64):
-    results = []
-    for default in (torch.float32, *DEFAULTS):
-        torch.set_default_dtype(default)
-        weight, _, _, _, std, key = problem(dtype, m=33)
-        rows = torch.tensor([3, 0], dtype=torch.int64)
-        results += [(perturb_weight(weight, std, key, 3, backend="triton", relative=0.3),
-                     row_noise(rows, std[:2], key, 3, 70, backend="triton"))]
-    for a, b in results[1:]:
-        assert a.dtype == dtype and torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]), default
-print("same bits")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_the_default_dtype_changes_no_bit_of_triton():
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True)
-    assert "same bits" in done.stdout, done.stderr

@@ -1,6 +1,5 @@
 """The Triton backend without a GPU: its values in Triton's interpreter, and what it compiles to for three GPUs."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import processes
 
-pytestmark = [processes.patient, pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")]
+pytest.importorskip("triton")
+pytestmark = processes.patient
 ROOT = Path(__file__).parents[2]
 
 # The interpreter is chosen by an environment variable when triton is imported: hence a process of its own.
@@ -134,3 +134,28 @@ def test_compiles_for_gpus_without_spills(tmp_path, record_property):
         assert record["stack"] == record["local"] == 0, record
         assert record["reg"] <= 96, record
         assert record["vector"], record
+
+
+DEFAULT_DTYPES = """
+import torch
+from helpers.noise_cases import DEFAULTS, problem
+from flatlora.ops import perturb_weight, row_noise
+
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    results = []
+    for default in (torch.float32, *DEFAULTS):
+        torch.set_default_dtype(default)
+        weight, _, _, _, std, key = problem(dtype, m=33)
+        rows = torch.tensor([3, 0], dtype=torch.int64)
+        results += [(perturb_weight(weight, std, key, 3, backend="triton", relative=0.3),
+                     row_noise(rows, std[:2], key, 3, 70, backend="triton"))]
+    for a, b in results[1:]:
+        assert a.dtype == dtype and torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]), default
+print("same bits")
+"""
+
+
+def test_the_default_dtype_changes_no_bit(tmp_path):
+    script = tmp_path / "default_dtypes.py"
+    script.write_text(DEFAULT_DTYPES)
+    assert "same bits" in run_python(script, TRITON_INTERPRET="1")

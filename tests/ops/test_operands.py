@@ -212,20 +212,6 @@ def test_no_memory_inside_of_transforms():
         torch.func.grad(lambda weight: vmapped(weight).sum())(W)
 
 
-@needs_c
-def test_a_quantized_weight_is_refused_and_not_read():
-    """A tensor subclass that calls itself float32 and keeps int8 elsewhere."""
-    torchao = pytest.importorskip("torchao.quantization")
-    layer = torch.nn.Linear(64, 64)
-    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
-    weight = layer.weight
-    assert weight.dtype == torch.float32 and not native.has_norms(weight)
-    with pytest.raises(TypeError, match="weight must be a plain strided tensor"):
-        perturb_weight(weight, torch.ones(64), KEY, 0, backend="c")
-    with pytest.raises(ValueError, match="squared must be"):
-        merged_row_norms(weight, None, torch.ones(64, 2), torch.ones(2, 64))
-
-
 def test_meta_tensors_say_so():
     with pytest.raises(ValueError, match="'meta' has no memory"):
         perturb_weight(W.to("meta"), STD.to("meta"), KEY.to("meta"), 0)

@@ -7,7 +7,7 @@ import pytest
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from helpers import processes, tiny
-from helpers.engines import ENGINES
+from helpers.engine_runs import step_with_whole_gradients
 from helpers.runs import flat_model, trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -15,36 +15,16 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from flatlora import (
-    BarConfig,
-    BiLoraConfig,
-    EFMLoraConfig,
     FlatLoraCallback,
     FlatLoraConfig,
-    FMLoraConfig,
-    LoraSamConfig,
-    ascent,
     get_flat_peft_model,
 )
 
 pytestmark = processes.patient
-GRADIENT_METHODS = [EFMLoraConfig, FMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig]
-SHARDING = [name for name, kind in ENGINES.items() if name != "ddp" and kind.processes == 2]
 
 
-def step_with_whole_gradients(rank, folder):
-    os.environ["LOCAL_RANK"] = str(rank)
-    for engine in SHARDING:
-        for kind in GRADIENT_METHODS:
-            run = ENGINES[engine](tiny.adapted(kind(rho=0.1, **tiny.LORA)))
-            with pytest.raises(RuntimeError, match="needs whole gradients .*FSDP, DeepSpeed.*Use DDP"):
-                if kind in (FMLoraConfig, LoraSamConfig):
-                    with ascent(run.model):
-                        tiny.loss(run.model).backward()
-                run.step(tiny.loss(run.model))
-
-
-def test_methods_that_need_whole_gradients_refuse_shards(tmp_path):
-    processes.run(step_with_whole_gradients, str(tmp_path))
+def test_methods_that_need_whole_gradients_refuse_shards():
+    processes.run(step_with_whole_gradients, ("fsdp2", "fsdp1", "fsdp1-flat"))
 
 
 def split(rank, folder):

@@ -10,6 +10,15 @@ pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(1)  # tiny models: waking a second thread costs more than it saves
 
 
+def pytest_collection_modifyitems(items):
+    """A test that waits for other processes has a time limit of its own."""
+    from helpers import processes
+
+    for item in items:
+        if item.get_closest_marker("processes") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(processes.LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

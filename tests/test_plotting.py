@@ -1,11 +1,11 @@
 """Figures: what is drawn is what was measured, readable without colour; the look is judged by eye, not here."""
 
 import itertools
-import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import processes
 
 from flatlora import plotting
 from flatlora.analysis import Degradation, ExpectedSharpness, LossLine, LossSurface, SamSharpness, SpectralDensity
@@ -149,6 +149,7 @@ def test_mistakes_are_answered(call, message):
         call()
 
 
+@processes.patient
 def test_neither_matplotlib_nor_pyplot_is_imported_before_it_is_needed():
     code = (
         "import sys, flatlora.plotting as p, flatlora.analysis\n"
@@ -156,7 +157,8 @@ def test_neither_matplotlib_nor_pyplot_is_imported_before_it_is_needed():
         "assert p.plot_training({'a': [{'step': 1, 'loss': 2.0}]}) is not None\n"
         "assert 'matplotlib.pyplot' not in sys.modules, 'pyplot'"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = processes.run_command([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("package", ["analysis", "plotting"])

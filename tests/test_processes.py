@@ -1,5 +1,6 @@
-"""`processes.py` itself: what moves may take its time, what does not is stopped."""
+"""`helpers/processes.py`: what makes progress may take its time, what does not is stopped."""
 
+import os
 import sys
 import time
 
@@ -8,8 +9,35 @@ import pytest
 import torch.distributed as dist
 from helpers import processes
 
+pytestmark = processes.patient
 STALLED = 3  # seconds, in place of 120
 WORK = "import time; start = time.monotonic()\nwhile time.monotonic() - start < {}: pass\nprint('done')"
+
+
+@pytest.fixture(autouse=True)
+def idle(monkeypatch):
+    """The limits are those of an idle machine."""
+    monkeypatch.setattr(processes, "load_factor", lambda: 1.0)
+
+
+LOADS = {"idle": (0.0, 1.0), "full": (4.0, 1.0), "busy": (10.0, 2.5), "overloaded": (1000.0, 8)}
+
+
+@pytest.mark.parametrize("load, factor", LOADS.values(), ids=LOADS)
+def test_limits_grow_with_the_load_for_each_processor(load, factor, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert processes.load_factor() == factor
+    watch = processes.Watch([os.getpid()], stalled=STALLED)
+    watch.is_stalled()
+    assert watch.limit == STALLED * factor
+    assert 10 * factor - 1 < processes.deadline(10) - time.monotonic() <= 10 * factor
+
+
+def test_a_stall_is_found_before_the_test_is_broken_off(request):
+    assert processes.STALLED * processes.LARGEST_FACTOR < processes.LONGEST
+    assert request.node.get_closest_marker("timeout").args == (processes.LONGEST,)
 
 
 def spend(seconds):

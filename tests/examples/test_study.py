@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers import processes
 from transformers import BertConfig, BertModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -141,6 +142,7 @@ run.main(["--part", "tuning", "--output", sys.argv[3]])
 """
 
 
+@processes.patient
 def test_sigkill_then_resume_gives_the_same_rows(study, task, tmp_path):
     _, whole = study("whole", "--part", "tuning")
     pickled, csv_file = tmp_path / "task.pickle", tmp_path / "killed" / "text.csv"
@@ -148,7 +150,7 @@ def test_sigkill_then_resume_gives_the_same_rows(study, task, tmp_path):
     command = [sys.executable, "-c", DRIVER, str(EXAMPLES), str(pickled), str(csv_file.parent)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 120
+        end = processes.deadline(120)
         while not (csv_file.exists() and csv_file.read_bytes().count(b"\n") > 3):
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.01)

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from helpers import tiny
+from helpers import processes, tiny
 from helpers.runs import RHO, adapter, assert_same_adapter, flat_model, plain_model
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
@@ -96,6 +95,7 @@ assert "flatlora" not in sys.modules
 """
 
 
+@processes.patient
 def test_stock_peft_loads_it_without_a_warning(tmp_path):
     tiny.base_model().save_pretrained(tmp_path / "base")
     batch = {"input_ids": tiny.tokens()}
@@ -110,7 +110,7 @@ def test_stock_peft_loads_it_without_a_warning(tmp_path):
         torch.save(expected, tmp_path / name / "expected.pt")
     folders = [str(tmp_path / name) for name in ("base", *ADAPTERS)]
     command, one_thread = [sys.executable, "-c", STOCK, *folders], {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=one_thread)
+    done = processes.run_command(command, cwd=tmp_path, env=one_thread)
     assert done.returncode == 0, done.stderr
 
 

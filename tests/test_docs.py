@@ -8,9 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from datasets import Dataset
 from helpers import tiny
-from helpers.diffusion import unet, unet_inputs
 from helpers.runs import batches, rows
 from helpers.sentences import saved_bert
 from helpers.trl_runs import texts, tokenizer
@@ -22,6 +20,8 @@ WITH_CODE = [page for page in sorted(PAGES.rglob("*.md")) if "```python" in page
 
 def known(folder):
     """What the pages take as given: a base model, data, a tokenizer, a UNet."""
+    datasets, diffusion = pytest.importorskip("datasets"), pytest.importorskip("helpers.diffusion")
+    unet, unet_inputs = diffusion.unet, diffusion.unet_inputs
     prompts = [unet_inputs(seed) for seed in range(3)]
     return {
         "torch": torch,
@@ -37,7 +37,7 @@ def known(folder):
         "unet": unet(),
         "fresh_unet": unet,
         "latents": [(*inputs.values(), torch.randn(2, 4, 8, 8)) for inputs in prompts],
-        "texts": Dataset.from_dict({"text": ["one two three", "four five six"] * 4}),
+        "texts": datasets.Dataset.from_dict({"text": ["one two three", "four five six"] * 4}),
         "tokenizer": tokenizer(),
     }
 

@@ -23,7 +23,7 @@ LAYERS = {
 }
 
 
-def randomise(model):
+def randomize(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -34,7 +34,7 @@ def randomise(model):
 def adapted(flat=True, rho=0.2, **settings):
     torch.manual_seed(4)
     config = AdaLoraConfig(**ADALORA, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **settings)
-    model = randomise(peft.get_peft_model(tiny.base_model(), config)).double()
+    model = randomize(peft.get_peft_model(tiny.base_model(), config)).double()
     return attach(model, rho=rho, schedule="constant", seed=7) if flat else model
 
 
@@ -58,7 +58,7 @@ def ranks(model):
 def test_a_layer_is_the_dense_expression(build, shape, settings, dropout):
     config = AdaLoraConfig(**ADALORA, target_modules=["layer"], lora_dropout=dropout, **settings)
     model = peft.get_peft_model(Holder(build()), config, autocast_adapter_dtype=False)
-    model = attach(randomise(model).double(), rho=0.3, schedule="constant", seed=7)
+    model = attach(randomize(model).double(), rho=0.3, schedule="constant", seed=7)
     layer, x = model.base_model.model.layer, torch.randn(shape, dtype=torch.float64, requires_grad=True)
     leaves = [x, *tiny.trainable(model)]
     if dropout:  # what peft computes, and x eps^T

@@ -34,7 +34,7 @@ def plain_config(**kwargs):
     return LoraConfig(**{**tiny.LORA, **kwargs})
 
 
-def randomised(model):
+def randomized(model):
     """In float64, with numbers of its own in every adapter."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def model_of(**configs):
     model = peft.get_peft_model(tiny.base_model(), config, name)
     for name, config in others:
         model.add_adapter(name, config)
-    return randomised(model)
+    return randomized(model)
 
 
 def strengths(model):
@@ -206,7 +206,7 @@ def test_a_mixed_model_perturbs_the_layers_of_its_flat_adapter():
     model = peft.get_peft_model(tiny.base_model(), flat_config(target_modules=["q_proj"]), mixed=True)
     model.add_adapter("loha", LoHaConfig(r=2, target_modules=["v_proj"]))
     model.set_adapter(["default", "loha"])
-    assert_dense(randomised(model))
+    assert_dense(randomized(model))
     model.set_adapter("loha")
     assert torch.equal(tiny.loss(model), tiny.loss(model.eval()))
 
@@ -224,12 +224,12 @@ def test_injected_and_added_by_transformers_as_by_peft(any_peft):
     injected = inject_adapter_in_model(flat_config(), tiny.base_model(), "default")
     added = tiny.base_model()
     added.add_adapter(flat_config(), "default")
-    losses = {tiny.loss(randomised(model)).item() for model in (injected, added, model_of(default=flat_config()))}
+    losses = {tiny.loss(randomized(model)).item() for model in (injected, added, model_of(default=flat_config()))}
     assert len(losses) == 1
     for model in (injected, added):
         assert_dense(model)
     added.add_adapter(flat_config(0.1, r=2), "second")
-    randomised(added).set_adapter("second")
+    randomized(added).set_adapter("second")
     assert strengths(added) == {0.1}
     assert_dense(added)
     copied = copy.deepcopy(added)
@@ -335,7 +335,7 @@ def test_a_class_derived_from_our_config_is_flat_saved_and_loaded(tmp_path):
     again = flatlora.load(tiny.base_model(), tmp_path)
     assert type(again.peft_config["default"]) is Derived and again.peft_config["default"].note == "new"
     assert type(PeftModel.from_pretrained(tiny.base_model(), tmp_path).peft_config["default"]) is LoraConfig
-    assert_dense(randomised(again))
+    assert_dense(randomized(again))
     with pytest.raises(ValueError, match="a plain LoraConfig made"):
         model_of(default=plain_config(), second=Derived(**tiny.LORA, **SHARED))
 

@@ -13,7 +13,7 @@ from helpers.merged_cases import (
     dense_experts,
     flat_model,
     input_of,
-    randomise,
+    randomize,
     settings_of,
     trained,
     wrappers,
@@ -34,7 +34,7 @@ def test_two_adapters_and_the_deletion_of_one():
     model = flat_model(OUT_IN)
     model.add_adapter("second", FlatLoraConfig(**settings_of(OUT_IN) | FLAT))
     model.base_model.set_adapter(["default", "second"])
-    randomise(model)
+    randomize(model)
     x = input_of(OUT_IN)
     assert len(wrappers(model)) == 3
     assert_close([model(x)], [dense_experts(model, x, adapters=("default", "second"))])

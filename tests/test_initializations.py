@@ -54,7 +54,7 @@ def step(model):
 
 
 def make(kind, settings, **base):
-    """A tiny Llama with an adapter, by the steps that peft's documentation gives for its initialisation."""
+    """A tiny Llama with an adapter, by the steps that peft's documentation gives for its initialization."""
     model = tiny.base_model(attention_bias=True, **base)
     config = kind(**{**tiny.LORA, "target_modules": LINEAR, **settings})
     way = config.init_lora_weights
@@ -84,9 +84,9 @@ def _loftq_without_cuda(monkeypatch):
 
     def rounded(weight, num_bits, reduced_rank, num_iter):
         size = weight.abs().max() / 8
-        quantised = (weight / size).round() * size
-        U, S, V = torch.linalg.svd(weight - quantised, full_matrices=False)
-        return quantised, V[:reduced_rank], U[:, :reduced_rank] * S[:reduced_rank]
+        quantized = (weight / size).round() * size
+        U, S, V = torch.linalg.svd(weight - quantized, full_matrices=False)
+        return quantized, V[:reduced_rank], U[:, :reduced_rank] * S[:reduced_rank]
 
     monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", rounded)
 

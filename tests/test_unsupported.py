@@ -26,7 +26,7 @@ class RowParallelLinear(nn.Linear):
 def megatron():
     backend = SimpleNamespace(RowParallelLinear=RowParallelLinear)
     options = {"backend": backend, "megatron_config": SimpleNamespace()}
-    config = peft.LoraConfig(r=2, init_lora_weights=False)  # peft 0.21 fails to initialise these
+    config = peft.LoraConfig(r=2, init_lora_weights=False)  # peft 0.21 fails to initialize these
     return LoraParallelLinear(RowParallelLinear(8, 6), "default", config, r=2, **options)
 
 
@@ -34,7 +34,7 @@ def transformer_engine():
     return TeLinear(nn.Linear(8, 6), "default", peft.LoraConfig(r=2), r=2)
 
 
-CASES = [(megatron, "tensor parallelism"), (transformer_engine, "may normalise x inside the layer")]
+CASES = [(megatron, "tensor parallelism"), (transformer_engine, "may normali.e x inside the layer")]
 
 
 @pytest.mark.parametrize("make, reason", CASES, ids=["megatron", "transformer-engine"])
@@ -54,7 +54,7 @@ def test_a_layer_split_by_tensor_parallelism():
 
 
 def test_a_base_layer_whose_forward_was_replaced():
-    """As by compressed-tensors, which quantises x there."""
+    """As by compressed-tensors, which quantizes x there."""
     model = nn.ModuleDict({"wide": nn.Linear(8, 6)})
     model["wide"].forward = lambda x: nn.functional.linear(x.round(), model["wide"].weight)
     with pytest.raises(ValueError, match="'wide' .*the forward of its Linear was replaced"):

@@ -32,7 +32,7 @@ def flat_layer(variant, **settings):
     torch.manual_seed(2)
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["layer"], "rho": RHO, "schedule": "constant", "seed": SEED}
     config = FlatLoraConfig(**options | variant | settings)
-    base = Holder(nn.Linear(12, 8))  # peft wants float32 for MiCA's initialisation
+    base = Holder(nn.Linear(12, 8))  # peft wants float32 for MiCA's initialization
     model = get_flat_peft_model(base, config, autocast_adapter_dtype=False).double().train()
     layer = model.base_model.model.layer
     with torch.no_grad():

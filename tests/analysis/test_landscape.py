@@ -196,7 +196,7 @@ def test_resumes_from_its_file(tmp_path):
         out.write('["1.0 D2", 12')  # a line that was cut short
     again = loss_line(model, loss, model.batches, distances=[-1, 0, 1], directions=3, file=file)
     assert torch.equal(whole.losses, again.losses)
-    assert len(calls) == 6 + 1 + 2  # the centre is measured again, to see that the model is the same
+    assert len(calls) == 6 + 1 + 2  # the center is measured again, to see that the model is the same
     with pytest.raises(ValueError, match="differs in seed"):
         loss_line(model, value, model.batches, seed=1, file=file)
     with pytest.raises(ValueError, match="other norms: its norms is"):
@@ -249,7 +249,7 @@ def test_a_loss_that_is_no_scalar_and_no_batch():
         loss_line(model, value, [])
 
 
-def test_the_middle_of_a_grid_is_the_centre():
+def test_the_middle_of_a_grid_is_the_center():
     model = Quadratic()
     for grid in (torch.linspace(-1, 1, 21), torch.linspace(-1, 1, 21, dtype=torch.float64), None):
         distances = loss_line(model, value, model.batches, distances=grid, directions=1).distances

@@ -93,7 +93,7 @@ def test_disabled_and_merged_adapters_are_not_counted():
 
 
 class Packed(nn.Module):
-    """A stand-in for a quantised layer: its weight cannot be had as a floating-point matrix."""
+    """A stand-in for a quantized layer: its weight cannot be had as a floating-point matrix."""
 
     def __init__(self, linear):
         super().__init__()
@@ -106,7 +106,7 @@ class Packed(nn.Module):
         return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
-def test_a_quantised_base_is_displaced_additively():
+def test_a_quantized_base_is_displaced_additively():
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"], init_lora_weights=False))
     layer = model.base_model.model[0]
     layer.base_layer = Packed(layer.base_layer)

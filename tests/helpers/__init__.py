@@ -28,5 +28,4 @@ Tools:
 - `internals`: the private names of flatlora that tests read, all in one place.
 - `memory`: bytes that are allocated and bytes that are kept for backward.
 - `processes`: several processes and commands, with time limits that grow with the load of the machine.
-- `packages`: optional packages that a test needs.
 """

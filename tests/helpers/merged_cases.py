@@ -141,7 +141,7 @@ def settings_of(case):
     return {"r": 4, "lora_alpha": 8, **case.config}
 
 
-def randomise(model):
+def randomize(model):
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -153,13 +153,13 @@ def randomise(model):
 def flat_model(case, kind=FlatLoraConfig, dtype=torch.float64, **config):
     torch.manual_seed(1)
     config = kind(**settings_of(case) | (FLAT if kind is FlatLoraConfig else {"schedule": "constant"}) | config)
-    return randomise(get_flat_peft_model(case.holder().to(dtype), config, autocast_adapter_dtype=False))
+    return randomize(get_flat_peft_model(case.holder().to(dtype), config, autocast_adapter_dtype=False))
 
 
 def plain_model(case):
     torch.manual_seed(1)
     config = peft.LoraConfig(**settings_of(case))
-    return randomise(peft.get_peft_model(case.holder().double(), config, autocast_adapter_dtype=False))
+    return randomize(peft.get_peft_model(case.holder().double(), config, autocast_adapter_dtype=False))
 
 
 def input_of(case, seed=0, dtype=torch.float64):

@@ -64,7 +64,7 @@ def dense_copies():
 
 
 def frozen_bits(base):
-    """All tensors of a quantised layer, its quantisation state included."""
+    """All tensors of a quantized layer, its quantization state included."""
     found = {name: t.detach() for name, t in base.state_dict().items()}
     weight = base._parameters.get("weight")
     if hasattr(weight, "quant_state"):
@@ -131,7 +131,7 @@ class QuantizedLayerTests:
             [out, *torch.autograd.grad(out.sum(), [x])], [whole, grad], 1e-6 if case.tolerance < 1e-3 else 0.02
         )
 
-    def test_row_norms_are_those_of_the_dequantised_merged_weight(self, case):
+    def test_row_norms_are_those_of_the_dequantized_merged_weight(self, case):
         model, layer = flat_model(case)
         model(torch.randn(3, N))
         optimizer = torch.optim.SGD(trained(layer), lr=0.1)
@@ -142,10 +142,10 @@ class QuantizedLayerTests:
             model(torch.randn(3, N)).square().sum().backward()
             optimizer.step()
 
-    def test_the_quantised_weight_is_never_written_and_no_copy_of_it_is_kept(self, case):
+    def test_the_quantized_weight_is_never_written_and_no_copy_of_it_is_kept(self, case):
         model, layer = flat_model(case)
         base = layer.get_base_layer()
-        model(torch.randn(2, N))  # some quantise at their first forward
+        model(torch.randn(2, N))  # some quantize at their first forward
         before, attributes, copies = frozen_bits(base), set(base.__dict__), dense_copies()
         optimizer = torch.optim.AdamW(trained(layer), lr=0.1)
         for _ in range(3):
@@ -236,7 +236,7 @@ class QuantizedLayerTests:
         assert peft.get_peft_model_state_dict(plain).keys() == peft.utils.load_peft_weights(str(tmp_path)).keys()
 
     @only(linear_in_x)
-    def test_efmlora_on_a_quantised_base_is_efmlora_on_its_dequantised_weight(self, case):
+    def test_efmlora_on_a_quantized_base_is_efmlora_on_its_dequantized_weight(self, case):
         config = EFMLoraConfig(**SETTINGS, rho=0.1, schedule="constant")
         torch.manual_seed(1)
         model = get_flat_peft_model(case.make(), config).train()

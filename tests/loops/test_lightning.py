@@ -130,7 +130,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(config, step, tmp_pat
 
 
 class ByHand(Tuned):
-    """Manual optimisation, as two passes need it."""
+    """Manual optimization, as two passes need it."""
 
     automatic_optimization = False
 
@@ -143,7 +143,7 @@ class ByHand(Tuned):
         optimizer.zero_grad()
 
 
-def test_two_passes_in_manual_optimisation(tmp_path):
+def test_two_passes_in_manual_optimization(tmp_path):
     def make():
         return plain_model(kind=FMLoraConfig, rho=RHO).train()
 
@@ -159,7 +159,7 @@ def test_two_passes_in_manual_optimisation(tmp_path):
     assert_same_adapter(module.model, adapter(model))
 
 
-def test_two_passes_in_automatic_optimisation_are_an_error(tmp_path):
+def test_two_passes_in_automatic_optimization_are_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="FMLora takes two passes, and this optimizer step had one"):
         fit(Tuned(plain_model(kind=FMLoraConfig, rho=RHO)), tmp_path)
 

@@ -10,13 +10,17 @@ pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(1)  # tiny models: waking a second thread costs more than it saves
 
 
-def pytest_collection_modifyitems(items):
-    """A test that waits for other processes has a time limit of its own."""
+def pytest_collection_modifyitems(config, items):
+    """Set the time limit of tests that start processes. Leave out tests that need a GPU if there is none."""
     from helpers import processes
 
     for item in items:
         if item.get_closest_marker("processes") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(processes.LONGEST))
+    if not torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)

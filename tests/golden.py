@@ -28,6 +28,7 @@ ONE_PASS = [
     ("BarConfig", {}),
     ("BarConfig", {"variant": "nbar"}),
 ]
+PACKAGES = {f"quantized {case.name}": case.package for case in quantized_cases.CASES if case.package}  # that cases need
 CHECKPOINTING = {"": None, "reentrant": {"use_reentrant": True}, "frames": {"use_reentrant": False}}
 TRAINING = [{}, {"lora_dropout": 0.1}, {"use_dora": True}, {"resample": "step"}]
 

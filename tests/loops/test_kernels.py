@@ -102,8 +102,11 @@ def test_in_a_trainer(tmp_path):
 
 
 def test_plain_lora_and_rho_zero_may_use_kernels():
-    for model in (patched(tiny.plain_model()), patched(tiny.flat_model(rho=0.0))):
+    models = [patched(tiny.plain_model()), patched(tiny.flat_model(rho=0.0))]
+    before = [p.detach().clone() for p in tiny.trainable(models[0])]
+    for model in models:
         step(model, optimizer_of(model))
+    assert tiny.same(*map(tiny.trainable, models)) and not tiny.same(before, tiny.trainable(models[0]))
 
 
 # ---- layers that do not run, and are no mistake ----
@@ -183,6 +186,7 @@ def test_layers_that_run(loss):
     optimizer = optimizer_of(model)
     for _ in range(3):
         step(model, optimizer, loss)
+    assert perturbation(model).steps == 3
 
 
 def test_layers_in_evaluation_mode_beside_others_that_train_are_warned_of_once():

@@ -70,6 +70,7 @@ def test_an_optimizer_for_other_parameters_is_none_of_the_methods_business():
     (twin.loss(model, 0) * head).backward()
     for optimizer in optimizers:
         optimizer.step()
+    assert perturbation(model).steps == 1
 
 
 def by_hand(model, set_step=False):

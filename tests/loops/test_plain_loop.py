@@ -179,6 +179,7 @@ def test_evaluation_beside_training_is_not_warned_of(model):
     model.eval()(**batch).loss.backward()
     model.train()(**batch).loss.backward()
     optimizer.step()
+    assert perturbation(model).steps == 1
 
 
 def test_two_optimizers_make_one_step(model, seen):

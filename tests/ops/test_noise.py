@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.noise import epsilon, unit_noise
 from helpers.noise_cases import DTYPES, KNOWN, STREAMS, assert_close, definition, key_of, nans, random_case
 
 from flatlora.ops import native, philox
@@ -192,3 +193,15 @@ def test_ranks_get_different_keys():
     keys = {philox.mix_rank(seed, rank) for seed in range(10) for rank in range(1000)}
     assert len(keys) == 10_000 and philox.mix_rank(5, 0) == 5
     assert all(-(2**63) <= key < 2**63 for key in keys)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_eps_that_all_tests_compare_with(rank):
+    """`helpers/noise.py` against the reference of the noise contract, the seed mixed with the rank by hand."""
+    mixed = (-9 ^ rank * 0x9E3779B97F4A7C15) % 2**64
+    expected = philox.normals(mixed - 2**64 * (mixed >= 2**63), 4, 2, torch.arange(5), 70).double()
+    torch.testing.assert_close(unit_noise(5, 70, 2, seed=-9, sample=4, rank=rank), expected, rtol=0, atol=1e-5)
+    merged = torch.randn(5, 70, dtype=torch.float64)
+    eps = epsilon(merged, 2, rho=0.3, seed=-9, sample=4, rank=rank)
+    expected *= 0.3 / 70**0.5 * merged.square().sum(dim=1, keepdim=True).sqrt()
+    torch.testing.assert_close(eps, expected, rtol=0, atol=1e-5)

@@ -1,8 +1,8 @@
-"""Losses and parameters of 20 optimizer steps for each kind of layer and method, as `golden.json` holds them.
+"""Losses and parameters of 20 optimizer steps for each kind of layer and method.
 
-    PYTHONPATH=. python tests/golden.py    # write golden.json, before a change that must keep every bit
+    PYTHONPATH=. python tests/golden.py    # writes golden.json; run it before a change that must keep every bit
 
-`test_golden.py` compares: bit for bit on a machine of the same kind, within the precision of the dtype on any other.
+`test_golden.py` compares bit for bit on a machine of the same kind, and within the precision of the dtype on another.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ TRAINING = [{}, {"lora_dropout": 0.1}, {"use_dora": True}, {"resample": "step"}]
 
 
 def machine():
-    """What the bits of a product depend on, beside the code."""
+    """Identify what the bits of a matrix product depend on, beside the code."""
     models = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))
     ]
@@ -50,7 +50,7 @@ def digest(tensors):
 
 
 def train(model, loss, optimizer=torch.optim.AdamW):
-    """Twenty steps; `loss(step)` is the loss of one."""
+    """Take 20 steps. `loss(step)` is the loss of one."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     made, losses = optimizer(parameters, lr=1e-2), []
     for step in range(STEPS):

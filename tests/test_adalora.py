@@ -1,4 +1,4 @@
-"""AdaLoRA: W' = W + s/ranknum B E A, its rank schedule, and what peft does with such a model."""
+"""AdaLoRA: W' = W + s/ranknum B E A, its rank schedule, merging and saving."""
 
 import peft
 import pytest

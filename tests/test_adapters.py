@@ -1,4 +1,4 @@
-"""What peft lets a user do with adapters: add, switch, weight, delete, merge, swap, load; flat and plain ones."""
+"""Several adapters, flat and plain: add, switch, weight, delete, merge, swap, load."""
 
 import copy
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def plain_config(**kwargs):
 
 
 def randomized(model):
-    """In float64, with numbers of its own in every adapter."""
+    """The model in float64, with different random numbers in every adapter."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -59,7 +59,7 @@ def strengths(model):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A flat adapter on disk, of float32."""
+    """The folder of a flat adapter in float32."""
     model = model_of(default=flat_config(r=2, lora_alpha=6)).float()
     model.save_pretrained(tmp_path / "other")
     return str(tmp_path / "other")
@@ -249,7 +249,7 @@ def test_x_lora_is_refused(saved):
 
 
 def test_a_copy_for_reference_is_clean_where_it_serves_and_leaves_the_first_alone():
-    """As TRL makes it: the config of the adapter that trains, its weights, `no_grad`."""
+    """TRL copies the config and the weights of the trained adapter, and runs it under `no_grad`."""
     model = model_of(default=flat_config())
     before = tiny.loss(model)
     model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))

@@ -1,4 +1,4 @@
-"""Every public function answers a wrong argument with its name, what it must be, and what came."""
+"""The error for a wrong argument has its name, what it must be, and its value."""
 
 import inspect
 import re
@@ -17,7 +17,7 @@ ARGUMENTS = [(name, argument) for name, (_, kinds) in CASES.items() for argument
 
 
 def came(value):
-    """How a message may show a value: itself, its type or shape, or the part of it that is wrong."""
+    """How a message may show a value: the value, its type or shape, or the wrong part."""
     found = [arguments.shown(value), f"got {type(value).__name__}", f"of type {type(value).__name__}"]
     if isinstance(value, (list, tuple, set, dict, bytearray)):
         parts = value.values() if isinstance(value, dict) else value
@@ -39,7 +39,7 @@ def test_a_wrong_value_is_answered(name, argument):
 
 
 def answer(call, argument, value):
-    """What is wrong with the answer to this value, if anything."""
+    """What is wrong with the error for this value, if anything."""
     try:
         call(**{argument: value})
     except (ValueError, TypeError) as error:
@@ -64,7 +64,7 @@ def is_own(value):
 
 
 def scalars(value):
-    """The same number in every form that is taken."""
+    """One number in every type that is accepted."""
     array = np.array(value)
     return [value, array, array[()], torch.tensor(value), *([] if isinstance(value, bool) else [np.float32(value)])]
 

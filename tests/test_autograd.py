@@ -1,4 +1,4 @@
-"""Flat layers where autograd is used in other ways than loss.backward(): what plain LoRA can do there, they can."""
+"""Flat layers support every use of autograd that plain LoRA supports."""
 
 import functools
 
@@ -60,7 +60,7 @@ def test_batched_gradients(dtype):
 
 @pytest.mark.parametrize("options", [{}, {"backend": "torch"}, {"use_dora": True}], ids=str)
 def test_a_measurement_in_inference_mode_leaves_nothing_behind(options):
-    """Tensors of inference mode cannot be saved for a backward, nor written outside of it."""
+    """Inference tensors cannot be saved for backward, nor written outside of inference mode."""
     models = [flat(KINDS["flat"], **options) for _ in range(2)]
     with torch.inference_mode(), perturbed(models[0]):
         measured = models[0](x_like())
@@ -75,7 +75,7 @@ def test_a_measurement_in_inference_mode_leaves_nothing_behind(options):
 
 @pytest.mark.parametrize("kind", [EFMLoraConfig, BiLoraConfig, BarConfig])
 def test_shapes_on_the_meta_device(kind):
-    """What the method keeps goes where the model has gone."""
+    """The state of the method moves with the model."""
     model = flat(kind).to("meta")
     out = model(torch.empty(4, 6, device="meta"))
     out.sum().backward()

@@ -1,4 +1,4 @@
-"""A base layer that becomes another one after the adapter was made: its product stays its own, and noise is added."""
+"""A base layer that is replaced after the adapter was made computes its own product, and noise is added."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""torchao changes the base layer after the adapter was made: quantization-aware training, 8-bit floats, integers."""
+"""torchao converts the base layer after the adapter was made: quantization-aware training, float8 and int8."""
 
 import pytest
 import torch

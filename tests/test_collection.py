@@ -1,4 +1,4 @@
-"""The tests are collected where no optional package is installed, and no test module imports another one."""
+"""The collection needs no optional package, and no test module imports another one."""
 
 import ast
 import os

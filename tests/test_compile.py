@@ -137,7 +137,7 @@ def test_the_operator_is_differentiable_twice():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("region", ["whole", "blocks"])
 def test_a_forward_between_a_checkpointed_forward_and_its_backward(region, backend):
-    """What compiled code computes again has the noise of its own forward too."""
+    """What compiled code recomputes has the noise of its own forward."""
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()

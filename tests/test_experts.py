@@ -1,5 +1,7 @@
-"""Parameters that peft adapts by themselves (`target_parameters`), as far as they are not like the other cases of
-`test_merged.py`: matrices, and stacks of one matrix per expert."""
+"""Parameters that peft adapts by `target_parameters`: matrices, and stacks of one matrix per expert.
+
+`test_merged.py` has what they share with attention.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Row norms are those of the very factors of a call: fast weights, weights written through `.data`, replaced ones."""
+"""Row norms belong to the factors of the current call: fast weights, writes through `.data`, replaced parameters."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def trainable(model):
 
 
 def dense_forward(model, sample):
-    """The same output from dense noise, whose row norms are made anew."""
+    """The same output from dense noise with freshly computed row norms."""
     out, norms = X, []
     for module in model.base_model.model:
         if isinstance(module, nn.Tanh):

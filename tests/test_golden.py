@@ -1,4 +1,4 @@
-"""Twenty steps of every kind of layer and method are those of the file that was made before the last change."""
+"""Compare 20 steps of every kind of layer and method with `golden.json`, which was written before the last change."""
 
 import json
 

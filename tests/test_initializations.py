@@ -1,4 +1,4 @@
-"""What LoraConfig offers beside r and alpha: training under noise is right, and without strength it is peft's own."""
+"""LoraConfig's initializations and other options: training has the right noise, and with rho = 0 it is peft's."""
 
 import peft
 import pytest
@@ -54,7 +54,7 @@ def step(model):
 
 
 def make(kind, settings, **base):
-    """A tiny Llama with an adapter, by the steps that peft's documentation gives for its initialization."""
+    """A tiny Llama with an adapter, initialized as peft's documentation says."""
     model = tiny.base_model(attention_bias=True, **base)
     config = kind(**{**tiny.LORA, "target_modules": LINEAR, **settings})
     way = config.init_lora_weights
@@ -80,7 +80,7 @@ def flat(settings, **base):
 
 @pytest.fixture(autouse=True)
 def _loftq_without_cuda(monkeypatch):
-    """LoftQ's own rounding runs on a GPU: here to 16 levels, and the factors take up the rest."""
+    """Replace LoftQ's rounding, which needs a GPU: round to 16 levels, and let the factors take up the rest."""
 
     def rounded(weight, num_bits, reduced_rank, num_iter):
         size = weight.abs().max() / 8

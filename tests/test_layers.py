@@ -1,4 +1,4 @@
-"""The perturbed forward and its gradients are those of autograd on the dense expression (invariants 1 and 2)."""
+"""The perturbed forward and its gradients equal autograd on the dense expression (invariants 1 and 2)."""
 
 import pytest
 import torch

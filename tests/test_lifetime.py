@@ -1,4 +1,4 @@
-"""Nothing of ours keeps a model, a tensor or a caller's local alive; copies of a part are parts (invariant 13)."""
+"""flatlora keeps no model, no tensor and no local of a caller alive; a copy of a part is a part (invariant 13)."""
 
 import copy
 import gc

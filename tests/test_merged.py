@@ -1,4 +1,4 @@
-"""Attention and experts: eps in the weight that peft merges for each call."""
+"""Attention and experts: eps is added to the weight that peft merges for each call."""
 
 import copy
 import io

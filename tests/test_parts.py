@@ -1,4 +1,4 @@
-"""Parts of one model that were adapted separately: one perturbation, streams of their own (invariant 11)."""
+"""Parts of one model that are adapted separately share one perturbation and have different streams (invariant 11)."""
 
 import copy
 import gc
@@ -28,7 +28,7 @@ X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Whole(nn.Module):
-    """Vision and language, each adapted by itself, as InternVL's wrap_backbone_lora and wrap_llm_lora do."""
+    """Vision and language, each adapted separately, as InternVL's wrap_backbone_lora and wrap_llm_lora do."""
 
     def __init__(self, vision=None, language=None, adapt=get_flat_peft_model, **settings):
         super().__init__()

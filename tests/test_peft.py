@@ -1,4 +1,4 @@
-"""A flat model among peft's own: made, attached, switched, merged, deleted, refused."""
+"""A flat model in peft: make, attach, switch, merge, delete, refuse."""
 
 import peft
 import pytest

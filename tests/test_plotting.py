@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what was measured, readable without color; the look is judged by eye, not here."""
+"""Figures show the measured values and are readable without color."""
 
 import itertools
 import sys
@@ -98,7 +98,7 @@ def luminance(color):
 
 
 def lab(color, eyes):
-    """CIE L*a*b* of what these eyes see."""
+    """CIE L*a*b* of a color as these eyes see it."""
     x, y, z = torch.tensor(XYZ) @ (torch.tensor(EYES[eyes]).float() @ linear(color)).clamp(0, 1)
     x, y, z = (t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29 for t in (x, y, z))
     return torch.tensor([116 * y - 16, 500 * (x - y), 200 * (y - z)])

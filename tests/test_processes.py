@@ -1,4 +1,4 @@
-"""`helpers/processes.py`: what makes progress may take its time, what does not is stopped."""
+"""`helpers/processes.py` stops processes that make no progress, and no others."""
 
 import os
 import sys
@@ -47,7 +47,7 @@ def spend(seconds):
 
 
 def meet_after_work(rank):
-    """One works, the other waits."""
+    """One process works, the other waits."""
     if rank == 0:
         spend(3 * STALLED)
     dist.barrier()

@@ -1,6 +1,6 @@
 """Quantized layers of packages that need a GPU, on stand-ins with the same interface.
 
-What peft computes, plus x eps^T with eps relative to the rows of the dequantized merged weight.
+Their output is what peft computes, plus x eps^T.
 """
 
 from helpers.quantized_cases import STAND_INS

@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else and says what the files say."""
+"""The report: one self-contained page with the numbers of the files."""
 
 import json
 from html.parser import HTMLParser
@@ -32,7 +32,7 @@ def make_run(folder, rho, scale, noise="filter", surface=False):
 
 
 class Checker(HTMLParser):
-    """Every tag closed, nothing fetched from elsewhere."""
+    """Check that every tag is closed and nothing is loaded from elsewhere."""
 
     def __init__(self):
         super().__init__()

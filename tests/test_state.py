@@ -1,4 +1,4 @@
-"""Strength, schedule and sample: rho_t, progress and when new noise is drawn (invariant 6)."""
+"""Strength, schedule and sample: rho_t, progress, and when a new sample is drawn (invariant 6)."""
 
 import math
 import warnings

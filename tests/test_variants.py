@@ -1,4 +1,4 @@
-"""LoRA's variants: their own forward plus x eps^T, eps relative to the rows of the weight that they merge to."""
+"""LoRA's variants: their own forward plus x eps^T, with eps relative to the rows of their merged weight."""
 
 import peft
 import pytest
@@ -43,7 +43,7 @@ def flat_layer(variant, **settings):
 
 
 def call(layer, x):
-    """The layer's forward; the variant's own random numbers and dropout are the same each time."""
+    """The layer's forward, with the same random numbers of the variant and of dropout each time."""
     torch.manual_seed(4)
     alora = isinstance(layer.lora_variant.get("default"), peft.tuners.lora.variants.ALoraLinearVariant)
     for sampler in getattr(layer, "lora_monteclora_sampler", {}).values():

@@ -1,6 +1,6 @@
 """Hide the optional packages, as a plugin of pytest: `pytest -p without_optional`, with `tests` on the PYTHONPATH.
 
-The tests are then collected as where only flatlora, its dependencies and pytest are installed.
+The tests are then collected as if only flatlora, its dependencies and pytest were installed.
 """
 
 import sys
@@ -12,7 +12,7 @@ OPTIONAL = (
 
 
 class WithoutOptional:
-    """A finder of modules that does not find those of the optional packages."""
+    """A module finder that does not find the optional packages."""
 
     def __init__(self, finder):
         self.finder = finder

@@ -1,4 +1,4 @@
-"""Hessian products, eigenvalues, trace and spectrum against dense matrices."""
+"""Compare Hessian products, eigenvalues, trace and spectrum with dense matrices."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ def symmetric(n=60, seed=0):
 
 
 def dense_hessian(model, loss_fn, batches, **settings):
-    """The same matrix by torch's own double differentiation, over the chosen weights of a model that owns them."""
+    """The Hessian over the chosen weights by torch's own double differentiation."""
     weights = find_weights(model, **settings)
     unique = {w.index: w for w in weights}.values()
     values = tuple(w.values().clone() for w in unique)

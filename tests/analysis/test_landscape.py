@@ -1,4 +1,4 @@
-"""Loss lines: closed forms, the same numbers as a model whose weight was really moved, nothing left behind."""
+"""Loss lines: closed forms, a model whose weights are really displaced, and a model that stays as it was."""
 
 import copy
 import gc
@@ -152,7 +152,7 @@ def test_two_adapters_over_one_base_move_along_the_same_directions_to_the_bit():
 
 
 def test_a_line_of_a_large_layer_needs_room_for_one_displaced_weight():
-    """Two layers of 16 MiB, three directions, five points: what is held at once beside the model."""
+    """Two layers of 16 MiB, three directions, five points: the peak of memory beside the model."""
     model = nn.Sequential(nn.Linear(2048, 2048, bias=False), nn.Linear(2048, 2048, bias=False))
     batches = [torch.randn(2, 2048)]
 

@@ -1,4 +1,4 @@
-"""Displacing by D is adding D to the merged weight, for every kind of layer."""
+"""A displacement D is added to the merged weight, for every kind of layer."""
 
 import copy
 
@@ -16,13 +16,13 @@ from flatlora.analysis.weights import displaced, find_weights
 
 
 def random_shift(weights):
-    """D of every weight by name, and the `at` that adds it."""
+    """The displacement D of every weight by name, and the `at` that adds it."""
     D = {w.name: torch.randn(w.shape, dtype=w.values().dtype) for w in weights}
     return D, lambda weight, values: values + D[weight.name]
 
 
 def full(layer, D):
-    """D in the layout of `dense_weight`: the operation's own, grouped convolutions over all input channels."""
+    """D in the layout of `dense_weight`, with grouped convolutions written out over all input channels."""
     base = layer.get_base_layer()
     if isinstance(base, nn.Linear | Conv1D | nn.Embedding):
         return D
@@ -93,7 +93,7 @@ def test_disabled_and_merged_adapters_are_not_counted():
 
 
 class Packed(nn.Module):
-    """A stand-in for a quantized layer: its weight cannot be had as a floating-point matrix."""
+    """A stand-in for a quantized layer: it has no floating-point weight."""
 
     def __init__(self, linear):
         super().__init__()

@@ -64,7 +64,7 @@ def task(tmp_path, tokenizer):
 
 @pytest.fixture
 def study(task, tmp_path, monkeypatch):
-    """Runs the study on the tiny task, two strengths an arm, and gives (whether it ended, its rows)."""
+    """Run the study on the tiny task with two strengths for each arm. Returns (whether it ended, its rows)."""
     monkeypatch.setitem(tasks.LOADERS, "text", lambda: task)
     for name in SOME:
         monkeypatch.setitem(BY_NAME, name, replace(BY_NAME[name], grid=BY_NAME[name].grid[1:3]))
@@ -82,7 +82,7 @@ def read(path):
 
 
 def alike(rows):
-    """Key -> the row without what no two runs share."""
+    """Key -> the row without the columns that differ between two equal runs."""
     found = {records.key(row): {k: v for k, v in row.items() if k not in UNLIKE} for row in rows}
     assert len(found) == len(rows)  # no run twice
     return found

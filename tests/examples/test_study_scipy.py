@@ -1,4 +1,4 @@
-"""The study's rank correlation is that of scipy, where there are ties."""
+"""The study's rank correlation equals scipy's where there are ties."""
 
 import pytest
 import torch

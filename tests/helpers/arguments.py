@@ -1,4 +1,4 @@
-"""Every public function with right arguments, and which of fifty values are right for each of them."""
+"""Every public function with valid arguments, and which of fifty values are valid for each argument."""
 
 import functools
 import inspect
@@ -110,14 +110,14 @@ KINDS = {  # of arguments that mean the same in most functions; of any other, ev
 
 
 def case(function, right=None, *, of=None, call=None, skip=(), **kinds):
-    """A public function or class, and how to call it.
+    """Describe a public function or class, and how to call it.
 
     Args:
-        right: arguments with which it can be called.
-        of: the names of its arguments; default all that its signature has.
-        call: what is called in its place.
-        skip: arguments that are not looked at.
-        kinds: of arguments, where they are not those of `KINDS`.
+        right: valid arguments.
+        of: names of its arguments; by default all of its signature.
+        call: the function to call in its place.
+        skip: arguments to ignore.
+        kinds: kinds of arguments that differ from `KINDS`.
 
     Returns:
         The call, and the kind of each argument.

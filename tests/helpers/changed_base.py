@@ -1,4 +1,4 @@
-"""A base layer that becomes another one after the adapter was made: its product stays its own, and noise is added."""
+"""Checks of a base layer that is replaced after the adapter was made: noise is added to its own product."""
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -23,7 +23,7 @@ def flat(rho, **settings):
 
 
 def check_without_strength(change, compiled=False):
-    """With rho = 0 the forward is that of plain LoRA, and as rho tends to 0 it tends to it."""
+    """The forward with rho = 0 equals plain LoRA's, and the forward with a small rho is close to it."""
     torch._dynamo.reset()
     outputs = []
     for model in (adapted(LoraConfig), flat(0.0), flat(1e-6)):

@@ -1,4 +1,4 @@
-"""A few steps of training with one engine. Each process writes down what the tests look at."""
+"""Train a few steps with one engine. Each process saves what the tests look at."""
 
 import os
 from contextlib import contextmanager, nullcontext
@@ -26,7 +26,7 @@ FLAT = {"rho": RHO, "schedule": "linear", "total_steps": STEPS}
 
 
 def rwp_model(**settings):
-    """Noise in A and B."""
+    """A model with noise in A and B."""
     return tiny.adapted(RwpConfig(space="adapter", seed=7, **tiny.LORA, **settings))
 
 
@@ -52,7 +52,7 @@ def batch_seed(step, rank):
 
 
 def names_of(engine, four_bit):
-    """The runs that are made with an engine: those with 4-bit models, or all others."""
+    """Names of an engine's runs: those with 4-bit models, or all others."""
     names = [name for name in RUNS if name not in engine_models.KINDS or name in ENGINES[engine].kinds]
     return [name for name in names if ("4-bit" in name) == four_bit]
 
@@ -91,7 +91,7 @@ def train(rank, engine, make, settings, checkpointing, follow):
 
 @contextmanager
 def noise():
-    """Key, stream and row strengths of each perturbed weight that is made inside, in the order of making."""
+    """Record key, stream and row strengths of each perturbed weight, in order."""
     seen, perturb = [], products.perturb_weight
 
     def spy(weight, norms, key, layer, *args, **kwargs):
@@ -109,7 +109,7 @@ def noise():
 
 @cache
 def alone(run, ranks=2):
-    """The same training in one process: its parameters, and for each rank the noise of each step's forward."""
+    """Train in one process. Returns the parameters, and for each rank the noise of each step's forward."""
     make, settings, _ = RUNS[run]
     models = [make(**settings) for _ in range(ranks)]
     optimizers = [torch.optim.SGD(tiny.trainable(m), lr=LEARNING_RATE, momentum=0.9) for m in models]
@@ -126,7 +126,7 @@ def alone(run, ranks=2):
 
 
 def train_together(models, optimizers, loss):
-    """Equal models in one process, one for each rank, gradients averaged by hand. Returns the mean losses."""
+    """Train equal models in one process, one for each rank, and average their gradients. Returns the mean losses."""
     losses = []
     for rank, model in enumerate(models):
         perturbation(model).rank = rank

@@ -1,4 +1,4 @@
-"""The tests of every way to spread a model: the training of one process, and noise of each rank's own.
+"""Tests of an engine: it trains as one process does, and each rank has its own noise.
 
 A file of tests derives a class and names its engines. Losses and parameters of one process are met to 1e-5, which is
 the rounding of sums that are split over processes.
@@ -66,7 +66,7 @@ class KindTests:
 
     @pytest.fixture(scope="class")
     def ranks(self, request, engine, tmp_path_factory):
-        """What the processes have written down."""
+        """The results that the processes saved."""
         folder, count = tmp_path_factory.mktemp(engine), ENGINES[engine].processes
         names = names_of(engine, request.cls.four_bit)
         processes.run(record, engine, names, str(folder), processes=count)
@@ -108,7 +108,7 @@ class EngineTests(KindTests):
 
     @pytest.mark.parametrize("run, same", SAME.items(), ids=SAME)
     def test_the_training_is_that_of_one_process(self, ranks, run, same):
-        """Gradients of all ranks averaged by hand. With noise this sees a wrong norm, key, recompute or step count."""
+        """A wrong norm, key, recompute or step count changes the parameters."""
         expected, _ = alone(run, len(ranks))
         for found in [rank[name]["after"] for rank in ranks for name in same]:
             assert_same_parameters(found, expected)

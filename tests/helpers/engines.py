@@ -1,4 +1,4 @@
-"""Ways to spread a model over the processes of the default group, with one face: see `Run`."""
+"""Engines that shard or replicate a model over the processes of the default group, with the interface of `Run`."""
 
 import torch
 from peft.utils.other import fsdp_auto_wrap_policy
@@ -12,7 +12,7 @@ LEARNING_RATE = 0.05
 
 
 class Run:
-    """A model spread by one engine, and its optimizer."""
+    """A model under one engine, and its optimizer."""
 
     processes = 2
     kinds = ()  # of models that are tried with it, by their names in engine_models.py
@@ -34,11 +34,11 @@ class Run:
         self.optimizer.zero_grad()
 
     def whole(self):
-        """Copies of all parameters, by the names that they have in one process."""
+        """Copies of all parameters, by their names in one process."""
         return {name: p.detach().clone() for name, p in self.module.named_parameters()}
 
     def shards(self):
-        """Copies of what this process holds of the frozen parameters."""
+        """Copies of this process's shards of the frozen parameters."""
         return [p.detach().clone() for p in self.model.parameters() if not p.requires_grad]
 
 
@@ -69,7 +69,7 @@ class FSDP2(Run):
 
 
 class HSDP(FSDP2):
-    """Sharded over two processes, twice."""
+    """Two replicas, each sharded over two processes."""
 
     processes = 4
     kinds = ("dora",)

@@ -1,4 +1,4 @@
-"""The tests of examples/distributed with `accelerate launch` (the loop) and `torchrun` (the Trainer).
+"""Tests of examples/distributed with `accelerate launch` (the loop) and `torchrun` (the Trainer).
 
 A file of tests derives a class and names its engines. Each engine starts from the same saved model (ZeRO-3: under
 `zero.Init`) and has to meet the training of one process to 1e-5. A run that is resumed in its middle ends with the same
@@ -32,7 +32,7 @@ RHO = 0.5
 
 
 def configuration(engine, folder):
-    """accelerate's file of this engine; "fsdp1-flat" is FSDP1 with use_orig_params: false."""
+    """accelerate's configuration file of this engine. "fsdp1-flat" is FSDP1 with use_orig_params: false."""
     text = (EXAMPLES / f"{engine.removesuffix('-flat')}.yaml").read_text()
     if engine == "fsdp1-flat":
         text = text.replace("fsdp_use_orig_params: true", "fsdp_use_orig_params: false")
@@ -42,7 +42,7 @@ def configuration(engine, folder):
 
 
 def launch(launcher, engine, jobs, folder):
-    """The example in two processes, once for each list of arguments."""
+    """Run the example in two processes, once for each list of arguments."""
     config = configuration(engine, folder)
     options = ["--config_file", config, "--main_process_port", "0"]
     if launcher == "torchrun":
@@ -92,7 +92,7 @@ class LaunchTests:
 
     @pytest.fixture(scope="class")
     def runs(self, launcher, engine, base, tmp_path_factory):
-        """Folders of a whole run and of one that went on from the middle of it."""
+        """Folders of a whole run, and of a run resumed in the middle of it."""
         folder = tmp_path_factory.mktemp(engine)
         common = ["--model", base, "--rho", str(RHO), *["--trainer"] * (launcher == "torchrun")]
         whole, resumed = folder / "whole", folder / "resumed"
@@ -102,7 +102,7 @@ class LaunchTests:
 
     @pytest.fixture(scope="class")
     def expected(self, base):
-        """Losses and adapter of the loop in one process."""
+        """Losses and adapter of the same training in one process."""
         specification = importlib.util.spec_from_file_location("distributed_train", EXAMPLES / "train.py")
         example = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(example)

@@ -1,4 +1,4 @@
-"""The layers that can be adapted, as data, and the dense expression W + sBA + eps that each is compared with."""
+"""The kinds of layers as data, and the dense weight W + sBA + eps that each is compared with."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +66,7 @@ class Holder(nn.Module):
 
 
 def flat_model(case, dtype=torch.float64, **config):
-    """(peft model, its flat layer, an input); B and the magnitudes are random, so that every term counts."""
+    """(peft model, its flat layer, an input). B and the magnitudes are random, so that no term is zero."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["layer"], "rho": RHO, "schedule": "constant", "seed": SEED}
     settings |= case.config | config
     holder = Holder(case.layer()).to(dtype)
@@ -86,7 +86,7 @@ def flat_model(case, dtype=torch.float64, **config):
 
 
 def dense_weight(layer):
-    """W + sBA as autograd sees it, (out, ...) with grouped convolutions written out over all input channels."""
+    """W + sBA of shape (out, ...), differentiable. Grouped convolutions are written out over all input channels."""
     base = layer.get_base_layer()
     weight = _ungroup(base.weight.T if isinstance(base, Conv1D) else base.weight, getattr(base, "groups", 1))
     return weight + sum(_delta(layer, base, name) for name in layer.active_adapters)
@@ -123,7 +123,7 @@ def dense_noise(layer, sample=0, rho=RHO, seed=SEED):
 
 
 def merged_norms(layer):
-    """||W'_i|| by definition; DoRA's merged weight is rebuilt from the layer's clean output on the unit vectors."""
+    """||W'_i||, of shape (m,). With DoRA they follow from the magnitudes."""
     dora = [name for name in layer.active_adapters if layer.use_dora.get(name)]
     weight = dense_weight(layer)
     if not dora:
@@ -135,7 +135,7 @@ def merged_norms(layer):
 
 
 def apply_dense(layer, x, weight, bias):
-    """The layer's operation with the dense weight."""
+    """Apply the layer's operation with a dense weight."""
     base = layer.get_base_layer()
     if isinstance(base, nn.Embedding):
         return F.embedding(x, weight)
@@ -146,7 +146,7 @@ def apply_dense(layer, x, weight, bias):
 
 
 def clean_forward(model, x):
-    """peft's own forward."""
+    """The forward without noise."""
     perturbation(model).enabled = False
     try:
         return model(x)

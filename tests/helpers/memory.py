@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def allocations(run):
-    """(largest single allocation, peak of all that was alive) during `run()`, in bytes, from torch's own profiler."""
+    """(largest allocation, peak of all live allocations) during `run()`, in bytes, by torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         run()
     sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -16,7 +16,7 @@ def allocations(run):
 
 
 def saved_bytes(run, frozen):
-    """Bytes of the distinct storages that autograd keeps after `run()`, without those of the frozen parameters."""
+    """Bytes that autograd keeps for backward after `run()`, without the frozen parameters."""
     storages = {}
 
     def pack(tensor):

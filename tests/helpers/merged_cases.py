@@ -1,5 +1,4 @@
-"""Layers whose merged weight peft makes as a whole, as data, each with its dense expression: attention, and experts in
-both layouts."""
+"""Layers that peft merges as a whole, as data: attention, and experts in both layouts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ def noise(layer, weight, transposed=False, sample=0):
 
 
 def wrappers(model):
-    """The nested layers of the experts, by the name of their parameter."""
+    """The nested LoRA layers of the experts, by the name of their parameter."""
     layer, found = model.base_model.model.block, {}
     while hasattr(layer, "parameter_name"):
         found[layer.parameter_name], layer = layer, layer.base_layer

@@ -1,4 +1,4 @@
-"""Cases that every backend of the noise contract is held to, and the comparison with its definition."""
+"""Cases for every backend of the noise contract, and the comparison with the definition."""
 
 import torch
 
@@ -41,21 +41,21 @@ def random_case(m, n, dtype, generator_seed=0):
 
 
 def definition(weight, row_std, seed, sample, layer, first_row):
-    """W + std z in float64, not rounded."""
+    """W + std z in float64."""
     rows = torch.arange(first_row, first_row + weight.shape[0])
     z = philox.normals(seed, sample, layer, rows, weight.shape[1]).double()
     return weight.double() + row_std.double()[:, None] * z
 
 
 def assert_close(actual, expected):
-    """Within 1e-5 of the definition, and a unit in the last place where the dtype is short."""
+    """Assert an error of at most 1e-5, and one unit in the last place of a 16-bit dtype."""
     assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).abs().max().item()
     assert error <= 1e-5 + UNIT[actual.dtype], error  # nan fails too
 
 
 def nans(m, n, dtype):
-    """A result to write into: what is left unwritten shows."""
+    """An output tensor of NaN, which shows elements that nothing wrote."""
     return torch.full((m, n), float("nan"), dtype=dtype)
 
 

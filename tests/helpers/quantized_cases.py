@@ -40,7 +40,7 @@ class Holder(nn.Module):
 
 
 class Packed(nn.Module):
-    """What the layers of GPTQ, AWQ and AQLM have in common: integers, scales, and a forward that takes x alone."""
+    """What the layers of GPTQ, AWQ and AQLM have in common: integers, scales, and a forward of x alone."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ def four_bit(**kwargs):
 
 
 def long_blocks():
-    """Blocks of bitsandbytes that span four rows."""
+    """A layer of bitsandbytes whose blocks span four rows."""
     import bitsandbytes as bnb
 
     holder = four_bit(quant_type="nf4")()
@@ -103,7 +103,7 @@ def packed():
 
 
 def as_if_installed(name, **packages):
-    """peft defines some layers only where their package is installed."""
+    """Reload a module of peft that defines its layers only where a package is installed."""
     with mock.patch.dict(sys.modules, packages), mock.patch(f"peft.import_utils.is_{name}_available", lambda: True):
         importlib.reload(importlib.import_module(f"peft.tuners.lora.{name}"))
 
@@ -203,7 +203,7 @@ CASES = [*BITSANDBYTES, *TORCHAO, *HQQ, *STAND_INS]
 
 
 def flat_model(case, **config):
-    """(model, its layer); the factors are random, so that every term counts."""
+    """(model, its layer). The factors are random, so that no term is zero."""
     torch.manual_seed(1)
     holder = case.make()
     settings = SETTINGS | case.config | config

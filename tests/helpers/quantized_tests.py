@@ -1,4 +1,4 @@
-"""The tests of every quantized layer: what peft computes, plus x eps^T.
+"""Tests of a quantized layer: what peft computes, plus x eps^T.
 
 eps is relative to the rows of the dequantized merged weight. A file of tests derives a class from `QuantizedLayerTests`
 and names its cases.
@@ -35,7 +35,7 @@ def noisy(model, x):
 
 
 def merged_weight(model, layer):
-    """W', (m, n), by what the layer makes of the unit vectors."""
+    """W' of shape (m, n), from the outputs of the unit vectors."""
     layer.lora_dropout.eval()
     # with gradients: bitsandbytes has other kernels without
     out = clean(model, torch.cat([torch.eye(N), torch.zeros(1, N)]).requires_grad_()).detach()
@@ -57,14 +57,14 @@ def assert_close(first, second, tolerance):
 
 
 def dense_copies():
-    """How many float32 tensors of the weight's size are alive."""
+    """The number of live float32 tensors of the weight's size."""
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.layout is torch.strided]
     return sum(t.is_floating_point() and t.untyped_storage().nbytes() == 4 * M * N for t in tensors)
 
 
 def frozen_bits(base):
-    """All tensors of a quantized layer, its quantization state included."""
+    """Copies of all tensors of a quantized layer, with its quantization state."""
     found = {name: t.detach() for name, t in base.state_dict().items()}
     weight = base._parameters.get("weight")
     if hasattr(weight, "quant_state"):

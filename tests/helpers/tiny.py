@@ -1,4 +1,4 @@
-"""A tiny Llama and its two adapted forms, plain and flat, from the same seeds."""
+"""A tiny Llama with plain LoRA and with Flat-LoRA, from the same seeds."""
 
 import peft
 import torch

@@ -1,4 +1,4 @@
-"""Runs of TRL's trainers: data, a tokenizer, and the passes that must and must not have noise."""
+"""Run TRL's trainers, and tell the passes that must have noise from those that must not."""
 
 import peft
 import pytest

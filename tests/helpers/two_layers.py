@@ -28,7 +28,7 @@ class TwoLayers(nn.Module):
 
 
 def adapted(config, model=TwoLayers, dtype=torch.float32, low=torch.float32, **settings):
-    """The adapted model, the same for every class of configuration; B is random."""
+    """The adapted model. It is the same for every class of configuration; B is random."""
     torch.manual_seed(0)
     model = model().to(dtype)
     settings = {"r": 2, "target_modules": ["first", "second"], **settings}

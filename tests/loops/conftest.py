@@ -28,7 +28,7 @@ def _one_thread():
 
 @dataclass
 class Pass:
-    """One pass through a model, and the perturbed products in it; those that backward makes again are left out."""
+    """One forward pass of a model and its perturbed products, without those that backward recomputes."""
 
     grad: bool  # gradients were enabled
     training: bool  # the model was in training mode
@@ -39,15 +39,14 @@ class Pass:
 
     @property
     def rho(self):
-        """The strength that all its products share."""
+        """The strength, which all products share."""
         assert max(self.strengths, default=0.0) - min(self.strengths, default=0.0) < 1e-5
         return max(self.strengths, default=0.0)
 
 
 @pytest.fixture
 def passes(monkeypatch):
-    """passes(model): the list to which each pass of a transformers model (or of the given kind) inside adds itself from
-    now on."""
+    """passes(model): a list that grows with each pass of a transformers model (or of the given kind) inside."""
 
     def watch(model, kind=PreTrainedModel):
         seen, entered = [], []

@@ -1,4 +1,4 @@
-"""diffusers: a LoRA on a UNet and on a diffusion transformer, saved and loaded as diffusers and peft do."""
+"""A UNet and a diffusion transformer of diffusers, saved and loaded with diffusers and with peft."""
 
 import json
 
@@ -116,7 +116,7 @@ def test_save_lora_adapter(name, tmp_path):
 
 @models
 def test_save_lora_weights(name, tmp_path):
-    """As the training scripts of diffusers end, and as a pipeline loads what they write."""
+    """Save as the training scripts of diffusers do, and load as a pipeline does."""
     make, _, pipeline = MODELS[name]
     flat, again, kind = train(name, added(name)), make(), pipeline.unet_name if name == "unet" else "transformer"
     state = peft.get_peft_model_state_dict(flat)
@@ -145,7 +145,7 @@ def test_peft_saves_it_and_stock_peft_loads_it(name, tmp_path):
 
 @models
 def test_fused_disabled_and_unloaded(name):
-    """What a user does to it when training is over."""
+    """What a user does after training."""
     flat = train(name, added(name))
     expected = output(name, flat)
     flat.fuse_lora()

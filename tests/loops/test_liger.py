@@ -12,7 +12,6 @@ triton = pytest.importorskip("triton")
 
 
 def _with_the_loss_of_liger(rank):
-    """Its fused linear cross entropy reads the head's weight, and not its adapter."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     off = {"rope": False, "rms_norm": False, "swiglu": False, "cross_entropy": False}

@@ -92,7 +92,7 @@ def test_it_is_the_run_of_the_plain_loop(config, tmp_path):
 
 
 class Resumable:
-    """A loader that knows where it is, as Lightning asks of one that is to go on in the middle of an epoch."""
+    """A data loader with a state, which Lightning needs to resume in the middle of an epoch."""
 
     def __init__(self):
         self.batches, self.next = batches(4), 0
@@ -130,7 +130,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(config, step, tmp_pat
 
 
 class ByHand(Tuned):
-    """Manual optimization, as two passes need it."""
+    """Manual optimization, which two passes need."""
 
     automatic_optimization = False
 

@@ -1,4 +1,4 @@
-"""Loops that step otherwise: several optimizers, an optimizer that is not torch's, gradients without a backward."""
+"""Unusual loops: several optimizers, an optimizer that is not torch's, gradients without a backward."""
 
 import copy
 
@@ -110,7 +110,7 @@ def test_steps_that_nobody_sees_do_not_matter_to_noise_whose_strength_is_constan
 
 
 def zeroth_order(model, perturb=False):
-    """A step of MeZO's kind: the gradient is made of losses alone."""
+    """A step like MeZO's: the gradient is made from losses."""
     optimizer = SGD(twin.trainable(model), lr=0.1)
     for i in range(2):
         with torch.no_grad():
@@ -143,7 +143,7 @@ def test_a_model_that_changes_its_dtype_between_two_steps(kind, settings):
 
 
 class WithoutMaximize(Optimizer):
-    """As Adafactor and Lion: it cannot climb, and its `eps` is no number."""
+    """An optimizer like Adafactor and Lion: it cannot maximize, and its `eps` is no number."""
 
     def __init__(self, parameters, lr):
         super().__init__(parameters, {"lr": lr, "eps": (1e-30, 1e-3), "weight_decay": 0.1})
@@ -197,7 +197,7 @@ def test_optimizers_of_parts_that_come_one_after_another():
 
 
 def find_learning_rate(model, optimizer, restore_options=True):
-    """As Lightning and torch-lr-finder do: keep both states, make some steps, put them back."""
+    """Find a learning rate like Lightning and torch-lr-finder: save both states, make some steps, load them again."""
     kept = [copy.deepcopy(each.state_dict()) for each in (model, optimizer)]
     for i in range(5):
         for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Loops that never call us: what counts as an optimizer step, and what does not."""
+"""Plain loops: what counts as an optimizer step, and what does not."""
 
 from contextlib import nullcontext
 
@@ -25,7 +25,7 @@ def strengths(seen):
 
 
 def ramp(steps):
-    """The strength after each of these numbers of optimizer steps."""
+    """The strength after each number of optimizer steps."""
     return pytest.approx([cosine(step, STEPS) for step in steps], abs=1e-6)
 
 
@@ -120,7 +120,7 @@ def test_autocast_without_strength_is_plain_lora(dtype):
 
 @pytest.fixture
 def _other_precision():
-    """accelerate keeps the precision of a process."""
+    """Reset accelerate, which keeps one precision for a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -145,7 +145,7 @@ def test_accelerate_in_mixed_precision_with_a_step_that_is_skipped(model, seen):
 
 
 def test_saved_tensors_that_are_moved_away_and_back():
-    """As activation offloading does."""
+    """Activation offloading does this."""
     models = [flat_model(schedule="constant").train() for _ in range(2)]
     for model, moved in zip(models, (False, True), strict=True):
         optimizer = AdamW(trained(model), lr=1e-2)
@@ -159,7 +159,7 @@ def test_saved_tensors_that_are_moved_away_and_back():
 
 
 def test_training_in_evaluation_mode_is_warned_of_once(model):
-    """`from_pretrained` gives a model in that mode."""
+    """`from_pretrained` returns a model in evaluation mode."""
     optimizer, data = AdamW(trained(model)), batches(4)
 
     def step(batch):
@@ -204,7 +204,7 @@ def test_a_scheduler_wraps_the_optimizer(model, seen):
 
 
 class Wrapper(Optimizer):
-    """As Lookahead and SAM are written: an optimizer whose step makes another one's."""
+    """An optimizer whose step calls that of another one, like Lookahead and SAM."""
 
     def __init__(self, inner):
         super().__init__(inner.param_groups, {})

@@ -1,4 +1,4 @@
-"""What is saved is what peft would have saved, and one file of our own beside it."""
+"""The saved files are those of peft, and one file of our own."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def weights_of(folder):
 
 
 def assert_saved_as_plain(flat, plain, folder=""):
-    """`flat` holds what `plain` holds, byte for byte where neither a date nor an order can differ, and our file."""
+    """Assert that `flat` has our file and those of `plain`, with the same bytes where no date and no order differs."""
     assert files(flat) == files(plain) | {str(Path(folder, OURS))}
     assert config_of(flat / folder) == config_of(plain / folder)
     (flat_metadata, flat_weights), (metadata, weights) = weights_of(flat / folder), weights_of(plain / folder)
@@ -185,7 +185,7 @@ def test_transformers_add_adapter(tmp_path, any_peft):
 
 
 def test_a_revision_of_a_hub_repository(tmp_path):
-    """As the hub's cache keeps it: each revision has files of its own."""
+    """In the hub's cache each revision has files of its own."""
     repository = tmp_path / "models--someone--adapter"
     for revision, rho in (("main", 0.1), ("second", 0.3)):
         commit = {"main": "a", "second": "b"}[revision] * 40

@@ -91,7 +91,7 @@ def test_a_loss_that_caches_gradients_is_an_error(folder, tmp_path):
 
 
 class AtOneSample(SentenceTransformerTrainer):
-    """The way out that the error names."""
+    """What the error message recommends."""
 
     def training_step(self, *args, **kwargs):
         with perturbed(self.model, sample=self.state.global_step):

@@ -1,4 +1,4 @@
-"""The strength and the sharpness in TensorBoard, as transformers' Trainer logs them."""
+"""The strength and the sharpness that transformers' Trainer logs to TensorBoard."""
 
 import pytest
 from helpers.runs import batches, cosine, flat_model, trainer

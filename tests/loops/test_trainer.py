@@ -1,4 +1,4 @@
-"""Inside transformers' Trainer: the ramp, what is logged, clean evaluation, and its other features beside us."""
+"""transformers' Trainer: the schedule, the logs, evaluation without noise, and the Trainer's other features."""
 
 import pytest
 from helpers import tiny
@@ -92,7 +92,7 @@ def test_a_model_that_is_not_flat(tmp_path):
 
 
 class Report(TrainerCallback):
-    """Stands for TensorBoard and the others: writes the numbers down when it is told."""
+    """A stand-in for TensorBoard and others: it keeps the numbers that are logged."""
 
     def __init__(self):
         self.seen = []
@@ -129,7 +129,7 @@ def sharpness(model, **settings):
 
 
 class Measured(TrainerCallback):
-    """The same measurement at each step, made by hand."""
+    """Measure the same at each step by hand."""
 
     def __init__(self):
         self.values = {}
@@ -294,7 +294,7 @@ def test_every_training_pass_is_perturbed(settings, passes, tmp_path):
 
 
 def test_compiled(tmp_path):
-    """The noise and the ramp of the eager run; what follows differs by rounding."""
+    """Noise and schedule equal those of the eager run; the rest differs by rounding."""
     losses = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
         model, callbacks = with_callback()

@@ -1,4 +1,4 @@
-"""TRL's trainers, told of us by `peft_config=` alone: noise where they train, none where they compare or generate."""
+"""TRL's trainers with nothing but `peft_config=`: noise where they train, none where they compare or generate."""
 
 import peft
 import pytest
@@ -42,7 +42,7 @@ def test_dpo_against_the_base_model(passes, tmp_path):
 
 
 def test_dpo_against_the_adapter_as_it_was(passes, tmp_path):
-    """TRL then adds an adapter "ref" with the config of the one that trains."""
+    """TRL adds an adapter "ref" with the config of the trained one."""
     data = texts("prompt", "chosen", "rejected")
     run, seen = train(DPOTrainer, DPOConfig, flat_model(schedule="constant"), data, tmp_path, passes)
     assert "ref" in run.model.peft_config

@@ -1,4 +1,4 @@
-"""TRL's other trainers that take `peft_config=`, and the options that change how a pass is made."""
+"""TRL's other trainers with `peft_config=`, and options that change the passes."""
 
 import os
 

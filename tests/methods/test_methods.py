@@ -1,4 +1,4 @@
-"""LoRA-SAM, RWP, Bi-LoRA and BAR against a brute force from their papers' equations; what holds for every method."""
+"""LoRA-SAM, RWP, Bi-LoRA and BAR against the equations of their papers, and properties of every method."""
 
 import copy
 import json

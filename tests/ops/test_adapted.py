@@ -1,4 +1,4 @@
-"""The adapted layer in one node against autograd on the dense expression, and the norms made on the way."""
+"""The fused adapted layer against autograd on the dense expression, and the norms that it computes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which backend runs, what it refuses, and that threads and forks do not matter."""
+"""The choice of the backend, what each one refuses, threads and forks."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""The default dtype and the default device of the process change no bit: every allocation names its own."""
+"""The default dtype and the default device of the process change no bit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The noise contract: words, normals, W + eps, in the reference and in the C kernel."""
+"""The noise contract (words, normals, W + eps) in the reference and in the C kernel."""
 
 import math
 
@@ -72,7 +72,7 @@ def test_normals_at_the_edges_of_u(k, kernel):
 
 @streams
 def test_columns_are_dealt_out_in_tiles(seed, sample, layer, first_row, m, n):
-    """The layout of the contract written out for one element at a time."""
+    """Compare with the layout of the contract, one element at a time."""
     z = philox.normals(seed, sample, layer, torch.tensor([first_row]), n)[0]
     for j in range(n):
         tile, q, lane = j // 64, j % 64 // 16, j % 16
@@ -86,7 +86,7 @@ def test_columns_are_dealt_out_in_tiles(seed, sample, layer, first_row, m, n):
 
 
 def layouts(weight):
-    """The same weight, row-major, transposed (GPT-2's Conv1D), a slice of a wider matrix, and with both strides > 1."""
+    """One weight in several layouts: row-major, transposed (GPT-2's Conv1D), a slice, and with both strides > 1."""
     m, n = weight.shape
     wide = torch.zeros(m, n + 3, dtype=weight.dtype)
     wide[:, 1 : n + 1] = weight
@@ -119,7 +119,7 @@ def test_c_agrees_with_the_definition(dtype, out_dtype, kernel):
 
 @needs_c
 def test_c_rounds_like_torch():
-    """Weights that the noise does not move (std = 0) are rounded to nearest even, infinities and nan included."""
+    """With std = 0 weights are rounded to nearest even, infinities and NaN included."""
     halves = torch.arange(2**16).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         values = halves.view(dtype).float()
@@ -172,7 +172,7 @@ def test_weight_is_only_read_and_out_is_filled(backend):
 
 @needs_c
 def test_more_elements_than_an_int32_counts(tmp_path):
-    """Two rows 2^31 elements apart, in a file that is almost all holes."""
+    """Two rows that are 2^31 elements apart, in a sparse file."""
     stride, n = 2**31, 130
     storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=stride + n, dtype=torch.bfloat16)
     weight = storage.as_strided((2, n), (stride, 1))

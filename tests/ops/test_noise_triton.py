@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: its values in Triton's interpreter, and what it compiles to for three GPUs."""
+"""The Triton backend without a GPU: its values in Triton's interpreter, and its code for three GPUs."""
 
 import json
 import os

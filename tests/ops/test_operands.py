@@ -1,4 +1,4 @@
-"""Arguments that do not fit each other are refused with their name, before a kernel reads or writes their memory."""
+"""Operators name an argument that does not fit before a kernel reads or writes its memory."""
 
 import pytest
 import torch

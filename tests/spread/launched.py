@@ -1,6 +1,6 @@
-"""What a launcher starts in tests: `examples/distributed/train.py`, once for each list of arguments in a JSON file.
+"""The script that the tests launch: `examples/distributed/train.py`, once for each list of arguments in a JSON file.
 
-accelerate spreads models over accelerators only. Here it is told that each process has one, whose name is "cpu".
+accelerate shards models only over accelerators. The script tells it that each process has one with the name "cpu".
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""A weight that is moved for the time being, whoever makes it: a parameter, a pre-hook, a parametrization."""
+"""`moved_weight` on a parameter, and on a weight that a pre-hook or a parametrization makes."""
 
 from contextlib import nullcontext
 
@@ -46,7 +46,7 @@ MODULES = {
 
 
 def pair(make, way):
-    """The same module twice, its parameters other ones than when the weight was last made."""
+    """The same module twice. Its parameters have changed since the weight was last made."""
     modules = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -113,7 +113,7 @@ def test_a_property_of_the_class_is_an_error():
 
 
 class Full:
-    """An offset for which there is no memory."""
+    """An offset that does not fit into memory."""
 
     def to(self, like):
         raise torch.OutOfMemoryError("no more")
@@ -162,7 +162,7 @@ class Net(nn.Module):
 
 
 def flat(kind=FlatLoraConfig, where="base", way="parameter", **settings):
-    """A model of two flat layers, the weight of whose `where` is made in this way."""
+    """A model of two flat layers. The weight of their `where` is made in this way."""
     torch.manual_seed(2)
     base = Net().double()
     if where == "base":

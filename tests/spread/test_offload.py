@@ -1,4 +1,4 @@
-"""accelerate's `dispatch_model`: frozen weights that are on no device until their layer runs."""
+"""accelerate's `dispatch_model`: frozen weights are on no device until their layer runs."""
 
 import pytest
 import torch

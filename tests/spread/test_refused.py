@@ -1,4 +1,4 @@
-"""What cannot be spread in some way is refused by name, and never trained without its perturbation."""
+"""What an engine cannot train raises an error that names it, and never trains without noise."""
 
 import os
 from contextlib import nullcontext

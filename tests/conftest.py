@@ -7,7 +7,7 @@ import torch
 
 pytest.register_assert_rewrite("helpers")
 
-torch.set_num_threads(1)  # tiny models: waking a second thread costs more than it saves
+torch.set_num_threads(1)  # several threads are slower than one on tiny models
 
 
 def pytest_collection_modifyitems(config, items):

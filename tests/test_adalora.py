@@ -79,7 +79,7 @@ def test_a_layer_is_the_dense_expression(build, shape, settings, dropout):
 def test_training_with_the_rank_schedule_is_the_dense_expression_at_every_step():
     model = train(adapted(), TOTAL, each=assert_dense)
     assert perturbation(model).steps == TOTAL
-    assert sum(ranks(model)) == ADALORA["target_r"] * len(ranks(model))  # the budget, wherever it went
+    assert sum(ranks(model)) == ADALORA["target_r"] * len(ranks(model))  # the budget, in any layer
 
 
 def test_without_strength_it_is_adalora_bit_for_bit():
@@ -87,7 +87,7 @@ def test_without_strength_it_is_adalora_bit_for_bit():
     assert tiny.same(*(list(model.state_dict().values()) for model in models))
 
 
-# peft's own: it takes the ranks that AdaLoRA has found for patterns of LoRA
+# peft's own: it takes AdaLoRA's ranks for a rank pattern
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
 def test_what_is_saved_is_loaded_by_peft_and_made_flat_again(tmp_path):
     model = train(adapted(), TOTAL)

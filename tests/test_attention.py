@@ -121,7 +121,7 @@ def test_an_error_in_the_middle_of_a_merge_comes_out_and_the_weights_are_back(no
     before = frozen(attention)
 
     def fail(adapter):
-        assert frozen(attention)[0] is not before[0]  # in_proj is merged already
+        assert frozen(attention)[0] is not before[0]  # in_proj is already merged
         raise torch.OutOfMemoryError("no more")
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError, match="no more"):

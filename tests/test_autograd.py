@@ -43,7 +43,7 @@ def test_selective_checkpointing(kind, dtype):
         model, x = flat(kind, dtype=dtype), x_like(dtype)
         checkpoint(model, x, use_reentrant=False, **options).float().square().sum().backward()
         results.append([x.grad, *(p.grad for p in trainable(model))])
-    tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # a sum that is not made in place is rounded once more
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # a sum that is not in place is rounded once more
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
 

@@ -60,7 +60,7 @@ def test_checkpointing_changes_nothing(case, reentrant):
         model.base_model.model.checkpointing = way
         model(x).square().sum().backward()
         results.append([x.grad, *(p.grad for p in trained(model))])
-    # without gradients, as in the first pass of the reentrant kind, attention has another kernel, with plain peft too
+    # without gradients (the first pass of a reentrant checkpoint) attention uses another kernel, also with plain peft
     assert_close(*results, 1e-12 if reentrant and case.name == "attention" else 0.0)
 
 

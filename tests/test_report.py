@@ -78,7 +78,7 @@ def test_command_line_and_one_run(tmp_path, capsys):
     report.main([str(run), "--labels", "A & B", "-o", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "A & B" in check(page)
-    assert page == report.build([run], ["A & B"])  # nothing in it depends on when it was made
+    assert page == report.build([run], ["A & B"])  # the page does not depend on the date
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
 
 

@@ -25,7 +25,7 @@ def test_the_ramp_follows_the_optimizer_steps(schedule):
     model = tiny.flat_model(rho=0.1, schedule=schedule, total_steps=4)
     state = perturbation(model)
     optimizer = torch.optim.SGD(tiny.trainable(model), lr=0.0)
-    for step in range(6):  # two more than announced: the ramp stays up
+    for step in range(6):  # two steps more than total_steps: the ramp stays at 1
         assert state.progress == min(1.0, step / 4)
         assert state.rho_t == pytest.approx(0.1 * SHAPES[schedule](min(1.0, step / 4)), abs=1e-15)
         optimizer.step()
@@ -84,7 +84,7 @@ def test_resample_forward_draws_after_a_backward_and_not_before():
     with torch.no_grad():
         tiny.loss(model)
     tiny.loss(model.eval())
-    assert state.sample == 0  # neither was a training forward
+    assert state.sample == 0  # neither is a training forward
     assert not torch.equal(tiny.loss(model.train()), first) and state.sample == 1
 
 

@@ -23,7 +23,7 @@ VARIANTS = {
     "monteclora": {"monteclora_config": MontecloraConfig()},
     "mica": {"init_lora_weights": "mica"},
 }
-# peft says so of our one-layer model
+# peft warns so of a model with one layer
 pytestmark = pytest.mark.filterwarnings("ignore:aLoRA is currently only supported for CAUSAL_LM task:UserWarning")
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
@@ -53,7 +53,7 @@ def call(layer, x):
 
 def merged_weight(layer):
     weight, variant = layer.base_layer.weight.detach().clone(), layer.lora_variant["default"]
-    if isinstance(variant, peft.tuners.lora.variants.ALoraLinearVariant):  # which peft does not merge
+    if isinstance(variant, peft.tuners.lora.variants.ALoraLinearVariant):  # peft does not merge it
         return weight + layer.get_delta_weight("default")
     return variant.merge_safe(layer, "default", weight)
 

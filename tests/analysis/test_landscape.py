@@ -77,7 +77,7 @@ def test_leaves_nothing_behind_when_the_loss_raises(net, ids):
     before, calls = Snapshot(net), []
 
     def failing(model, batch):
-        model.drop.train()  # a loss that meddles itself
+        model.drop.train()  # a loss that changes the model
         torch.rand(3)
         calls.append(1)
         if len(calls) > 3:
@@ -147,8 +147,8 @@ def test_two_adapters_over_one_base_move_along_the_same_directions_to_the_bit():
         for given in (norms, all_row_norms(weights)):
             at = Directions(weights, "filter_normalised", 0, given).at([(0.3, 1)])
             moved.append(torch.cat([at(weight, weight.values()).flatten() for weight in weights]))
-    assert torch.equal(moved[0], moved[2])  # D is added to the base weight, which both share
-    assert not torch.equal(moved[1], moved[3])  # each by the rows of its own
+    assert torch.equal(moved[0], moved[2])  # D is added to the base weight, which both models share
+    assert not torch.equal(moved[1], moved[3])  # each relative to its own rows
 
 
 def test_a_line_of_a_large_layer_needs_room_for_one_displaced_weight():
@@ -193,10 +193,10 @@ def test_resumes_from_its_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         loss_line(model, loss, model.batches, distances=[-1, 0, 1], directions=3, file=file)
     with file.open("a") as out:
-        out.write('["1.0 D2", 12')  # a line that was cut short
+        out.write('["1.0 D2", 12')  # an incomplete line
     again = loss_line(model, loss, model.batches, distances=[-1, 0, 1], directions=3, file=file)
     assert torch.equal(whole.losses, again.losses)
-    assert len(calls) == 6 + 1 + 2  # the center is measured again, to see that the model is the same
+    assert len(calls) == 6 + 1 + 2  # the center is measured again, to check that the model has not changed
     with pytest.raises(ValueError, match="differs in seed"):
         loss_line(model, value, model.batches, seed=1, file=file)
     with pytest.raises(ValueError, match="other norms: its norms is"):

@@ -38,7 +38,7 @@ RUNS = {
     "factors": (rwp_model, FLAT, "off"),
     **{kind: (partial(engine_models.make, kind), FLAT, "off") for kind in engine_models.KINDS},
 }
-REFUSED = {  # what is raised: by us, or by what plain LoRA fails in too
+REFUSED = {  # the error that is raised, by flatlora or by plain LoRA too
     ("fsdp1", "dora"): "DoRA cannot be trained under FSDP1 .* use_orig_params=False",
     ("fsdp1", "4-bit-dora"): "DoRA cannot be trained under FSDP1",
     ("fsdp1", "experts"): "An expert parameter cannot be trained under FSDP1 .* Use FSDP2",
@@ -95,7 +95,7 @@ def noise():
     seen, perturb = [], products.perturb_weight
 
     def spy(weight, norms, key, layer, *args, **kwargs):
-        made = perturb(weight, norms, key, layer, *args, **kwargs)  # may write the norms
+        made = perturb(weight, norms, key, layer, *args, **kwargs)  # this may write the norms
         row_std = norms * kwargs.get("relative", 1.0)
         seen.append({"key": key.tolist(), "layer": layer, "row_std": row_std, "weight": weight.detach().clone()})
         return made

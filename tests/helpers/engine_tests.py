@@ -14,17 +14,19 @@ from helpers.engine_runs import CHECKPOINTING, REFUSED, RHO, STEPS, alone, names
 from helpers.engines import ENGINES
 
 SAME = {"zero": ["zero"], "off": list(CHECKPOINTING), "factors": ["factors"]}
-FIRST = {0, 1, 2}  # q, k and v of the first layer: without checkpointing nothing asks for their input's gradient
+FIRST = {0, 1, 2}  # q, k and v of the first layer: without checkpointing their input needs no gradient
 
 
 def assert_same_parameters(found, expected):
     assert found.keys() == expected.keys()
     for name, p in expected.items():
-        torch.testing.assert_close(found[name], p.detach(), rtol=1e-5, atol=1e-5, equal_nan=True)  # packed bits
+        torch.testing.assert_close(
+            found[name], p.detach(), rtol=1e-5, atol=1e-5, equal_nan=True
+        )  # 4-bit data that is stored as float32
 
 
 def bits(tensor):
-    return tensor.view(torch.uint8)  # four bits that are stored as float32 may be NaN
+    return tensor.view(torch.uint8)  # 4-bit data that is stored as float32 may be NaN
 
 
 def assert_same_noise(found, expected):
@@ -47,7 +49,7 @@ class KindTests:
 
     pytestmark = processes.patient
     engines = ()
-    four_bit = False  # models of 4 bits, or all others
+    four_bit = False  # test the 4-bit models, or all others
 
     def pytest_generate_tests(self, metafunc):
         if "engine" in metafunc.fixturenames:

@@ -15,7 +15,7 @@ class Run:
     """A model under one engine, and its optimizer."""
 
     processes = 2
-    kinds = ()  # of models that are tried with it, by their names in engine_models.py
+    kinds = ()  # names of models in engine_models.py
 
     def __init__(self, model):
         self.module = model
@@ -111,7 +111,7 @@ class Zero2(Run):
     def __init__(self, model):
         import deepspeed
 
-        # gloo will do, and this kernel would have to be compiled on the machine
+        # gloo works without this kernel, which would be compiled here
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         config = {
             "train_micro_batch_size_per_gpu": 2,

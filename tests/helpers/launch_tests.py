@@ -136,7 +136,7 @@ class LaunchTests:
 
     def test_the_schedule_follows_the_optimizer_steps(self, runs):
         launcher, whole, _ = runs
-        done = launcher == "torchrun"  # the Trainer logs after the step, the loop notes the strength before it
+        done = launcher == "torchrun"  # the Trainer logs after the step, the loop before it
         assert found(whole)["steps"] == STEPS
         assert found(whole)["strengths"] == pytest.approx([RHO * (step + done) / STEPS for step in range(STEPS)])
 

@@ -18,7 +18,7 @@ RHO, SEED = 0.3, 11
 class Case:
     name: str
     layer: Any  # a function that makes the layer
-    shape: tuple[int, ...]  # of its input; integers below `tokens` if there are any
+    shape: tuple[int, ...]  # shape of the input; integers below `tokens` if that is set
     tokens: int = 0
     config: dict = field(default_factory=dict)
     adapters: tuple[str, ...] = ("default",)
@@ -129,7 +129,7 @@ def merged_norms(layer):
     if not dora:
         return weight.flatten(1).norm(dim=1)
     magnitude = layer.lora_magnitude_vector[dora[0]].weight
-    if isinstance(layer.get_base_layer(), nn.Embedding):  # peft keeps one magnitude per column there
+    if isinstance(layer.get_base_layer(), nn.Embedding):  # peft keeps one magnitude per column here
         return (weight * (magnitude / weight.norm(dim=0))).norm(dim=1)
     return magnitude.flatten().abs()
 

@@ -11,7 +11,7 @@ def allocations(run):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         run()
     sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert sizes  # negative where memory is given back
+    assert sizes  # negative where memory is freed
     return max(sizes), max(accumulate(sizes))
 
 

@@ -121,9 +121,9 @@ class Case:
     name: str
     holder: Callable[[], Any]
     config: dict
-    shape: tuple[int, ...]  # of its input
+    shape: tuple[int, ...]  # shape of the input
     dense: Callable[..., Any]  # (model, x, noisy=True): the dense expression
-    block: int  # numbers in the largest matrix that the noise is added to
+    block: int  # elements of the largest matrix that gets noise
 
 
 ATTENTION = Case("attention", Attention, {"target_modules": ["block"]}, (2, 5, DIM), dense_attention, 4 * DIM * DIM)

@@ -15,7 +15,7 @@ KNOWN = [
     ),
 ]
 
-# seed, sample, layer, first row, m, n: odd shapes, and every index near the end of its range
+# seed, sample, layer, first row, m, n: odd shapes, and indices near the ends of their ranges
 STREAMS = [
     (0, 0, 0, 0, 1, 1),
     (1, 2, 3, 4, 5, 63),
@@ -25,7 +25,7 @@ STREAMS = [
     (0x0123456789ABCDEF, 2**31 - 1, 2**32 - 2, 77, 70, 257),
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# a unit in the last place of numbers below 8, in which all values of the cases lie
+# a unit in the last place of numbers below 8, the bound of all values
 UNIT = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
 
 
@@ -51,7 +51,7 @@ def assert_close(actual, expected):
     """Assert an error of at most 1e-5, and one unit in the last place of a 16-bit dtype."""
     assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).abs().max().item()
-    assert error <= 1e-5 + UNIT[actual.dtype], error  # nan fails too
+    assert error <= 1e-5 + UNIT[actual.dtype], error  # NaN fails too
 
 
 def nans(m, n, dtype):

@@ -66,7 +66,7 @@ class Watch:
             try:
                 times = process.cpu_times()
                 now[process.pid] = times.user + times.system
-            except psutil.Error:  # it has ended meanwhile
+            except psutil.Error:  # it has ended
                 pass
         if any(used - self.used.get(pid, 0.0) > self.stalled / 100 for pid, used in now.items()):
             self.since, self.used, self.limit = time.monotonic(), now, self.stalled
@@ -115,7 +115,7 @@ def run_command(command, *, stalled=STALLED, **options):
                 except subprocess.TimeoutExpired:
                     pass
             moved = process.poll() is not None
-        finally:  # also where the test is broken off
+        finally:  # also if the test is interrupted
             if process.poll() is None:
                 watch.kill()
                 process.wait()
@@ -127,12 +127,12 @@ def run_command(command, *, stalled=STALLED, **options):
 
 def _enter(rank, worker, arguments, processes, folder):
     if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1, open(f"{folder}/{rank}.stack", "w"))  # it stays open
+        faulthandler.register(signal.SIGUSR1, open(f"{folder}/{rank}.stack", "w"))  # must stay open
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     worker(rank, *arguments)
     dist.barrier()
-    # Without the destructors: DDP's holds the GIL while it joins gloo's threads, one of which may be waiting for it
+    # Exit without destructors: DDP's holds the GIL while it joins gloo's threads, and one of them may wait for the GIL
     os._exit(0)
 
 

@@ -153,7 +153,7 @@ class PatchedLinear(nn.Module):
 
 
 INC = "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules"
-sys.modules[INC] = SimpleNamespace(PatchedLinear=PatchedLinear)  # where peft asks for it
+sys.modules[INC] = SimpleNamespace(PatchedLinear=PatchedLinear)  # where peft imports it from
 
 
 def eight_bit_floats():
@@ -164,7 +164,7 @@ def eight_bit_floats():
 class Case:
     name: str
     make: Any
-    package: str | None = None  # that the layer comes from; None for a stand-in
+    package: str | None = None  # the package of the layer; None for a stand-in
     wrapper: Any = None  # peft's layer, where peft finds it only with the package of its base layer
     config: dict = field(default_factory=dict)
     tolerance: float = 2e-5

@@ -37,7 +37,7 @@ def noisy(model, x):
 def merged_weight(model, layer):
     """W' of shape (m, n), from the outputs of the unit vectors."""
     layer.lora_dropout.eval()
-    # with gradients: bitsandbytes has other kernels without
+    # with gradients, because bitsandbytes has other kernels without
     out = clean(model, torch.cat([torch.eye(N), torch.zeros(1, N)]).requires_grad_()).detach()
     layer.lora_dropout.train()
     return (out[:-1] - out[-1]).T
@@ -217,7 +217,7 @@ class QuantizedLayerTests:
         x = torch.randn(3, N)
         expected = model(x)
         assert torch.equal(copy.deepcopy(model)(x), expected)
-        if case.name not in ("torchao", "nf4-dora"):  # they cannot be pickled without us either
+        if case.name not in ("torchao", "nf4-dora"):  # peft's own cannot be pickled either
             file = io.BytesIO()
             torch.save(model, file)
             file.seek(0)

@@ -12,12 +12,12 @@ from helpers.runs import RHO, trainer
 STEPS = 4
 WORDS = "one two three four five six seven eight nine ten".split()
 FLAT = {"rho": RHO, "seed": 7, "schedule": "constant"}
-LENGTH = 4  # of what is generated
+LENGTH = 4  # generated tokens
 GENERATES = {
     "num_generations": 2,
-    "beta": 0.1,  # so there is a reference
+    "beta": 0.1,  # a reference model is needed
     "max_completion_length": LENGTH,
-    "generation_kwargs": {"suppress_tokens": [2]},  # no end before the length
+    "generation_kwargs": {"suppress_tokens": [2]},  # no end token before this length
 }
 
 

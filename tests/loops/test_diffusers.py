@@ -58,7 +58,7 @@ def output(name, model):
 
 
 def assert_same_output(name, model, expected):
-    # attention of torch on the CPU: a load of the same plain adapter already differs in the last bit
+    # torch's attention on the CPU: loading the same plain adapter already differs in the last bit
     torch.testing.assert_close(output(name, model), output(name, expected), rtol=1e-5, atol=1e-6)
 
 

@@ -24,7 +24,7 @@ def _with_the_loss_of_liger(rank):
             loss.backward()
         received = {name.rsplit(".", 4)[1] for name, p in fused.named_parameters() if p.grad is not None}
         if "lm_head" in targets:
-            assert received == {"q_proj"}  # as with plain LoRA: nothing trains there, so nothing trains unperturbed
+            assert received == {"q_proj"}  # as with plain LoRA: the adapter of the head does not train
         else:
             torch.testing.assert_close(*losses)
             torch.testing.assert_close(*(tiny.gradients(model) for model in (stock, fused)), rtol=1e-4, atol=1e-6)

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`"),
     pytest.mark.filterwarnings(
         "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"
-    ),  # its own, with torch 2.13
+    ),  # Lightning's own, with torch 2.13
 ]
 
 

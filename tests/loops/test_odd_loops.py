@@ -231,9 +231,9 @@ def test_a_rollback_in_the_middle_takes_the_steps_since_then_back():
     for i in range(3):
         step(model, optimizer, i)
     kept = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in what it is given
+    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in the loaded state
     assert perturbation(model).steps == 3  # nothing has happened since
     for i in range(2):
         step(model, optimizer, i)
-    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in what it is given
+    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in the loaded state
     assert perturbation(model).steps == 3

@@ -70,7 +70,7 @@ def test_accelerate_with_an_incomplete_last_window(model, seen):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
 def test_a_step_that_the_scaler_skips_does_not_count(model, seen, fused):
-    # a fused optimizer is called for a skipped step too, and skips by itself
+    # a fused optimizer is also called for a skipped step, and skips it itself
     optimizer, scaler = AdamW(trained(model), fused=fused), torch.amp.GradScaler("cpu")
     for i, batch in enumerate(batches(4)):
         loss = model(**batch).loss * (torch.inf if i == 1 else 1)
@@ -128,7 +128,7 @@ def _other_precision():
 
 @pytest.mark.usefixtures("_other_precision")
 def test_accelerate_in_mixed_precision_with_a_step_that_is_skipped(model, seen):
-    # on the CPU accelerate knows bf16 alone, which it does not scale; its scaler for fp16 is put in by hand
+    # on the CPU accelerate has only bf16, which it does not scale: put in its scaler for fp16 by hand
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     prepared, optimizer = accelerator.prepare(model, AdamW(trained(model)))

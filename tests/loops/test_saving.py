@@ -16,7 +16,7 @@ from safetensors import safe_open
 import flatlora
 from flatlora import FlatLoraConfig, perturbation
 
-# peft's notice, for plain LoRA too, that with adapted embeddings it saves the whole ones
+# peft warns, for plain LoRA too, that it saves the whole embeddings if they are adapted
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 
 OURS = "flatlora_config.json"
@@ -82,7 +82,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 warnings.simplefilter("error")
-# peft 0.21 asks transformers 5.23 for a name that it has renamed, whatever the adapter
+# peft 0.21 uses a name that transformers 5.23 has renamed, with any adapter
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 base, *folders = sys.argv[1:]
 for folder in folders:

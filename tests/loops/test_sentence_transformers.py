@@ -34,7 +34,7 @@ def embedder(folder, kind=FlatLoraConfig, dropout=0.0, **settings):
     torch.manual_seed(4)
     settings = {"rho": RHO, "seed": 7, "schedule": "constant", **settings} if kind is FlatLoraConfig else {}
     model.add_adapter(kind(r=4, target_modules=["query", "value", "dense"], lora_dropout=dropout, **settings))
-    for module in model.modules():  # BERT's own dropout would hide what is compared
+    for module in model.modules():  # BERT's own dropout would differ between the runs
         if isinstance(module, torch.nn.Dropout) and not dropout:
             module.p = 0.0
     return model
@@ -57,9 +57,9 @@ def train(model, folder, *, kind=SentenceTransformerTrainer, loss=MultipleNegati
 
 def test_the_forwards_of_a_batch_share_their_noise(folder, passes, tmp_path):
     model = embedder(folder)
-    seen = passes(model, BertEncoder)  # sentence-transformers calls `forward` of the model itself, past its hooks
+    seen = passes(model, BertEncoder)  # sentence-transformers calls the model's `forward`, without its hooks
     run = train(model, tmp_path)
-    forwards = 2  # of the anchors, and of the others in one batch
+    forwards = 2  # one of the anchors, and one of all others
     assert [p.rho for p in seen] == pytest.approx([RHO] * STEPS * forwards)
     assert [p.samples for p in seen] == [{step} for step in range(STEPS) for _ in range(forwards)]
     assert [logs["flat_rho"] for logs in run.state.log_history if "loss" in logs] == [RHO] * STEPS

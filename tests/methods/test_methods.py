@@ -229,7 +229,7 @@ def test_evaluation_is_clean_and_detach_leaves_no_trace(kind, settings):
 
 @every_method
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_layer_in_one_node_takes_the_step_of_pefts_modules(kind, settings, dropout):
+def test_a_fused_layer_takes_the_step_of_pefts_modules(kind, settings, dropout):
     results = []
     for watched in (False, True):
         model = twin.adapted(kind, rho=0.3, lora_dropout=dropout, **settings, total_steps=6)

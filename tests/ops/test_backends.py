@@ -106,7 +106,7 @@ class Noisy(Dataset):
     def __len__(self):
         return 4
     def __getitem__(self, index):
-        torch.set_num_threads(2)  # a loader's worker has one thread: ask for the case that could hang, in ours alone
+        torch.set_num_threads(2)  # a worker of a DataLoader has one thread; two threads could hang
         noisy = perturb_weight(weight, row_std, key, index, backend="c")
         torch.set_num_threads(1)
         return noisy

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 pytestmark = processes.patient
 ROOT = Path(__file__).parents[2]
 
-# The interpreter is chosen by an environment variable when triton is imported: hence a process of its own.
+# An environment variable chooses the interpreter when triton is imported, so the test needs a process of its own.
 INTERPRETED = """
 import torch
 from flatlora.ops import philox
@@ -125,7 +125,7 @@ def test_compiles_for_gpus_without_spills(tmp_path, record_property):
     """Registers spilled would be in local memory, on the stack."""
     script = tmp_path / "compiled.py"
     script.write_text(COMPILED)
-    # Fusion is what the kernel is meant to have; triton 3.9 asks for it to be said
+    # The kernel wants fusion; triton 3.9 has to be told
     output = run_python(script, TRITON_CACHE_DIR=str(tmp_path / "cache"), TRITON_DEFAULT_FP_FUSION="1")
     records = json.loads(re.search(r"\[\{.*\}\]", output)[0])
     record_property("kernels", records)

@@ -204,7 +204,7 @@ def test_there_is_noise_and_a_clean_pass_is_that_of_plain_lora(kind, where, way)
 def test_noise_in_the_factors_is_that_of_the_same_factors_without_hooks(way):
     model, x = flat(RwpConfig, "lora_A", way, space="adapter"), torch.randn(5, 6, dtype=torch.float64)
     for p in trained(model).values():
-        p.data.mul_(1.5)  # after the hooks have last made the weights
+        p.data.mul_(1.5)  # after the last time that the hooks made the weights
     plain = flat(RwpConfig, "lora_A", "parameter", space="adapter")
     for mine, own in zip(layers(model), layers(plain), strict=True):
         own.lora_A["default"].weight.data.copy_(whole_weight(mine.lora_A["default"]))

@@ -31,7 +31,7 @@ def split(rank, folder):
     mesh = init_device_mesh("cpu", (2,))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     plan = {"tp_plan": "auto"}
-    if "tp_plan" in DistributedConfig.__dataclass_fields__:  # its place in newer versions of transformers
+    if "tp_plan" in DistributedConfig.__dataclass_fields__:  # its name in newer versions of transformers
         plan = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=2)}
     by_transformers = LlamaForCausalLM.from_pretrained(folder, **plan)
     by_torch = parallelize_module(tiny.base_model(), mesh, {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
@@ -55,7 +55,7 @@ def test_a_checkpoint_that_fsdp1_loads_in_one_process_only(version, kind, monkey
         return trainer(flat_model(), tmp_path, callbacks=[FlatLoraCallback()], save_strategy="steps", save_steps=2)
 
     make().train()
-    resumed = make()  # the model of one process; what the callback looks at says that it is spread
+    resumed = make()  # a model of one process that the callback takes for a sharded one
     plugin = FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type=kind)
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
     expected = pytest.raises(RuntimeError, match="FULL_STATE_DICT.*first process only.*Train with SHARDED_STATE_DICT")

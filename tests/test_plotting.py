@@ -149,6 +149,7 @@ def test_mistakes_are_answered(call, message):
         call()
 
 
+@pytest.mark.slow
 @processes.patient
 def test_neither_matplotlib_nor_pyplot_is_imported_before_it_is_needed():
     code = (

@@ -69,10 +69,12 @@ def children():
     return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_processes_that_work_may_take_longer_than_the_limit():
     processes.run(meet_after_work, stalled=STALLED)
 
 
+@pytest.mark.slow
 def test_processes_that_wait_for_ever_are_stopped_and_say_where_they_are():
     before = children()
     with pytest.raises(TimeoutError, match="wait_for_nobody: no process has moved for 3 s") as error:
@@ -86,11 +88,13 @@ def test_an_error_in_one_process_is_raised_at_once():
         processes.run(fail_in_one)
 
 
+@pytest.mark.slow
 def test_a_command_that_works_may_take_longer_than_the_limit():
     done = processes.run_command([sys.executable, "-c", WORK.format(2 * STALLED)], stalled=STALLED)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+@pytest.mark.slow
 def test_a_command_whose_child_works_moves():
     work = WORK.format(2 * STALLED)
     script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}], check=True)"

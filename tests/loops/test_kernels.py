@@ -157,6 +157,7 @@ def _two_processes(rank):
         step(DistributedDataParallel(model), optimizer_of(model))
 
 
+@pytest.mark.slow
 @processes.patient
 def test_experts_that_another_process_has_chosen_and_kernels_in_both():
     processes.run(_two_processes)

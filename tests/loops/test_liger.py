@@ -38,6 +38,7 @@ def _with_the_loss_of_liger(rank):
     reason="the interpreter of triton 3.6 fails in Liger's kernel with today's NumPy",
     strict=True,
 )
+@pytest.mark.slow
 def test_the_fused_loss_of_liger(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when a process imports triton
     processes.run(_with_the_loss_of_liger, processes=1)

@@ -95,6 +95,7 @@ assert "flatlora" not in sys.modules
 """
 
 
+@pytest.mark.slow
 @processes.patient
 def test_stock_peft_loads_it_without_a_warning(tmp_path):
     tiny.base_model().save_pretrained(tmp_path / "base")

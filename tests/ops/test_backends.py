@@ -126,6 +126,7 @@ print("same in every process")
 """
 
 
+@pytest.mark.slow
 @needs_c
 @processes.patient
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

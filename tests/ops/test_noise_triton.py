@@ -80,6 +80,7 @@ def run_python(script, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_interpreter_agrees_with_the_definition(tmp_path):
     script = tmp_path / "interpreted.py"  # triton reads the source of its kernels from a file
     script.write_text(INTERPRETED.replace("PATH", repr(str(tmp_path / "sparse"))))
@@ -121,6 +122,7 @@ print(json.dumps(records))
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_gpus_without_spills(tmp_path, record_property):
     """Registers spilled would be in local memory, on the stack."""
     script = tmp_path / "compiled.py"
@@ -155,6 +157,7 @@ print("same bits")
 """
 
 
+@pytest.mark.slow
 def test_the_default_dtype_changes_no_bit(tmp_path):
     script = tmp_path / "default_dtypes.py"
     script.write_text(DEFAULT_DTYPES)

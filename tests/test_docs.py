@@ -7,13 +7,11 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
-from datasets import Dataset
-from loops.runs import batches, rows
-from loops.test_diffusers import unet, unet_inputs
-from loops.test_sentence_transformers import saved_bert
-from loops.test_trl import texts, tokenizer
+from helpers import tiny
+from helpers.runs import batches, rows
+from helpers.sentences import saved_bert
+from helpers.trl_runs import texts, tokenizer
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +26,8 @@ def title(page):
 
 def known(folder):
     """Return the names that the pages use without defining them: a base model, data, a tokenizer, a UNet."""
+    datasets, diffusion = pytest.importorskip("datasets"), pytest.importorskip("helpers.diffusion")
+    unet, unet_inputs = diffusion.unet, diffusion.unet_inputs
     prompts = [unet_inputs(seed) for seed in range(3)]
     return {
         "torch": torch,
@@ -43,7 +43,7 @@ def known(folder):
         "unet": unet(),
         "fresh_unet": unet,
         "latents": [(*inputs.values(), torch.randn(2, 4, 8, 8)) for inputs in prompts],
-        "texts": Dataset.from_dict({"text": ["one two three", "four five six"] * 4}),
+        "texts": datasets.Dataset.from_dict({"text": ["one two three", "four five six"] * 4}),
         "tokenizer": tokenizer(),
     }
 

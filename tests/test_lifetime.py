@@ -1,4 +1,4 @@
-"""Nothing of ours keeps a model, a tensor or a caller's local alive; copies of a part are parts (invariant 13)."""
+"""flatlora keeps no model, no tensor and no local of a caller alive; a copy of a part is a part (invariant 13)."""
 
 import copy
 import gc
@@ -9,8 +9,8 @@ import weakref
 
 import peft
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from torch import nn
 
 from flatlora import EFMLoraConfig, FlatLoraConfig, attach, detach, get_flat_peft_model, perturbation

@@ -1,9 +1,9 @@
-"""The adapted layer in one node against autograd on the dense expression, and the norms made on the way."""
+"""The fused adapted layer against autograd on the dense expression, and the norms that it computes."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.noise_cases import key_of
+from helpers.noise_cases import key_of
 
 from flatlora.ops import RowNoise, blocks, lora_linear, makes_norms, merged_row_norms, native, perturb_weight
 from flatlora.ops.registry import register

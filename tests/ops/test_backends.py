@@ -1,15 +1,16 @@
-"""Which backend runs, what it refuses, and that threads and forks do not matter."""
+"""The choice of the backend, what each one refuses, threads and forks."""
 
 import logging
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
-import processes
 import pytest
 import torch
-from ops.noise_cases import key_of, random_case
+from helpers import processes
+from helpers.noise_cases import key_of, random_case
 
 from flatlora.ops import native, perturb
 from flatlora.ops.perturb import perturb_weight, resolve_backend, row_noise
@@ -105,7 +106,7 @@ class Noisy(Dataset):
     def __len__(self):
         return 4
     def __getitem__(self, index):
-        torch.set_num_threads(2)  # a loader's worker has one thread: ask for the case that could hang, in ours alone
+        torch.set_num_threads(2)  # a worker of a DataLoader has one thread; two threads could hang
         noisy = perturb_weight(weight, row_std, key, index, backend="c")
         torch.set_num_threads(1)
         return noisy
@@ -125,6 +126,7 @@ print("same in every process")
 """
 
 
+@pytest.mark.slow
 @needs_c
 @processes.patient
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -134,13 +136,21 @@ def test_forked_processes_do_not_hang():
     assert "same in every process" in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+WHEEL = "from setuptools import build_meta; build_meta.build_wheel('wheels')"
+
+
+@processes.patient
+@pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the source tree")
 def test_build_without_a_compiler_succeeds(tmp_path):
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tmp_path)
+    for file in ROOT.iterdir():
+        if file.is_file() and not file.name.startswith("."):
+            shutil.copy(file, tmp_path)
     shutil.copytree(ROOT / "flatlora", tmp_path / "flatlora", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    (tmp_path / "wheels").mkdir()
+    command = [sys.executable, "-c", WHEEL]
     done = processes.run_command(command, cwd=tmp_path, env={**os.environ, "CC": "no-such-compiler"})
     assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "flatlora/__init__.py" in names and not [name for name in names if name.endswith(".so")]
     assert not list(tmp_path.rglob("*.so"))

@@ -1,4 +1,7 @@
-"""Quantised layers as data: those of the packages that are installed, and stand-ins for those that need a GPU."""
+"""Quantized layers as data: those of three packages, and stand-ins for the packages that need a GPU.
+
+A package is imported only when a layer of it is made.
+"""
 
 import importlib
 import sys
@@ -7,22 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import bitsandbytes as bnb
 import peft
-import pytest
 import torch
 import torch.nn.functional as F
 import transformers.integrations.eetq
-from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-from layer_cases import RHO, SEED
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from flatlora import FlatLoraConfig, attach, get_flat_peft_model
+from helpers.layer_cases import RHO, SEED
 
 M, N = 64, 128
 SETTINGS = {"r": 4, "lora_alpha": 8, "target_modules": ["layer"]}
@@ -41,7 +40,7 @@ class Holder(nn.Module):
 
 
 class Packed(nn.Module):
-    """What the layers of GPTQ, AWQ and AQLM have in common: integers, scales, and a forward that takes x alone."""
+    """What the layers of GPTQ, AWQ and AQLM have in common: integers, scales, and a forward of x alone."""
 
     def __init__(self):
         super().__init__()
@@ -57,6 +56,8 @@ class Packed(nn.Module):
 
 def four_bit(**kwargs):
     def make():
+        import bitsandbytes as bnb
+
         holder = Holder(bnb.nn.Linear4bit(N, M, **{"compute_dtype": torch.float32, **kwargs})).to("cpu")
         holder.is_loaded_in_4bit = True
         return holder
@@ -65,7 +66,9 @@ def four_bit(**kwargs):
 
 
 def long_blocks():
-    """Blocks of bitsandbytes that span four rows."""
+    """A layer of bitsandbytes whose blocks span four rows."""
+    import bitsandbytes as bnb
+
     holder = four_bit(quant_type="nf4")()
     weight = bnb.nn.Params4bit(torch.randn(M, N), requires_grad=False, blocksize=512, quant_type="nf4")
     holder.layer.weight = weight.to("cpu")
@@ -73,18 +76,24 @@ def long_blocks():
 
 
 def eight_bit():
+    import bitsandbytes as bnb
+
     holder = Holder(bnb.nn.Linear8bitLt(N, M, has_fp16_weights=False)).to("cpu")
     holder.is_loaded_in_8bit = True
     return holder
 
 
 def torchao():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     holder = Holder(nn.Linear(N, M))
     quantize_(holder, Int8WeightOnlyConfig())
     return holder
 
 
 def hqq():
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
     config = BaseQuantizeConfig(nbits=4, group_size=64)
     return Holder(HQQLinear(nn.Linear(N, M).requires_grad_(False), config, compute_dtype=torch.float32, device="cpu"))
 
@@ -94,7 +103,7 @@ def packed():
 
 
 def as_if_installed(name, **packages):
-    """peft defines some layers only where their package is installed."""
+    """Reload a module of peft that defines its layers only where a package is installed."""
     with mock.patch.dict(sys.modules, packages), mock.patch(f"peft.import_utils.is_{name}_available", lambda: True):
         importlib.reload(importlib.import_module(f"peft.tuners.lora.{name}"))
 
@@ -144,7 +153,7 @@ class PatchedLinear(nn.Module):
 
 
 INC = "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules"
-sys.modules[INC] = SimpleNamespace(PatchedLinear=PatchedLinear)  # where peft asks for it
+sys.modules[INC] = SimpleNamespace(PatchedLinear=PatchedLinear)  # where peft imports it from
 
 
 def eight_bit_floats():
@@ -155,12 +164,18 @@ def eight_bit_floats():
 class Case:
     name: str
     make: Any
+    package: str | None = None  # the package of the layer; None for a stand-in
     wrapper: Any = None  # peft's layer, where peft finds it only with the package of its base layer
     config: dict = field(default_factory=dict)
     tolerance: float = 2e-5
 
+    @property
+    def made_by_peft(self):
+        """peft chooses the class of the LoRA layer by itself."""
+        return self.wrapper is None
 
-CASES = [
+
+BITSANDBYTES = [
     Case("nf4", four_bit(quant_type="nf4", compress_statistics=False)),
     Case("nf4-double", four_bit(quant_type="nf4")),
     Case("nf4-long", long_blocks),
@@ -170,23 +185,25 @@ CASES = [
     Case("nf4-unset", four_bit(quant_type="nf4", compute_dtype=None)),
     Case("nf4-dora", four_bit(quant_type="nf4"), config={"use_dora": True}),
     Case("int8", eight_bit),
-    Case("torchao", torchao),
-    Case("hqq", hqq),
-    Case("hqq-dora", hqq, config={"use_dora": True}),
-    Case("gptq", packed, GPTQLoraLinear),
-    Case("gptq-qalora", packed, GPTQLoraLinear, {"use_qalora": True, "qalora_group_size": 16}),
-    Case("awq", packed, AwqLoraLinear),
-    Case("aqlm", packed, AqlmLoraLinear),
+]
+TORCHAO = [Case("torchao", torchao)]
+HQQ = [Case("hqq", hqq), Case("hqq-dora", hqq, config={"use_dora": True})]
+STAND_INS = [
+    Case("gptq", packed, wrapper=GPTQLoraLinear),
+    Case("gptq-qalora", packed, wrapper=GPTQLoraLinear, config={"use_qalora": True, "qalora_group_size": 16}),
+    Case("awq", packed, wrapper=AwqLoraLinear),
+    Case("aqlm", packed, wrapper=AqlmLoraLinear),
     Case("eetq", eetq),
     Case("inc", eight_bit_floats),
 ]
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-FROM_PEFT = [case for case in CASES if case.wrapper is None]
-every_case_from_peft = pytest.mark.parametrize("case", FROM_PEFT, ids=lambda case: case.name)
+for package, cases in {"bitsandbytes": BITSANDBYTES, "torchao": TORCHAO, "hqq": HQQ}.items():
+    for case in cases:
+        case.package = package
+CASES = [*BITSANDBYTES, *TORCHAO, *HQQ, *STAND_INS]
 
 
 def flat_model(case, **config):
-    """(model, its layer); the factors are random, so that every term counts."""
+    """(model, its layer). The factors are random, so that no term is zero."""
     torch.manual_seed(1)
     holder = case.make()
     settings = SETTINGS | case.config | config

@@ -1,5 +1,4 @@
-"""Layers whose merged weight peft makes as a whole, as data, each with its dense expression: attention, and experts in
-both layouts."""
+"""Layers that peft merges as a whole, as data: attention, and experts in both layouts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +8,13 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import RHO, SEED
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from flatlora import FlatLoraConfig, get_flat_peft_model
-from flatlora.ops import perturb_weight
-from flatlora.ops.philox import mix_rank
+from helpers.layer_cases import RHO, SEED
+from helpers.noise import epsilon
 
 DIM, EXPERTS, HIDDEN = 8, 3, 10
 FLAT = {"rho": RHO, "schedule": "constant", "seed": SEED}
@@ -66,17 +64,15 @@ class Moe(nn.Module):
 
 
 def noise(layer, weight, transposed=False, sample=0):
-    """By its definition: outputs are rows, counted through the experts, each relative to its own norm."""
+    """eps in the layout of the weight: the rows are the outputs, numbered through all experts."""
     weight = weight.detach()
     rows = (weight.mT if transposed else weight).reshape(-1, weight.shape[-2 if transposed else -1])
-    key = torch.tensor([mix_rank(SEED, 0), sample])
-    z = perturb_weight(torch.zeros_like(rows), torch.ones(len(rows), dtype=rows.dtype), key, layer.stream)
-    eps = RHO / rows.shape[1] ** 0.5 * rows.norm(dim=1, keepdim=True) * z
+    eps = epsilon(rows, layer.stream, rho=RHO, seed=SEED, sample=sample)
     return eps.view(weight.mT.shape).mT if transposed else eps.view(weight.shape)
 
 
 def wrappers(model):
-    """The nested layers of the experts, by the name of their parameter."""
+    """The nested LoRA layers of the experts, by the name of their parameter."""
     layer, found = model.base_model.model.block, {}
     while hasattr(layer, "parameter_name"):
         found[layer.parameter_name], layer = layer, layer.base_layer
@@ -125,9 +121,9 @@ class Case:
     name: str
     holder: Callable[[], Any]
     config: dict
-    shape: tuple[int, ...]  # of its input
+    shape: tuple[int, ...]  # shape of the input
     dense: Callable[..., Any]  # (model, x, noisy=True): the dense expression
-    block: int  # numbers in the largest matrix that the noise is added to
+    block: int  # elements of the largest matrix that gets noise
 
 
 ATTENTION = Case("attention", Attention, {"target_modules": ["block"]}, (2, 5, DIM), dense_attention, 4 * DIM * DIM)
@@ -144,7 +140,7 @@ def settings_of(case):
     return {"r": 4, "lora_alpha": 8, **case.config}
 
 
-def randomise(model):
+def randomize(model):
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -156,13 +152,13 @@ def randomise(model):
 def flat_model(case, kind=FlatLoraConfig, dtype=torch.float64, **config):
     torch.manual_seed(1)
     config = kind(**settings_of(case) | (FLAT if kind is FlatLoraConfig else {"schedule": "constant"}) | config)
-    return randomise(get_flat_peft_model(case.holder().to(dtype), config, autocast_adapter_dtype=False))
+    return randomize(get_flat_peft_model(case.holder().to(dtype), config, autocast_adapter_dtype=False))
 
 
 def plain_model(case):
     torch.manual_seed(1)
     config = peft.LoraConfig(**settings_of(case))
-    return randomise(peft.get_peft_model(case.holder().double(), config, autocast_adapter_dtype=False))
+    return randomize(peft.get_peft_model(case.holder().double(), config, autocast_adapter_dtype=False))
 
 
 def input_of(case, seed=0, dtype=torch.float64):

@@ -1,4 +1,4 @@
-"""The layers that can be adapted, as data, and the dense expression W + sBA + eps that each is compared with."""
+"""The kinds of layers as data, and the dense weight W + sBA + eps that each is compared with."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation
-from flatlora.ops import perturb_weight
-from flatlora.ops.philox import mix_rank
+from helpers.noise import epsilon
 
 RHO, SEED = 0.3, 11
 
@@ -19,7 +18,7 @@ RHO, SEED = 0.3, 11
 class Case:
     name: str
     layer: Any  # a function that makes the layer
-    shape: tuple[int, ...]  # of its input; integers below `tokens` if there are any
+    shape: tuple[int, ...]  # shape of the input; integers below `tokens` if that is set
     tokens: int = 0
     config: dict = field(default_factory=dict)
     adapters: tuple[str, ...] = ("default",)
@@ -67,7 +66,7 @@ class Holder(nn.Module):
 
 
 def flat_model(case, dtype=torch.float64, **config):
-    """(peft model, its flat layer, an input); B and the magnitudes are random, so that every term counts."""
+    """(peft model, its flat layer, an input). B and the magnitudes are random, so that no term is zero."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["layer"], "rho": RHO, "schedule": "constant", "seed": SEED}
     settings |= case.config | config
     holder = Holder(case.layer()).to(dtype)
@@ -87,7 +86,7 @@ def flat_model(case, dtype=torch.float64, **config):
 
 
 def dense_weight(layer):
-    """W + sBA as autograd sees it, (out, ...) with grouped convolutions written out over all input channels."""
+    """W + sBA of shape (out, ...), differentiable. Grouped convolutions are written out over all input channels."""
     base = layer.get_base_layer()
     weight = _ungroup(base.weight.T if isinstance(base, Conv1D) else base.weight, getattr(base, "groups", 1))
     return weight + sum(_delta(layer, base, name) for name in layer.active_adapters)
@@ -115,33 +114,28 @@ def _ungroup(weight, groups):
 
 
 def dense_noise(layer, sample=0, rho=RHO, seed=SEED):
-    """eps by its definition, in the layout of `dense_weight`: rho / sqrt(n) * ||W'_i|| * z_ij, a constant."""
+    """eps in the layout of `dense_weight`."""
     base = layer.get_base_layer()
     own = base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
-    key = torch.tensor([mix_rank(seed, 0), sample])
-    z = perturb_weight(
-        torch.zeros(own.shape, dtype=own.dtype), torch.ones(len(own), dtype=own.dtype), key, layer.stream
-    )
-    norms = merged_norms(layer).detach()
-    eps = rho / own.shape[1] ** 0.5 * norms[:, None] * z
+    eps = epsilon(own, layer.stream, rho=rho, norms=merged_norms(layer), seed=seed, sample=sample)
     shape = own.shape if isinstance(base, Conv1D) else base.weight.shape
     return _ungroup(eps.view(shape), getattr(base, "groups", 1))
 
 
 def merged_norms(layer):
-    """||W'_i|| by definition; DoRA's merged weight is rebuilt from the layer's clean output on the unit vectors."""
+    """||W'_i||, of shape (m,). With DoRA they follow from the magnitudes."""
     dora = [name for name in layer.active_adapters if layer.use_dora.get(name)]
     weight = dense_weight(layer)
     if not dora:
         return weight.flatten(1).norm(dim=1)
     magnitude = layer.lora_magnitude_vector[dora[0]].weight
-    if isinstance(layer.get_base_layer(), nn.Embedding):  # peft keeps one magnitude per column there
+    if isinstance(layer.get_base_layer(), nn.Embedding):  # peft keeps one magnitude per column here
         return (weight * (magnitude / weight.norm(dim=0))).norm(dim=1)
     return magnitude.flatten().abs()
 
 
 def apply_dense(layer, x, weight, bias):
-    """The layer's operation with the dense weight."""
+    """Apply the layer's operation with a dense weight."""
     base = layer.get_base_layer()
     if isinstance(base, nn.Embedding):
         return F.embedding(x, weight)
@@ -152,7 +146,7 @@ def apply_dense(layer, x, weight, bias):
 
 
 def clean_forward(model, x):
-    """peft's own forward."""
+    """The forward without noise."""
     perturbation(model).enabled = False
     try:
         return model(x)

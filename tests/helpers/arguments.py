@@ -1,4 +1,4 @@
-"""Every public function with right arguments, and which of fifty values are right for each of them."""
+"""Every public function with valid arguments, and which of fifty values are valid for each argument."""
 
 import functools
 import inspect
@@ -57,9 +57,9 @@ VALUES = {
     "decimal": Decimal("0.5"), "path": Path("x\0y"), "model": model(),
 }  # fmt: skip
 
-# kinds of arguments: the values that are right for them; all others are wrong
+# kinds of arguments: names of their valid values
 NONE = "None"
-WORD = ""  # one of some words, none of which is among the values
+WORD = ""  # a keyword; none of the values is one
 RHO, LEVEL, ABOVE_ZERO = "0 0.5 1", "0.5", "0.5 1 1e300 2**64"
 COUNT, INDEX, INTEGER = "1", "0 1", "-1 0 1"
 STRENGTHS = "0 0.5 1 1e300 2**64 whole"
@@ -72,7 +72,7 @@ FIELD = f"None {TEXT} {INTEGER}"
 FUNCTION, LAYERS = "lambda int model", "None lambda int model"
 MODULE, BATCHES = "model", "[None] ['x'] [nan] [-1] nans whole"
 TENSOR = "empty nans whole 1jt meta"
-OTHER = ""  # a result, an operator, a tensor of some shape: none is among the values
+OTHER = ""  # a result, an operator, a tensor of some shape; none of the values is one
 
 
 @functools.cache
@@ -100,7 +100,7 @@ RESULTS = {
     Estimate: Estimate(1.0, 0.1, LINE),
     Eigenvalues: Eigenvalues(ONE(), ONE(), ONE(1)),
 }
-KINDS = {  # of arguments that mean the same in most functions; of any other, every value is wrong
+KINDS = {  # kinds of arguments with the same meaning in most functions; for all others no value is valid
     "model": MODULE, "batches": BATCHES, "seed": INTEGER, "layers": LAYERS, "sizes": NONE, "progress": OPTIONAL_BOOL,
     "file": f"None {PATH}", "path": PATH, "loss_fn": FUNCTION, "score_fn": FUNCTION, "score": TEXT, "unit": TEXT,
     "rho": STRENGTHS, "samples": COUNT, "steps": COUNT, "center": ANY_REAL, "level": LEVEL, "title": f"None {TEXT}",
@@ -110,14 +110,14 @@ KINDS = {  # of arguments that mean the same in most functions; of any other, ev
 
 
 def case(function, right=None, *, of=None, call=None, skip=(), **kinds):
-    """A public function or class, and how to call it.
+    """Describe a public function or class, and how to call it.
 
     Args:
-        right: arguments with which it can be called.
-        of: the names of its arguments; default all that its signature has.
-        call: what is called in its place.
-        skip: arguments that are not looked at.
-        kinds: of arguments, where they are not those of `KINDS`.
+        right: valid arguments.
+        of: names of its arguments; by default all of its signature.
+        call: the function to call in its place.
+        skip: arguments to ignore.
+        kinds: kinds of arguments that differ from `KINDS`.
 
     Returns:
         The call, and the kind of each argument.
@@ -190,7 +190,7 @@ OF_LIBRARY = {
         sharpness_samples=COUNT,
     ),
     "FlatLoraCallback.add_to": case(flatlora.FlatLoraCallback().add_to),
-    "TwoPassTrainerMixin": case(flatlora.TwoPassTrainerMixin, of=[]),  # its step is given what the Trainer gives
+    "TwoPassTrainerMixin": case(flatlora.TwoPassTrainerMixin, of=[]),  # the Trainer calls it
     "ascent": case(flatlora.ascent, call=entered(flatlora.ascent)),
     "attach": case(flatlora.attach, {"model": plain()}, rho=RHO, seed=f"None {INTEGER}", adapter_names=NONE),
     "detach": case(flatlora.detach),
@@ -269,7 +269,7 @@ OF_OPS = {
     "lora_linear": case(ops.lora_linear, LORA_LINEAR, noise=NONE, dropped=NONE, owner=INDEX),
     "perturbed_linear": case(ops.perturbed_linear, {**LINEAR, **NOISY}, owner=INDEX),
     "rebuilt_linear": case(ops.rebuilt_linear, {**LINEAR, **NOISY}),
-    "perturbed_conv": case(  # the geometry is torch's to check
+    "perturbed_conv": case(  # torch checks the geometry
         ops.perturbed_conv, {**CONV, "bias": None, "groups": 1, **NOISY}, skip=["stride", "padding", "dilation"],
         groups=COUNT,
     ),

@@ -1,10 +1,11 @@
-"""What LoraConfig offers beside r and alpha: training under noise is right, and without strength it is peft's own."""
+"""LoraConfig's initializations and other options: training has the right noise, and with rho = 0 it is peft's."""
 
 import peft
 import pytest
-import tiny
 import torch
-from dense import assert_dense
+from helpers import tiny
+from helpers.dense import assert_dense
+from helpers.internals import row_norms
 from peft import EvaConfig, LoftQConfig, LoraConfig, initialize_lora_eva_weights
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
@@ -53,7 +54,7 @@ def step(model):
 
 
 def make(kind, settings, **base):
-    """A tiny Llama with an adapter, by the steps that peft's documentation gives for its initialisation."""
+    """A tiny Llama with an adapter, initialized as peft's documentation says."""
     model = tiny.base_model(attention_bias=True, **base)
     config = kind(**{**tiny.LORA, "target_modules": LINEAR, **settings})
     way = config.init_lora_weights
@@ -79,13 +80,13 @@ def flat(settings, **base):
 
 @pytest.fixture(autouse=True)
 def _loftq_without_cuda(monkeypatch):
-    """LoftQ's own rounding runs on a GPU: here to 16 levels, and the factors take up the rest."""
+    """Replace LoftQ's rounding, which needs a GPU: round to 16 levels, and let the factors take up the rest."""
 
     def rounded(weight, num_bits, reduced_rank, num_iter):
         size = weight.abs().max() / 8
-        quantised = (weight / size).round() * size
-        U, S, V = torch.linalg.svd(weight - quantised, full_matrices=False)
-        return quantised, V[:reduced_rank], U[:, :reduced_rank] * S[:reduced_rank]
+        quantized = (weight / size).round() * size
+        U, S, V = torch.linalg.svd(weight - quantized, full_matrices=False)
+        return quantized, V[:reduced_rank], U[:, :reduced_rank] * S[:reduced_rank]
 
     monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", rounded)
 
@@ -124,7 +125,7 @@ def test_a_second_adapter_that_changes_the_base_weight_renews_its_norms(way):
     assert not torch.equal(layer.base_layer.weight, before)
     model.set_adapter("second")
     weight = layer.base_layer.weight + layer.get_delta_weight("second")
-    torch.testing.assert_close(layer._row_norms(), weight.norm(dim=1))
+    torch.testing.assert_close(row_norms(layer), weight.norm(dim=1))
     assert_dense(model.double())
 
 

@@ -1,24 +1,32 @@
-"""What one engine makes of a few steps of training, written down by each process for the tests to look at."""
+"""Train a few steps with one engine. Each process saves what the tests look at."""
 
 import os
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 
 import pytest
-import tiny
 import torch
-from spread import kinds
-from spread.engines import ENGINES, LEARNING_RATE
 
-from flatlora import RwpConfig, perturbation
+from flatlora import (
+    BarConfig,
+    BiLoraConfig,
+    EFMLoraConfig,
+    FMLoraConfig,
+    LoraSamConfig,
+    RwpConfig,
+    ascent,
+    perturbation,
+)
 from flatlora.ops import products
+from helpers import engine_models, tiny
+from helpers.engines import ENGINES, LEARNING_RATE
 
 STEPS, RHO = 4, 0.5
 FLAT = {"rho": RHO, "schedule": "linear", "total_steps": STEPS}
 
 
 def rwp_model(**settings):
-    """Noise in A and B."""
+    """A model with noise in A and B."""
     return tiny.adapted(RwpConfig(space="adapter", seed=7, **tiny.LORA, **settings))
 
 
@@ -28,9 +36,9 @@ RUNS = {
     "zero": (tiny.flat_model, {**FLAT, "rho": 0.0}, "off"),
     **{name: (tiny.flat_model, FLAT, name) for name in CHECKPOINTING},
     "factors": (rwp_model, FLAT, "off"),
-    **{kind: (partial(kinds.make, kind), FLAT, "off") for kind in kinds.KINDS},
+    **{kind: (partial(engine_models.make, kind), FLAT, "off") for kind in engine_models.KINDS},
 }
-REFUSED = {  # what is raised: by us, or by what plain LoRA fails in too
+REFUSED = {  # the error that is raised, by flatlora or by plain LoRA too
     ("fsdp1", "dora"): "DoRA cannot be trained under FSDP1 .* use_orig_params=False",
     ("fsdp1", "4-bit-dora"): "DoRA cannot be trained under FSDP1",
     ("fsdp1", "experts"): "An expert parameter cannot be trained under FSDP1 .* Use FSDP2",
@@ -43,10 +51,16 @@ def batch_seed(step, rank):
     return 2 * step + rank
 
 
-def record(rank, engine, folder):
+def names_of(engine, four_bit):
+    """Names of an engine's runs: those with 4-bit models, or all others."""
+    names = [name for name in RUNS if name not in engine_models.KINDS or name in ENGINES[engine].kinds]
+    return [name for name in names if ("4-bit" in name) == four_bit]
+
+
+def record(rank, engine, names, folder):
     os.environ["LOCAL_RANK"] = str(rank)
     found = {}
-    for name in [name for name in RUNS if name not in kinds.KINDS or name in ENGINES[engine].kinds]:
+    for name in names:
         refused = pytest.raises(Exception, match=REFUSED[engine, name]) if (engine, name) in REFUSED else nullcontext()
         with refused:
             found[name] = train(rank, ENGINES[engine], *RUNS[name], follow=name in CHECKPOINTING)
@@ -77,11 +91,11 @@ def train(rank, engine, make, settings, checkpointing, follow):
 
 @contextmanager
 def noise():
-    """Key, stream and row strengths of each perturbed weight that is made inside, in the order of making."""
+    """Record key, stream and row strengths of each perturbed weight, in order."""
     seen, perturb = [], products.perturb_weight
 
     def spy(weight, norms, key, layer, *args, **kwargs):
-        made = perturb(weight, norms, key, layer, *args, **kwargs)  # may write the norms
+        made = perturb(weight, norms, key, layer, *args, **kwargs)  # this may write the norms
         row_std = norms * kwargs.get("relative", 1.0)
         seen.append({"key": key.tolist(), "layer": layer, "row_std": row_std, "weight": weight.detach().clone()})
         return made
@@ -95,7 +109,7 @@ def noise():
 
 @cache
 def alone(run, ranks=2):
-    """The same training in one process: its parameters, and for each rank the noise of each step's forward."""
+    """Train in one process. Returns the parameters, and for each rank the noise of each step's forward."""
     make, settings, _ = RUNS[run]
     models = [make(**settings) for _ in range(ranks)]
     optimizers = [torch.optim.SGD(tiny.trainable(m), lr=LEARNING_RATE, momentum=0.9) for m in models]
@@ -112,7 +126,7 @@ def alone(run, ranks=2):
 
 
 def train_together(models, optimizers, loss):
-    """Equal models in one process, one for each rank, gradients averaged by hand. Returns the mean losses."""
+    """Train equal models in one process, one for each rank, and average their gradients. Returns the mean losses."""
     losses = []
     for rank, model in enumerate(models):
         perturbation(model).rank = rank
@@ -129,3 +143,16 @@ def train_together(models, optimizers, loss):
             optimizer.step()
             optimizer.zero_grad()
     return losses
+
+
+def step_with_whole_gradients(rank, engines):
+    """Each method that needs whole gradients refuses each of these engines."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    for engine in engines:
+        for kind in (EFMLoraConfig, FMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig):
+            run = ENGINES[engine](tiny.adapted(kind(rho=0.1, **tiny.LORA)))
+            with pytest.raises(RuntimeError, match="needs whole gradients .*FSDP, DeepSpeed.*Use DDP"):
+                if kind in (FMLoraConfig, LoraSamConfig):
+                    with ascent(run.model):
+                        tiny.loss(run.model).backward()
+                run.step(tiny.loss(run.model))

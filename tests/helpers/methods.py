@@ -1,7 +1,6 @@
 """All methods as data, and an optimizer step of any of them."""
 
 import pytest
-import twin
 
 from flatlora import (
     BarConfig,
@@ -14,6 +13,7 @@ from flatlora import (
     perturbation,
 )
 from flatlora.layer import flat_layers
+from helpers import twin
 
 KINDS = [
     (FMLoraConfig, {}),

@@ -1,13 +1,12 @@
-"""What a flat model must compute: each adapted layer replaced by its operation with the dense weight W' + eps.
+"""The forward of a flat model, with the dense weight W' + eps in each adapted layer.
 
-W' is peft's own merged weight, W + get_delta_weight, and eps is made by its definition.
+W' is peft's own merged weight, W + get_delta_weight.
 """
 
 from contextlib import ExitStack
 from functools import partial
 from unittest import mock
 
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,18 +14,18 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora import perturbation
 from flatlora.layer import flat_layers
-from flatlora.ops import perturb_weight
-from flatlora.ops.philox import mix_rank
+from helpers import tiny
+from helpers.noise import epsilon
 
 
 def cross_entropy(model):
-    """tiny.loss in the precision of the model: transformers computes it in float32."""
+    """`tiny.loss` in the precision of the model. transformers computes it in float32."""
     x = tiny.tokens()
     return F.cross_entropy(model(input_ids=x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
 
 
 def merged(layer):
-    """W' with the graph of A and B."""
+    """W', differentiable in A and B."""
     active = [name for name in layer.active_adapters if name in layer.scaling]
     return layer.get_base_layer().weight + sum(layer.get_delta_weight(name) for name in active)
 
@@ -36,13 +35,11 @@ def rows(layer, weight):
 
 
 def noise(layer, weight):
-    """rho_t / sqrt(n) * ||W'_i|| * z_ij in the weight's own layout; a constant."""
+    """eps in the layout of the weight."""
     state = layer.perturbation
     rho_t = max(state.rhos[name] for name in layer.active_flat_adapters()) * state.ramp
     flat = rows(layer, weight.detach())
-    key = torch.tensor([mix_rank(state.seed, 0), state.sample])
-    z = perturb_weight(torch.zeros_like(flat), torch.ones(len(flat), dtype=flat.dtype), key, layer.stream)
-    eps = rho_t / flat.shape[1] ** 0.5 * flat.norm(dim=1, keepdim=True) * z
+    eps = epsilon(flat, layer.stream, rho=rho_t, seed=state.seed, sample=state.sample)
     return rows(layer, eps).reshape(weight.shape)
 
 
@@ -58,7 +55,7 @@ def dense_forward(layer, x, noisy=True):
 
 
 def dense_loss(model, loss=cross_entropy):
-    """`loss(model)` by the dense expression, at the noise sample of the forward before."""
+    """`loss(model)` with dense weights and the noise sample of the previous forward."""
     with ExitStack() as stack:
         for layer in flat_layers(model):
             stack.enter_context(mock.patch.object(layer, "forward", partial(dense_forward, layer)))
@@ -66,7 +63,7 @@ def dense_loss(model, loss=cross_entropy):
 
 
 def assert_dense(model, loss=cross_entropy, tolerance=1e-10):
-    """A training pass of a float64 model: loss and gradients are those of the dense expression, and there is noise."""
+    """Assert that loss and gradients of a float64 model equal those with dense weights, and that there is noise."""
     parameters = tiny.trainable(model)
     found, expected = (f() for f in (lambda: loss(model), lambda: dense_loss(model, loss)))
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)

@@ -1,4 +1,4 @@
-"""Cases that every backend of the noise contract is held to, and the comparison with its definition."""
+"""Cases for every backend of the noise contract, and the comparison with the definition."""
 
 import torch
 
@@ -15,7 +15,7 @@ KNOWN = [
     ),
 ]
 
-# seed, sample, layer, first row, m, n: odd shapes, and every index near the end of its range
+# seed, sample, layer, first row, m, n: odd shapes, and indices near the ends of their ranges
 STREAMS = [
     (0, 0, 0, 0, 1, 1),
     (1, 2, 3, 4, 5, 63),
@@ -25,7 +25,7 @@ STREAMS = [
     (0x0123456789ABCDEF, 2**31 - 1, 2**32 - 2, 77, 70, 257),
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# a unit in the last place of numbers below 8, in which all values of the cases lie
+# a unit in the last place of numbers below 8, the bound of all values
 UNIT = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
 
 
@@ -41,19 +41,34 @@ def random_case(m, n, dtype, generator_seed=0):
 
 
 def definition(weight, row_std, seed, sample, layer, first_row):
-    """W + std z in float64, not rounded."""
+    """W + std z in float64."""
     rows = torch.arange(first_row, first_row + weight.shape[0])
     z = philox.normals(seed, sample, layer, rows, weight.shape[1]).double()
     return weight.double() + row_std.double()[:, None] * z
 
 
 def assert_close(actual, expected):
-    """Within 1e-5 of the definition, and a unit in the last place where the dtype is short."""
+    """Assert an error of at most 1e-5, and one unit in the last place of a 16-bit dtype."""
     assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).abs().max().item()
-    assert error <= 1e-5 + UNIT[actual.dtype], error  # nan fails too
+    assert error <= 1e-5 + UNIT[actual.dtype], error  # NaN fails too
 
 
 def nans(m, n, dtype):
-    """A result to write into: what is left unwritten shows."""
+    """An output tensor of NaN, which shows elements that nothing wrote."""
     return torch.full((m, n), float("nan"), dtype=dtype)
+
+
+DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]  # dtypes that a user may make torch's default
+
+
+def problem(dtype, m=130, n=70, r=3):
+    """W, B, A, x, row norms and a key. The dtype and the device of each tensor are explicit."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, B, A, x = random(m, n).to(dtype), random(m, r).to(wide), random(r, n).to(wide), random(4, n).to(dtype)
+    return weight, B, A, x, random(m).to(wide).abs(), torch.tensor([5, -6], dtype=torch.int64, device="cpu")

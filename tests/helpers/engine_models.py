@@ -1,22 +1,21 @@
-"""Models whose adapted layers are more than plain linear ones, each from the same seeds every time."""
+"""Models with other layers than plain linear ones. Each is made from fixed seeds."""
 
-import tiny
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from flatlora import FlatLoraConfig
+from helpers import tiny
 
 
 def gpt2():
-    """Its layers are transformers' Conv1D."""
+    """GPT-2: its layers are transformers' Conv1D."""
     torch.manual_seed(3)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": tiny.TOKENS, "n_positions": 64}
     return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
 
 
 def mixtral():
-    """Its experts are parameters."""
+    """Mixtral: its experts are parameters."""
     torch.manual_seed(3)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": tiny.TOKENS}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -24,7 +23,9 @@ def mixtral():
 
 
 def four_bit():
-    """The tiny Llama in the 4 bits of bitsandbytes, stored in float32, which is what FSDP can shard."""
+    """The tiny Llama in 4 bits of bitsandbytes, stored as float32, which FSDP can shard."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
     model, stored = tiny.base_model(), {"quant_type": "nf4", "quant_storage": torch.float32}
     for name, layer in list(model.model.layers.named_modules()):
         if isinstance(layer, torch.nn.Linear):

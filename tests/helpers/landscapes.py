@@ -1,4 +1,4 @@
-"""Models whose landscape is known in closed form."""
+"""Models whose loss surface is known in closed form, and a snapshot of a model."""
 
 import random
 
@@ -34,7 +34,7 @@ def value(model, batch):
 
 
 class Net(nn.Module):
-    """Dropout, batch norm, an embedding tied to the head, a convolution: what measuring must leave as it was."""
+    """A model with dropout, batch norm, an embedding tied to the head, and a convolution."""
 
     def __init__(self):
         super().__init__()
@@ -56,12 +56,12 @@ def token_loss(model, ids):
 
 
 def draws_from_all(model, ids):
-    """A loss that uses every generator."""
+    """A loss that draws from every random generator."""
     return token_loss(model, ids) * (1 + torch.rand(()) + random.random() + numpy.random.rand())
 
 
 class Snapshot:
-    """Everything a measurement must leave as it was."""
+    """Everything that a measurement must not change."""
 
     def __init__(self, model):
         self.model = model

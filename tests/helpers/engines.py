@@ -1,20 +1,21 @@
-"""Ways to spread a model over the processes of the default group, with one face: see `Run`."""
+"""Engines that shard or replicate a model over the processes of the default group, with the interface of `Run`."""
 
 import torch
 from peft.utils.other import fsdp_auto_wrap_policy
-from spread.kinds import KINDS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from helpers.engine_models import KINDS
 
 LEARNING_RATE = 0.05
 
 
 class Run:
-    """A model spread by one engine, and its optimizer."""
+    """A model under one engine, and its optimizer."""
 
     processes = 2
-    kinds = ()  # of layers that are tried with it, names in kinds.py
+    kinds = ()  # names of models in engine_models.py
 
     def __init__(self, model):
         self.module = model
@@ -33,11 +34,11 @@ class Run:
         self.optimizer.zero_grad()
 
     def whole(self):
-        """Copies of all parameters, by the names that they have in one process."""
+        """Copies of all parameters, by their names in one process."""
         return {name: p.detach().clone() for name, p in self.module.named_parameters()}
 
     def shards(self):
-        """Copies of what this process holds of the frozen parameters."""
+        """Copies of this process's shards of the frozen parameters."""
         return [p.detach().clone() for p in self.model.parameters() if not p.requires_grad]
 
 
@@ -68,7 +69,7 @@ class FSDP2(Run):
 
 
 class HSDP(FSDP2):
-    """Sharded over two processes, twice."""
+    """Two replicas, each sharded over two processes."""
 
     processes = 4
     kinds = ("dora",)
@@ -110,7 +111,7 @@ class Zero2(Run):
     def __init__(self, model):
         import deepspeed
 
-        # gloo will do, and this kernel would have to be compiled on the machine
+        # gloo works without this kernel, which would be compiled here
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         config = {
             "train_micro_batch_size_per_gpu": 2,

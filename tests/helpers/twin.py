@@ -1,4 +1,4 @@
-"""A small float64 network, as a peft model and as plain tensors for the twins that follow the papers step by step."""
+"""A small float64 network, as a peft model and as plain tensors that follow the papers step by step."""
 
 import peft
 import torch
@@ -20,7 +20,7 @@ class Network(nn.Module):
 
 
 def adapted(config, zero_B=False, **settings):
-    """The network with the adapters of `config`, a class; the same base and factors each time."""
+    """The network with adapters of the class `config`. The base and the factors are the same each time."""
     torch.manual_seed(0)
     base = Network().double()
     options = {"r": R, "lora_alpha": SCALING * R, "target_modules": ["0", "1", "2"], **settings}
@@ -71,7 +71,7 @@ def trainable(model):
 
 
 def dense_ascent(A, B, grad_A, grad_B, rho, s=SCALING, rtol=1e-7):
-    """E_B by the formulas of arXiv 2508.00522 (eqs. 12, 13, 15): pseudo-inverses and the whole of G."""
+    """E_B by the formulas of arXiv 2508.00522 (eqs. 12, 13, 15), with pseudo-inverses and the full G."""
     pinv = torch.linalg.pinv
     G = 0.5 / s * (grad_B @ pinv(A.T, rtol=rtol) + pinv(B.T, rtol=rtol) @ grad_A)
     E_W = rho * G / torch.linalg.matrix_norm(G)

@@ -1,4 +1,4 @@
-"""A tiny Llama and its two adapted forms, plain and flat, from the same seeds."""
+"""A tiny Llama with plain LoRA and with Flat-LoRA, from the same seeds."""
 
 import peft
 import torch
@@ -21,7 +21,7 @@ def adapted(config, base=None):
     model = base_model() if base is None else base
     torch.manual_seed(4)
     model = peft.get_peft_model(model, config)
-    with torch.no_grad():  # B is zero at first, and half of the gradients with it
+    with torch.no_grad():  # B starts at zero, and then half of the gradients are zero
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)

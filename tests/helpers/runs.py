@@ -1,20 +1,20 @@
-"""What the loops are tried with: a flat Llama, rows of random tokens, a Trainer, and the ramp in closed form."""
+"""A flat Llama, random tokens, a Trainer, and the schedule in closed form."""
 
 import math
 
 import peft
-import tiny
 import torch
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 
 from flatlora import FlatLoraConfig
+from helpers import tiny
 
 RHO = 0.2
 
 
 def plain_model(torch_seed=0, kind=peft.LoraConfig, adapter_name="default", **settings):
-    """Made after `torch.manual_seed(torch_seed)`; the base model is the same for all seeds."""
+    """A Llama whose adapter is made after `torch.manual_seed(torch_seed)`. The base model is the same for all seeds."""
     base = tiny.base_model()
     torch.manual_seed(torch_seed)
     return peft.get_peft_model(base, kind(**{**tiny.LORA, **settings}), adapter_name)
@@ -25,7 +25,7 @@ def flat_model(torch_seed=0, **settings):
 
 
 def rows(count, length=6):
-    """Random tokens, each row its own labels: what a Trainer takes for a data set."""
+    """A data set for a Trainer: random tokens, which are their own labels."""
     tokens = torch.randint(tiny.TOKENS, (count, length), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row, "labels": row} for row in tokens]
 
@@ -38,7 +38,7 @@ def batches(count, size=2):
 def trainer(
     model, folder, *, kind=Trainer, arguments=TrainingArguments, callbacks=(), data=None, more=None, **settings
 ):
-    """A trainer that makes two rows a batch and writes nothing unless told to. `more`: for the trainer itself."""
+    """A Trainer with batches of two rows that writes nothing by default. `more` goes to the Trainer itself."""
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "use_cpu": True}
     defaults = {"output_dir": str(folder), "per_device_train_batch_size": 2, "learning_rate": 1e-2, **quiet}
     args = arguments(**{**defaults, **settings})

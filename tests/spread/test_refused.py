@@ -23,6 +23,7 @@ from flatlora import (
 pytestmark = processes.patient
 
 
+@pytest.mark.slow
 def test_methods_that_need_whole_gradients_refuse_shards():
     processes.run(step_with_whole_gradients, ("fsdp2", "fsdp1", "fsdp1-flat"))
 
@@ -44,6 +45,7 @@ def split(rank, folder):
         tiny.loss(later)
 
 
+@pytest.mark.slow
 def test_tensor_parallelism_is_refused(tmp_path):
     tiny.base_model().save_pretrained(tmp_path)
     processes.run(split, str(tmp_path))

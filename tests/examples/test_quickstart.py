@@ -12,6 +12,7 @@ from helpers import processes
 
 @pytest.mark.slow
 @processes.patient
+@pytest.mark.usefixtures("matplotlib")
 def test_from_the_model_to_the_table_and_the_picture(arguments, reviews, capfd):
     results = quickstart.main(arguments)
     out = reviews / "out"

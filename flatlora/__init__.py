@@ -1,18 +1,19 @@
-"""Flat-LoRA for peft: LoRA adapters that sit in flat minima of the merged weight."""
+"""Flat-LoRA for peft: LoRA adapters in flat minima of the merged weight."""
 
-from .callback import FlatLoraCallback
-from .config import FlatLoraConfig
+from . import _moved  # noqa: F401  (old module names)
+from .api import ascent, attach, detach, get_flat_peft_model, load, perturbation, perturbed, unperturbed
+from .integrations.callback import FlatLoraCallback
+from .integrations.trainer import TwoPassTrainerMixin
 from .methods import (
     BarConfig,
     BiLoraConfig,
     EFMLoraConfig,
+    FlatLoraConfig,
     FMLoraConfig,
     LoraSamConfig,
     RwpConfig,
-    TwoPassTrainerMixin,
-    ascent,
 )
-from .model import attach, detach, get_flat_peft_model, load, perturbation, perturbed, unperturbed
+from .training.perturbation import Perturbation
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "FlatLoraCallback",
     "FlatLoraConfig",
     "LoraSamConfig",
+    "Perturbation",
     "RwpConfig",
     "TwoPassTrainerMixin",
     "ascent",

@@ -1,8 +1,8 @@
-"""Losses and parameters of 20 optimizer steps for each kind of layer and method, as `golden.json` holds them.
+"""Losses and parameters of 20 optimizer steps for each kind of layer and method.
 
-    PYTHONPATH=tests/methods python tests/golden.py    # write golden.json, before a change that must keep every bit
+    PYTHONPATH=. python tests/golden.py    # writes golden.json; run it before a change that must keep every bit
 
-`test_golden.py` compares: bit for bit on a machine of the same kind, within the precision of the dtype on any other.
+`test_golden.py` compares bit for bit on a machine of the same kind, and within the precision of the dtype on another.
 """
 
 import hashlib
@@ -11,12 +11,8 @@ import platform
 import warnings
 from pathlib import Path
 
-import layer_cases
-import merged_cases
-import quantised_cases
-import tiny
 import torch
-import twin
+from helpers import layer_cases, merged_cases, quantized_cases, tiny, twin
 
 import flatlora
 
@@ -32,12 +28,13 @@ ONE_PASS = [
     ("BarConfig", {}),
     ("BarConfig", {"variant": "nbar"}),
 ]
+PACKAGES = {f"quantized {case.name}": case.package for case in quantized_cases.CASES if case.package}  # that cases need
 CHECKPOINTING = {"": None, "reentrant": {"use_reentrant": True}, "frames": {"use_reentrant": False}}
 TRAINING = [{}, {"lora_dropout": 0.1}, {"use_dora": True}, {"resample": "step"}]
 
 
 def machine():
-    """What the bits of a product depend on, beside the code."""
+    """Identify what the bits of a matrix product depend on, beside the code."""
     models = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))
     ]
@@ -53,7 +50,7 @@ def digest(tensors):
 
 
 def train(model, loss, optimizer=torch.optim.AdamW):
-    """Twenty steps; `loss(step)` is the loss of one."""
+    """Take 20 steps. `loss(step)` is the loss of one."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     made, losses = optimizer(parameters, lr=1e-2), []
     for step in range(STEPS):
@@ -81,8 +78,8 @@ def layer_case(case, dtype):
 
 
 def quantized_case(case):
-    model, layer = quantised_cases.flat_model(case)
-    x = torch.randn(4, quantised_cases.N)
+    model, layer = quantized_cases.flat_model(case)
+    x = torch.randn(4, quantized_cases.N)
     return train(model, lambda step: mean_square(model(x)))
 
 
@@ -124,7 +121,7 @@ def cases():
     for case in layer_cases.CASES:
         for name, dtype in DTYPES.items():
             found[f"layer {case.name} {name}"] = name, lambda case=case, dtype=dtype: layer_case(case, dtype)
-    for case in quantised_cases.CASES:
+    for case in quantized_cases.CASES:
         dtype = "bfloat16" if "bf16" in case.name else "float32"
         found[f"quantized {case.name}"] = dtype, lambda case=case: quantized_case(case)
     for case in (merged_cases.ATTENTION, merged_cases.OUT_IN, merged_cases.IN_OUT):

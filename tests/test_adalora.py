@@ -1,11 +1,11 @@
-"""AdaLoRA: W' = W + s/ranknum B E A, its rank schedule, and what peft does with such a model."""
+"""AdaLoRA: W' = W + s/ranknum B E A, its rank schedule, merging and saving."""
 
 import peft
 import pytest
-import tiny
 import torch
-from dense import assert_dense, dense_forward
-from layer_cases import Holder
+from helpers import tiny
+from helpers.dense import assert_dense, dense_forward
+from helpers.layer_cases import Holder
 from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora.layer import SVDLinear
 from torch import nn
@@ -23,7 +23,7 @@ LAYERS = {
 }
 
 
-def randomise(model):
+def randomize(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -34,7 +34,7 @@ def randomise(model):
 def adapted(flat=True, rho=0.2, **settings):
     torch.manual_seed(4)
     config = AdaLoraConfig(**ADALORA, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **settings)
-    model = randomise(peft.get_peft_model(tiny.base_model(), config)).double()
+    model = randomize(peft.get_peft_model(tiny.base_model(), config)).double()
     return attach(model, rho=rho, schedule="constant", seed=7) if flat else model
 
 
@@ -58,7 +58,7 @@ def ranks(model):
 def test_a_layer_is_the_dense_expression(build, shape, settings, dropout):
     config = AdaLoraConfig(**ADALORA, target_modules=["layer"], lora_dropout=dropout, **settings)
     model = peft.get_peft_model(Holder(build()), config, autocast_adapter_dtype=False)
-    model = attach(randomise(model).double(), rho=0.3, schedule="constant", seed=7)
+    model = attach(randomize(model).double(), rho=0.3, schedule="constant", seed=7)
     layer, x = model.base_model.model.layer, torch.randn(shape, dtype=torch.float64, requires_grad=True)
     leaves = [x, *tiny.trainable(model)]
     if dropout:  # what peft computes, and x eps^T
@@ -79,7 +79,7 @@ def test_a_layer_is_the_dense_expression(build, shape, settings, dropout):
 def test_training_with_the_rank_schedule_is_the_dense_expression_at_every_step():
     model = train(adapted(), TOTAL, each=assert_dense)
     assert perturbation(model).steps == TOTAL
-    assert sum(ranks(model)) == ADALORA["target_r"] * len(ranks(model))  # the budget, wherever it went
+    assert sum(ranks(model)) == ADALORA["target_r"] * len(ranks(model))  # the budget, in any layer
 
 
 def test_without_strength_it_is_adalora_bit_for_bit():
@@ -87,7 +87,7 @@ def test_without_strength_it_is_adalora_bit_for_bit():
     assert tiny.same(*(list(model.state_dict().values()) for model in models))
 
 
-# peft's own: it takes the ranks that AdaLoRA has found for patterns of LoRA
+# peft's own: it takes AdaLoRA's ranks for a rank pattern
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
 def test_what_is_saved_is_loaded_by_peft_and_made_flat_again(tmp_path):
     model = train(adapted(), TOTAL)

@@ -1,13 +1,14 @@
-"""What peft lets a user do with adapters: add, switch, weight, delete, merge, swap, load; flat and plain ones."""
+"""Several adapters, flat and plain: add, switch, weight, delete, merge, swap, load."""
 
 import copy
 from dataclasses import dataclass
 
 import peft
 import pytest
-import tiny
 import torch
-from dense import assert_dense, cross_entropy
+from helpers import tiny
+from helpers.dense import assert_dense, cross_entropy
+from helpers.internals import strength
 from peft import LoHaConfig, LoraConfig, PeftModel, XLoraConfig, inject_adapter_in_model
 from peft.utils import load_peft_weights
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -33,8 +34,8 @@ def plain_config(**kwargs):
     return LoraConfig(**{**tiny.LORA, **kwargs})
 
 
-def randomised(model):
-    """In float64, with numbers of its own in every adapter."""
+def randomized(model):
+    """The model in float64, with different random numbers in every adapter."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -49,16 +50,16 @@ def model_of(**configs):
     model = peft.get_peft_model(tiny.base_model(), config, name)
     for name, config in others:
         model.add_adapter(name, config)
-    return randomised(model)
+    return randomized(model)
 
 
 def strengths(model):
-    return {layer._strength() for layer in flat_layers(model)}
+    return {strength(layer) for layer in flat_layers(model)}
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A flat adapter on disk, of float32."""
+    """The folder of a flat adapter in float32."""
     model = model_of(default=flat_config(r=2, lora_alpha=6)).float()
     model.save_pretrained(tmp_path / "other")
     return str(tmp_path / "other")
@@ -205,7 +206,7 @@ def test_a_mixed_model_perturbs_the_layers_of_its_flat_adapter():
     model = peft.get_peft_model(tiny.base_model(), flat_config(target_modules=["q_proj"]), mixed=True)
     model.add_adapter("loha", LoHaConfig(r=2, target_modules=["v_proj"]))
     model.set_adapter(["default", "loha"])
-    assert_dense(randomised(model))
+    assert_dense(randomized(model))
     model.set_adapter("loha")
     assert torch.equal(tiny.loss(model), tiny.loss(model.eval()))
 
@@ -223,12 +224,12 @@ def test_injected_and_added_by_transformers_as_by_peft(any_peft):
     injected = inject_adapter_in_model(flat_config(), tiny.base_model(), "default")
     added = tiny.base_model()
     added.add_adapter(flat_config(), "default")
-    losses = {tiny.loss(randomised(model)).item() for model in (injected, added, model_of(default=flat_config()))}
+    losses = {tiny.loss(randomized(model)).item() for model in (injected, added, model_of(default=flat_config()))}
     assert len(losses) == 1
     for model in (injected, added):
         assert_dense(model)
     added.add_adapter(flat_config(0.1, r=2), "second")
-    randomised(added).set_adapter("second")
+    randomized(added).set_adapter("second")
     assert strengths(added) == {0.1}
     assert_dense(added)
     copied = copy.deepcopy(added)
@@ -248,7 +249,7 @@ def test_x_lora_is_refused(saved):
 
 
 def test_a_copy_for_reference_is_clean_where_it_serves_and_leaves_the_first_alone():
-    """As TRL makes it: the config of the adapter that trains, its weights, `no_grad`."""
+    """TRL copies the config and the weights of the trained adapter, and runs it under `no_grad`."""
     model = model_of(default=flat_config())
     before = tiny.loss(model)
     model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
@@ -334,7 +335,7 @@ def test_a_class_derived_from_our_config_is_flat_saved_and_loaded(tmp_path):
     again = flatlora.load(tiny.base_model(), tmp_path)
     assert type(again.peft_config["default"]) is Derived and again.peft_config["default"].note == "new"
     assert type(PeftModel.from_pretrained(tiny.base_model(), tmp_path).peft_config["default"]) is LoraConfig
-    assert_dense(randomised(again))
+    assert_dense(randomized(again))
     with pytest.raises(ValueError, match="a plain LoraConfig made"):
         model_of(default=plain_config(), second=Derived(**tiny.LORA, **SHARED))
 

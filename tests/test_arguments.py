@@ -1,4 +1,4 @@
-"""Every public function answers a wrong argument with its name, what it must be, and what came."""
+"""The error for a wrong argument has its name, what it must be, and its value."""
 
 import inspect
 import re
@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from argument_cases import CASES, COUNT, KEY, RESULTS, STD, VALUES, W, flat, hessian, loss
+from helpers.arguments import CASES, COUNT, KEY, RESULTS, STD, VALUES, W, flat, hessian, loss
 
 import flatlora
 from flatlora import analysis, methods, ops, plotting, report
@@ -17,7 +17,7 @@ ARGUMENTS = [(name, argument) for name, (_, kinds) in CASES.items() for argument
 
 
 def came(value):
-    """How a message may show a value: itself, its type or shape, or the part of it that is wrong."""
+    """How a message may show a value: the value, its type or shape, or the wrong part."""
     found = [arguments.shown(value), f"got {type(value).__name__}", f"of type {type(value).__name__}"]
     if isinstance(value, (list, tuple, set, dict, bytearray)):
         parts = value.values() if isinstance(value, dict) else value
@@ -39,7 +39,7 @@ def test_a_wrong_value_is_answered(name, argument):
 
 
 def answer(call, argument, value):
-    """What is wrong with the answer to this value, if anything."""
+    """What is wrong with the error for this value, if anything."""
     try:
         call(**{argument: value})
     except (ValueError, TypeError) as error:
@@ -64,7 +64,7 @@ def is_own(value):
 
 
 def scalars(value):
-    """The same number in every form that is taken."""
+    """One number in every type that is accepted."""
     array = np.array(value)
     return [value, array, array[()], torch.tensor(value), *([] if isinstance(value, bool) else [np.float32(value)])]
 
@@ -86,8 +86,14 @@ def test_numbers_of_any_kind_are_taken(half):
 def test_integers_of_any_kind_are_taken(two):
     config = flatlora.BiLoraConfig(ascent_r=two, seed=two, total_steps=two)
     assert [(type(x), x) for x in (config.ascent_r, config.seed, config.total_steps)] == [(int, 2)] * 3
-    callback = flatlora.FlatLoraCallback(sharpness_steps=two, sharpness_batches=[1], sharpness_samples=two)
-    assert (callback._every, callback._samples) == (2, 2)
+    callbacks = [
+        flatlora.FlatLoraCallback(sharpness_steps=count, sharpness_batches=[1], sharpness_samples=count)
+        for count in (two, 2)
+    ]
+    assert vars(callbacks[0]) == vars(callbacks[1])
+    assert {type(value) for value in vars(callbacks[0]).values()} <= {
+        type(value) for value in vars(callbacks[1]).values()
+    }
     assert analysis.trace(hessian(), samples=two, seed=two).samples.shape == (2,)
     state = flatlora.perturbation(flat())
     state.sample = state.seed = two

@@ -1,10 +1,10 @@
-"""torch's MultiheadAttention, as far as it is not like the other cases of `test_merged.py`."""
+"""torch's MultiheadAttention, where it differs from the other cases of `test_merged.py`."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
-from merged_cases import (
+from helpers.merged_cases import (
     ATTENTION,
     DIM,
     FLAT,
@@ -49,7 +49,7 @@ def frozen(attention):
 
 
 def test_the_frozen_weights_are_put_back_bit_for_bit():
-    """Also where the call fails."""
+    """The weights are also put back if the call fails."""
     model, attention = flat_attention(dtype=torch.bfloat16)
     names, bits = [name for name, _ in model.named_parameters()], [weight.clone() for weight in frozen(attention)]
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
@@ -70,7 +70,7 @@ def test_the_frozen_weights_are_put_back_bit_for_bit():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("training, gradients", [(True, True), (True, False), (False, True), (False, False)])
 def test_clean_calls_have_the_bits_of_pefts_first_and_move_no_weight(training, gradients, dtype):
-    """peft subtracts what it has added, so that its W is another one after each call."""
+    """peft subtracts what it has added, so its W changes with each call."""
     model, attention = flat_attention(dtype=dtype)
     x, bits = input_of(ATTENTION, dtype=dtype), [weight.clone() for weight in frozen(attention)]
     model.train(training)
@@ -121,7 +121,7 @@ def test_an_error_in_the_middle_of_a_merge_comes_out_and_the_weights_are_back(no
     before = frozen(attention)
 
     def fail(adapter):
-        assert frozen(attention)[0] is not before[0]  # in_proj is merged already
+        assert frozen(attention)[0] is not before[0]  # in_proj is already merged
         raise torch.OutOfMemoryError("no more")
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError, match="no more"):

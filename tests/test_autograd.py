@@ -1,10 +1,10 @@
-"""Flat layers where autograd is used in other ways than loss.backward(): what plain LoRA can do there, they can."""
+"""Flat layers support every use of autograd that plain LoRA supports."""
 
 import functools
 
-import peft
 import pytest
 import torch
+from helpers.two_layers import KINDS, TwoLayers, flat, trainable, x_like
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -12,53 +12,10 @@ from flatlora import (
     BarConfig,
     BiLoraConfig,
     EFMLoraConfig,
-    FlatLoraConfig,
-    RwpConfig,
     perturbed,
 )
 
-KINDS = {
-    "flat": functools.partial(FlatLoraConfig, seed=1),
-    "rwp": functools.partial(RwpConfig, seed=1),
-    "rwp-adapter": functools.partial(RwpConfig, space="adapter", seed=1),
-    "efmlora": EFMLoraConfig,
-    "bilora": BiLoraConfig,
-    "bar": BarConfig,
-}
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-
-
-class TwoLayers(nn.Module):
-    def __init__(self, between=torch.tanh):
-        super().__init__()
-        self.first, self.second, self.between = nn.Linear(6, 5), nn.Linear(5, 6), between
-
-    def forward(self, x):
-        return self.second(self.between(self.first(x)))
-
-
-def adapted(config, model=TwoLayers, dtype=torch.float32, low=torch.float32, **settings):
-    """The adapted model, the same for every class of configuration; B is random."""
-    torch.manual_seed(0)
-    model = model().to(dtype)
-    settings = {"r": 2, "target_modules": ["first", "second"], **settings}
-    model = peft.get_peft_model(model, config(**settings), autocast_adapter_dtype=False)
-    generator = torch.Generator().manual_seed(1)
-    for p in trainable(model):
-        p.data = (0.3 * torch.randn(p.shape, generator=generator)).to(low)
-    return model.train()
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def flat(kind, rho=0.2, **options):
-    return adapted(functools.partial(kind, rho=rho, schedule="constant"), **options)
-
-
-def x_like(dtype=torch.float32):
-    return torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
 
 
 @every_kind
@@ -86,7 +43,7 @@ def test_selective_checkpointing(kind, dtype):
         model, x = flat(kind, dtype=dtype), x_like(dtype)
         checkpoint(model, x, use_reentrant=False, **options).float().square().sum().backward()
         results.append([x.grad, *(p.grad for p in trainable(model))])
-    tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # a sum that is not made in place is rounded once more
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # a sum that is not in place is rounded once more
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
 
@@ -103,7 +60,7 @@ def test_batched_gradients(dtype):
 
 @pytest.mark.parametrize("options", [{}, {"backend": "torch"}, {"use_dora": True}], ids=str)
 def test_a_measurement_in_inference_mode_leaves_nothing_behind(options):
-    """Tensors of inference mode cannot be saved for a backward, nor written outside of it."""
+    """Inference tensors cannot be saved for backward, nor written outside of inference mode."""
     models = [flat(KINDS["flat"], **options) for _ in range(2)]
     with torch.inference_mode(), perturbed(models[0]):
         measured = models[0](x_like())
@@ -118,7 +75,7 @@ def test_a_measurement_in_inference_mode_leaves_nothing_behind(options):
 
 @pytest.mark.parametrize("kind", [EFMLoraConfig, BiLoraConfig, BarConfig])
 def test_shapes_on_the_meta_device(kind):
-    """What the method keeps goes where the model has gone."""
+    """The state of the method moves with the model."""
     model = flat(kind).to("meta")
     out = model(torch.empty(4, 6, device="meta"))
     out.sum().backward()

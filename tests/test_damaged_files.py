@@ -1,4 +1,4 @@
-"""What is read from a file is checked whole, named in the error, and changes nothing if it is wrong."""
+"""A file is checked as a whole. The error names what is wrong, and nothing has changed."""
 
 import copy
 import errno
@@ -8,8 +8,8 @@ import os
 import sys
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 import flatlora
 from flatlora import BiLoraConfig, FlatLoraConfig, get_flat_peft_model, perturbation, report

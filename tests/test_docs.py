@@ -1,4 +1,4 @@
-"""The pages of the documentation: their code runs, and every public name is in the reference."""
+"""README and the pages of the documentation: their code runs, and the names, tests, and files in them exist."""
 
 import importlib
 import inspect
@@ -7,21 +7,27 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
-from datasets import Dataset
-from loops.runs import batches, rows
-from loops.test_diffusers import unet, unet_inputs
-from loops.test_sentence_transformers import saved_bert
-from loops.test_trl import texts, tokenizer
+from helpers import tiny
+from helpers.runs import batches, rows
+from helpers.sentences import saved_bert
+from helpers.trl_runs import texts, tokenizer
 from torch.utils.data import DataLoader
 
-PAGES = Path(__file__).parents[1] / ".docs" / "pages"
-WITH_CODE = [page for page in sorted(PAGES.rglob("*.md")) if "```python" in page.read_text()]
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / ".docs" / "pages"
+ALL = [ROOT / "README.md", *sorted(PAGES.rglob("*.md"))]
+WITH_CODE = [page for page in ALL if "```python" in page.read_text()]
+
+
+def title(page):
+    return page.relative_to(PAGES).with_suffix("").as_posix() if PAGES in page.parents else page.name
 
 
 def known(folder):
-    """What the pages take as given: a base model, data, a tokenizer, a UNet."""
+    """Return the names that the pages use without defining them: a base model, data, a tokenizer, a UNet."""
+    datasets, diffusion = pytest.importorskip("datasets"), pytest.importorskip("helpers.diffusion")
+    unet, unet_inputs = diffusion.unet, diffusion.unet_inputs
     prompts = [unet_inputs(seed) for seed in range(3)]
     return {
         "torch": torch,
@@ -37,7 +43,7 @@ def known(folder):
         "unet": unet(),
         "fresh_unet": unet,
         "latents": [(*inputs.values(), torch.randn(2, 4, 8, 8)) for inputs in prompts],
-        "texts": Dataset.from_dict({"text": ["one two three", "four five six"] * 4}),
+        "texts": datasets.Dataset.from_dict({"text": ["one two three", "four five six"] * 4}),
         "tokenizer": tokenizer(),
     }
 
@@ -48,7 +54,7 @@ def known(folder):
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")  # Lightning's own
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`")
 @pytest.mark.usefixtures("any_peft")
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", WITH_CODE, ids=title)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
@@ -82,3 +88,34 @@ def test_every_public_name_has_a_docstring(module):
 def test_every_page_is_in_the_menu():
     menu = (PAGES.parent / "mkdocs.yml").read_text()
     assert [page for page in PAGES.rglob("*.md") if f"- {page.relative_to(PAGES).as_posix()}\n" not in menu] == []
+
+
+def test_the_readme_fits_a_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_script_of_the_readme_runs_before_and_after_the_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (lines,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for side in "-+":
+        code = "\n".join(line[1:] for line in lines.splitlines() if line[:1] in ("", " ", side))
+        names = known(tmp_path)
+        exec(compile(code, f"README.md, lines with {side}", "exec"), names)
+        assert (tmp_path / "out" / "flatlora_config.json").exists() == (side == "+")
+
+
+@pytest.mark.parametrize("page", ALL, ids=title)
+def test_every_test_that_is_named_exists(page):
+    named = re.findall(r"\b(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text())
+    gone = [f"{file}::{name}" for file, name in named if not defines(ROOT / file, name)]
+    assert gone == []
+
+
+def defines(file, name):
+    return file.exists() and (not name or re.search(rf"^def {name}\(", file.read_text(), re.MULTILINE) is not None)
+
+
+@pytest.mark.parametrize("page", ALL, ids=title)
+def test_every_link_leads_to_a_file(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []

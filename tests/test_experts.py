@@ -1,9 +1,11 @@
-"""Parameters that peft adapts by themselves (`target_parameters`), as far as they are not like the other cases of
-`test_merged.py`: matrices, and stacks of one matrix per expert."""
+"""Parameters that peft adapts by `target_parameters`: matrices, and stacks of one matrix per expert.
+
+`test_merged.py` has what they share with attention.
+"""
 
 import pytest
 import torch
-from merged_cases import (
+from helpers.merged_cases import (
     DIM,
     FLAT,
     OUT_IN,
@@ -13,7 +15,7 @@ from merged_cases import (
     dense_experts,
     flat_model,
     input_of,
-    randomise,
+    randomize,
     settings_of,
     trained,
     wrappers,
@@ -34,7 +36,7 @@ def test_two_adapters_and_the_deletion_of_one():
     model = flat_model(OUT_IN)
     model.add_adapter("second", FlatLoraConfig(**settings_of(OUT_IN) | FLAT))
     model.base_model.set_adapter(["default", "second"])
-    randomise(model)
+    randomize(model)
     x = input_of(OUT_IN)
     assert len(wrappers(model)) == 3
     assert_close([model(x)], [dense_experts(model, x, adapters=("default", "second"))])

@@ -1,8 +1,9 @@
-"""Row norms are those of the very factors of a call: fast weights, weights written through `.data`, replaced ones."""
+"""Row norms belong to the factors of the current call: fast weights, writes through `.data`, replaced parameters."""
 
-import layer_cases
 import pytest
 import torch
+from helpers import layer_cases
+from helpers.internals import row_norms
 from torch import nn
 from torch.func import functional_call
 
@@ -26,7 +27,7 @@ def trainable(model):
 
 
 def dense_forward(model, sample):
-    """The same output from dense noise, whose row norms are made anew."""
+    """The same output from dense noise with freshly computed row norms."""
     out, norms = X, []
     for module in model.base_model.model:
         if isinstance(module, nn.Tanh):
@@ -114,17 +115,17 @@ def test_another_tensor_at_the_same_address_in_the_same_pass():
     factor = layer.lora_B["default"]
     factor.weight = nn.Parameter(torch.randn(factor.weight.shape, dtype=torch.double))
     with perturbation(layer).forward_of(Record(sample=0, perturbed=True, token=object())):
-        torch.testing.assert_close(layer._row_norms(), norms_of(layer))
+        torch.testing.assert_close(row_norms(layer), norms_of(layer))
         before = factor.weight
         factor.weight = nn.Parameter(before.data)
         factor.weight.data.mul_(3)
         assert (factor.weight.data_ptr(), factor.weight._version) == (before.data_ptr(), before._version)
-        torch.testing.assert_close(layer._row_norms(), norms_of(layer))
+        torch.testing.assert_close(row_norms(layer), norms_of(layer))
 
 
 def test_a_write_through_data_between_two_calls_that_belong_to_no_pass():
     layer = next(flat_layers(net()))
     for _ in range(2):
         with perturbation(layer).forward_of(Record(sample=0, perturbed=True, token=None)):
-            torch.testing.assert_close(layer._row_norms(), norms_of(layer))
+            torch.testing.assert_close(row_norms(layer), norms_of(layer))
         layer.lora_B["default"].weight.data.mul_(3)

@@ -1,4 +1,4 @@
-"""Twenty steps of every kind of layer and method are those of the file that was made before the last change."""
+"""Compare 20 steps of every kind of layer and method with `golden.json`, which was written before the last change."""
 
 import json
 
@@ -16,6 +16,8 @@ def test_every_case_is_in_the_file():
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_parameters(name):
+    if name in golden.PACKAGES:
+        pytest.importorskip(golden.PACKAGES[name])
     dtype, case = CASES[name]
     found, saved = golden.run(case), SAVED["cases"][name]
     assert found["losses"] == pytest.approx(saved["losses"], rel=TOLERANCE[dtype], abs=TOLERANCE[dtype])

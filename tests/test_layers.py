@@ -1,15 +1,15 @@
-"""The perturbed forward and its gradients are those of autograd on the dense expression (invariants 1 and 2)."""
+"""The perturbed forward and its gradients equal autograd on the dense expression (invariants 1 and 2)."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import CASES, SEED, Case, apply_dense, clean_forward, dense_noise, dense_weight, flat_model
+from helpers.layer_cases import CASES, SEED, Case, apply_dense, clean_forward, dense_noise, dense_weight, flat_model
 from torch import nn
 
 import flatlora.ops.blocks
 from flatlora import perturbation, perturbed
 
-# peft stops the gradient of a padding token on its way to A, but not to B: no dense expression says that
+# peft stops the gradient of a padding token to A, but not to B: no dense expression does
 PLAIN = [case for case in CASES if not case.config.get("use_dora") and case.name != "embedding-padding"]
 names = {"ids": lambda case: case.name}
 
@@ -45,7 +45,7 @@ def test_loss_and_gradients_equal_autograd_on_the_dense_expression(case):
     assert_same(case, [out], [expected], 1e-10)
     assert_same(case, gradients(out, layer, x, target), gradients(expected, layer, x, target), 1e-10)
     clean = apply_dense(layer, x, dense_weight(layer), bias)
-    assert (out - clean).abs().max() > 1e-2  # the noise was there at all
+    assert (out - clean).abs().max() > 1e-2  # there is noise
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -167,7 +167,7 @@ def test_autocast_runs_in_the_autocast_dtype_with_the_same_noise(case):
         half = model(x)
         assert half.dtype == clean_forward(model, x).dtype
     assert (half - full).norm() <= 0.03 * full.norm()
-    assert (half - full).norm() < 0.3 * (clean_forward(model, x) - full).norm()  # not for want of noise
+    assert (half - full).norm() < 0.3 * (clean_forward(model, x) - full).norm()  # although there is noise
     half.float().sum().backward()
 
 

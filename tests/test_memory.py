@@ -1,30 +1,15 @@
-"""Only seeds are kept (invariant 4): what a layer saves beyond plain LoRA is O(m), and one block at a time exists."""
+"""A layer saves O(m) beyond plain LoRA, and W + eps exists one block at a time (invariant 4)."""
 
 import peft
 import pytest
-import tiny
 import torch
-from allocations import allocations
-from layer_cases import CASES, clean_forward, flat_model
+from helpers import tiny
+from helpers.layer_cases import CASES, clean_forward, flat_model
+from helpers.memory import allocations, saved_bytes
 from peft import LoraConfig
 
 import flatlora.ops.blocks
 from flatlora import FlatLoraConfig, get_flat_peft_model
-
-
-def saved_bytes(run, frozen):
-    """Bytes of the distinct storages that autograd keeps after `run()`, the frozen parameters' left out."""
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = run()
-    return sum(storages.values()), out
 
 
 def test_a_layer_saves_order_m_beyond_plain_lora():
@@ -55,7 +40,7 @@ def test_a_model_saves_order_m_for_each_layer():
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_order_m_beyond_plain_lora_in_every_precision(dtype, autocast, dropout, adapters):
-    """Two layers, so that the second one's input is not the user's; float32 inputs are what autocast casts."""
+    """The input of the second of two layers is not the user's. Autocast casts float32 inputs."""
     m, n = 96, 64
 
     def saved(kind, **options):
@@ -77,7 +62,7 @@ def test_order_m_beyond_plain_lora_in_every_precision(dtype, autocast, dropout, 
 
 
 def test_no_temporary_is_larger_than_a_block(monkeypatch):
-    """A weight of 4 MiB, blocks of 64 KiB: forward, norms and backward make nothing larger than a block."""
+    """A weight of 4 MiB, blocks of 64 KiB: forward, norms and backward allocate nothing larger than a block."""
     monkeypatch.setattr(flatlora.ops.blocks, "BLOCK_BYTES", 2**16)
     config = FlatLoraConfig(target_modules=["0"], r=2, schedule="constant")
     model = get_flat_peft_model(torch.nn.Sequential(torch.nn.Linear(256, 4096, bias=False)), config).train()

@@ -1,4 +1,4 @@
-"""Attention and experts: eps in the weight that peft merges for each call."""
+"""Attention and experts: eps is added to the weight that peft merges for each call."""
 
 import copy
 import io
@@ -6,8 +6,8 @@ import io
 import peft
 import pytest
 import torch
-from merged_cases import FLAT, assert_close, every_case, flat_model, input_of, plain_model, trained
-from test_memory import allocations, saved_bytes
+from helpers.memory import allocations, saved_bytes
+from helpers.merged_cases import FLAT, assert_close, every_case, flat_model, input_of, plain_model, trained
 
 import flatlora.ops.blocks
 from flatlora import attach, detach, perturbation, unperturbed
@@ -60,7 +60,7 @@ def test_checkpointing_changes_nothing(case, reentrant):
         model.base_model.model.checkpointing = way
         model(x).square().sum().backward()
         results.append([x.grad, *(p.grad for p in trained(model))])
-    # without gradients, as in the first pass of the reentrant kind, attention has another kernel, with plain peft too
+    # without gradients (the first pass of a reentrant checkpoint) attention uses another kernel, also with plain peft
     assert_close(*results, 1e-12 if reentrant and case.name == "attention" else 0.0)
 
 

@@ -11,8 +11,8 @@ import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
-import processes
 import pytest
+from helpers import processes
 
 import flatlora
 
@@ -73,11 +73,11 @@ def test_whatever_a_test_imports_from_beside_it_is_in_the_source_archive(tree, t
     with tarfile.open(build("sdist", tree)) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    places = [unpacked / "tests", unpacked / "tests" / "methods", unpacked / "examples"]
+    places = [unpacked / "tests", unpacked / "examples"]
     here = [ROOT / place.relative_to(unpacked) for place in places]
     tests = sorted((ROOT / "tests").rglob("*.py"))
     helpers = {name for test in tests for name in imported(test) if any(found(name, place) for place in here)}
-    assert {"tiny", "twin", "loops.runs", "processes", "packages", "ops.noise_cases"} <= helpers
+    assert {"helpers.runs", "helpers.noise", "helpers.layer_cases", "packages"} <= helpers
     assert [name for name in helpers if not any(found(name, place) for place in places)] == []
     assert files(unpacked / "tests") >= {test.relative_to(ROOT / "tests").as_posix() for test in tests}
 

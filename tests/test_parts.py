@@ -1,4 +1,4 @@
-"""Parts of one model that were adapted separately: one perturbation, streams of their own (invariant 11)."""
+"""Parts of one model that are adapted separately share one perturbation and have different streams (invariant 11)."""
 
 import copy
 import gc
@@ -7,6 +7,7 @@ import math
 import peft
 import pytest
 import torch
+from helpers.noise import unit_noise
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -22,13 +23,12 @@ from flatlora import (
     unperturbed,
 )
 from flatlora.layer import flat_layers
-from flatlora.ops import perturb_weight
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Whole(nn.Module):
-    """Vision and language, each adapted by itself, as InternVL's wrap_backbone_lora and wrap_llm_lora do."""
+    """Vision and language, each adapted separately, as InternVL's wrap_backbone_lora and wrap_llm_lora do."""
 
     def __init__(self, vision=None, language=None, adapt=get_flat_peft_model, **settings):
         super().__init__()
@@ -47,8 +47,7 @@ def injected(part, config):
 
 
 def z_of(layer, sample=0):
-    key = torch.tensor([layer.perturbation.seed, sample])
-    return perturb_weight(torch.zeros(8, 8), torch.ones(8), key, layer.stream)
+    return unit_noise(8, 8, layer.stream, seed=layer.perturbation.seed, sample=sample)
 
 
 def streams(model):

@@ -1,12 +1,12 @@
-"""Which passes are perturbed (invariant 5), and that the noise of a pass is the same when it is computed again (4)."""
+"""Which passes are perturbed (invariant 5), and the noise of a recomputed pass (invariant 4)."""
 
 import copy
 import threading
 from contextlib import nullcontext
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

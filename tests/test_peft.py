@@ -1,16 +1,14 @@
-"""A flat model among peft's own: made, attached, switched, merged, deleted, refused."""
-
-import weakref
+"""A flat model in peft: make, attach, switch, merge, delete, refuse."""
 
 import peft
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.internals import forget_other_models, kept_row_norms, row_norms
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from torch import nn
 
-import flatlora.steps
 from flatlora import FlatLoraConfig, attach, detach, get_flat_peft_model, perturbation
 
 
@@ -72,8 +70,7 @@ def test_nothing_outlives_unload(merge):
 def test_the_optimizer_hooks_go_with_the_last_model(monkeypatch):
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
-    monkeypatch.setattr(flatlora.steps, "_watched", weakref.WeakSet())  # models of other tests may still be there
-    monkeypatch.setattr(flatlora.steps, "_handles", [])
+    forget_other_models(monkeypatch)
     before = len(hooks)
     models = [tiny.flat_model(), attach(tiny.plain_model(), schedule="constant")]
     assert len(hooks) == before + 1
@@ -95,7 +92,7 @@ def test_merging_and_unmerging_renews_the_cached_norms():
     tiny.loss(model)
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     merged = layer.base_layer.weight + layer.scaling["default"] * B @ A
-    torch.testing.assert_close(layer._row_norms(), merged.norm(dim=1))
+    torch.testing.assert_close(row_norms(layer), merged.norm(dim=1))
 
 
 def test_a_step_of_the_optimizer_renews_the_norms():
@@ -106,7 +103,7 @@ def test_a_step_of_the_optimizer_renews_the_norms():
         tiny.loss(model).backward()
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         merged = layer.base_layer.weight + layer.scaling["default"] * B @ A
-        torch.testing.assert_close(layer._norms["merged"][1], merged.norm(dim=1))
+        torch.testing.assert_close(kept_row_norms(layer), merged.norm(dim=1))
         optimizer.step()
 
 

@@ -1,11 +1,11 @@
-"""Figures: what is drawn is what was measured, readable without colour; the look is judged by eye, not here."""
+"""Figures show the measured values and are readable without color."""
 
 import itertools
-import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import processes
 
 from flatlora import plotting
 from flatlora.analysis import Degradation, ExpectedSharpness, LossLine, LossSurface, SamSharpness, SpectralDensity
@@ -75,53 +75,53 @@ def test_the_line_that_is_drawn_is_the_mean_and_the_band_its_interval():
     assert "row norm" in axes.get_xlabel()
 
 
-GREY = [[0.2126, 0.7152, 0.0722]] * 3
-EYES = {  # linear RGB as seen: Machado, Oliveira and Fernandes 2009, full severity; and what a grey printer leaves
+GRAY = [[0.2126, 0.7152, 0.0722]] * 3
+EYES = {  # linear RGB as seen: Machado, Oliveira and Fernandes 2009, full severity; and what a gray printer leaves
     "all cones": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
     "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
     "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
     "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
-    "grey": GREY,
+    "gray": GRAY,
 }
 XYZ = [[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0178, 0.1095, 0.8727]]  # of sRGB, over the white point
 
 
-def linear(colour):
+def linear(color):
     """Linear RGB."""
-    c = torch.tensor(matplotlib.colors.to_rgb(colour))
+    c = torch.tensor(matplotlib.colors.to_rgb(color))
     return torch.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
 
 
-def luminance(colour):
+def luminance(color):
     """WCAG relative luminance."""
-    return float(torch.tensor(GREY[0]) @ linear(colour))
+    return float(torch.tensor(GRAY[0]) @ linear(color))
 
 
-def lab(colour, eyes):
-    """CIE L*a*b* of what these eyes see."""
-    x, y, z = torch.tensor(XYZ) @ (torch.tensor(EYES[eyes]).float() @ linear(colour)).clamp(0, 1)
+def lab(color, eyes):
+    """CIE L*a*b* of a color as these eyes see it."""
+    x, y, z = torch.tensor(XYZ) @ (torch.tensor(EYES[eyes]).float() @ linear(color)).clamp(0, 1)
     x, y, z = (t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29 for t in (x, y, z))
     return torch.tensor([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("eyes", EYES)
-def test_the_first_three_colours_are_told_apart_by_every_eye_and_in_grey(eyes, theme):
+def test_the_first_three_colors_are_told_apart_by_every_eye_and_in_gray(eyes, theme):
     seen = [lab(plotting.style.look(k, theme)["color"], eyes) for k in range(3)]
     distances = [torch.dist(a, b).item() for a, b in itertools.combinations(seen, 2)]
-    assert min(distances) > (10 if eyes == "grey" else 25)  # 2.3 is just noticeable side by side
+    assert min(distances) > (10 if eyes == "gray" else 25)  # 2.3 is just noticeable side by side
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_series_are_told_apart_without_colour_and_text_is_readable(theme):
+def test_series_are_told_apart_without_color_and_text_is_readable(theme):
     looks = [plotting.style.look(k, theme) for k in range(6)]
     assert all(
         a["linestyle"] != b["linestyle"] and a["marker"] != b["marker"] for a, b in itertools.combinations(looks, 2)
     )
     paper = luminance(plotting.style.THEMES[theme]["paper"])
 
-    def contrast(colour):
-        low, high = sorted((luminance(colour), paper))
+    def contrast(color):
+        low, high = sorted((luminance(color), paper))
         return (high + 0.05) / (low + 0.05)
 
     assert contrast(plotting.style.THEMES[theme]["ink"]) > 7
@@ -149,6 +149,8 @@ def test_mistakes_are_answered(call, message):
         call()
 
 
+@pytest.mark.slow
+@processes.patient
 def test_neither_matplotlib_nor_pyplot_is_imported_before_it_is_needed():
     code = (
         "import sys, flatlora.plotting as p, flatlora.analysis\n"
@@ -156,7 +158,8 @@ def test_neither_matplotlib_nor_pyplot_is_imported_before_it_is_needed():
         "assert p.plot_training({'a': [{'step': 1, 'loss': 2.0}]}) is not None\n"
         "assert 'matplotlib.pyplot' not in sys.modules, 'pyplot'"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = processes.run_command([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("package", ["analysis", "plotting"])

@@ -1,8 +1,8 @@
-"""What is computed again has the noise of its own first forward, whoever called it (invariants 4, 5 and 10)."""
+"""A recomputed layer has the noise of its own forward, whoever calls it (invariants 4, 5 and 10)."""
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 
 class ByFunction(torch.autograd.Function):
-    """A checkpoint of one's own, as DeepSpeed, Unsloth and fairscale have them."""
+    """A custom checkpoint, like those of DeepSpeed, Unsloth and fairscale."""
 
     @staticmethod
     def forward(ctx, run, x):
@@ -134,7 +134,7 @@ def by_method(model, x):
 
 
 def results(call, run, between=lambda model: None, after=lambda model: None):
-    """(output, gradients) of a pass whose blocks are checkpointed by `run`, after one ordinary pass of the whole."""
+    """(output, gradients) of a pass whose blocks are checkpointed by `run`, after one pass without checkpoints."""
     model = net()
     model(X).square().sum().backward()
     model.zero_grad()
@@ -193,7 +193,7 @@ def test_checkpoint_sequential_over_the_layers(use_reentrant):
 
 
 def test_a_forward_in_a_backward_that_belongs_to_no_checkpoint_is_an_error():
-    """A loss that caches gradients by hand: the first pass is an evaluation, as far as anybody can see."""
+    """A loss that caches gradients by hand: its first pass looks like an evaluation."""
 
     def loss(model):
         with torch.no_grad():

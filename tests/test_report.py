@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else and says what the files say."""
+"""The report: one self-contained page with the numbers of the files."""
 
 import json
 from html.parser import HTMLParser
@@ -32,7 +32,7 @@ def make_run(folder, rho, scale, noise="filter", surface=False):
 
 
 class Checker(HTMLParser):
-    """Every tag closed, nothing fetched from elsewhere."""
+    """Check that every tag is closed and nothing is loaded from elsewhere."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ def test_command_line_and_one_run(tmp_path, capsys):
     report.main([str(run), "--labels", "A & B", "-o", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "A & B" in check(page)
-    assert page == report.build([run], ["A & B"])  # nothing in it depends on when it was made
+    assert page == report.build([run], ["A & B"])  # the page does not depend on the date
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
 
 

@@ -1,17 +1,17 @@
-"""The global random generators are not ours, and rho = 0 is plain LoRA bit for bit (invariant 3)."""
+"""Noise reads and writes no global random generator, and rho = 0 is plain LoRA bit for bit (invariant 3)."""
 
 import random
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from flatlora import perturbation
 
 
 def train(model, steps=10):
-    """Ten steps with data drawn from the global generator; the losses and the parameters after them."""
+    """Train ten steps with data from the global generator. Returns the losses and the parameters."""
     torch.manual_seed(9)
     optimizer = torch.optim.AdamW(tiny.trainable(model), lr=1e-2)
     losses = []
@@ -33,7 +33,7 @@ def test_with_rho_zero_ten_steps_with_dropout_are_those_of_plain_lora(options):
 
 
 def test_dropout_masks_and_data_order_do_not_see_the_noise():
-    """With the noise on, the draws from torch's generator are those of plain LoRA."""
+    """Noise does not change the draws from torch's generator."""
     train(tiny.plain_model(lora_dropout=0.1))
     after_plain = torch.get_rng_state()
     train(tiny.flat_model(lora_dropout=0.1))

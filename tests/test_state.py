@@ -1,12 +1,13 @@
-"""Strength, schedule and sample: rho_t, progress and when new noise is drawn (invariant 6)."""
+"""Strength, schedule and sample: rho_t, progress, and when a new sample is drawn (invariant 6)."""
 
 import math
 import warnings
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.internals import row_norms
 
 from flatlora import FlatLoraConfig, attach, get_flat_peft_model, load, perturbation, perturbed
 from flatlora.ops import products
@@ -24,7 +25,7 @@ def test_the_ramp_follows_the_optimizer_steps(schedule):
     model = tiny.flat_model(rho=0.1, schedule=schedule, total_steps=4)
     state = perturbation(model)
     optimizer = torch.optim.SGD(tiny.trainable(model), lr=0.0)
-    for step in range(6):  # two more than announced: the ramp stays up
+    for step in range(6):  # two steps more than total_steps: the ramp stays at 1
         assert state.progress == min(1.0, step / 4)
         assert state.rho_t == pytest.approx(0.1 * SHAPES[schedule](min(1.0, step / 4)), abs=1e-15)
         optimizer.step()
@@ -83,7 +84,7 @@ def test_resample_forward_draws_after_a_backward_and_not_before():
     with torch.no_grad():
         tiny.loss(model)
     tiny.loss(model.eval())
-    assert state.sample == 0  # neither was a training forward
+    assert state.sample == 0  # neither is a training forward
     assert not torch.equal(tiny.loss(model.train()), first) and state.sample == 1
 
 
@@ -217,10 +218,10 @@ def test_whether_norms_are_gathered_depends_on_nothing_that_differs_between_proc
         if gathered:
             factor["default"].weight.ds_id = 0  # as ZeRO-3 marks what it gathers
     with perturbation(model).forward_of(Record(sample=0, perturbed=True, token=object())):
-        before = layer._row_norms()
+        before = row_norms(layer)
         weight = layer.get_base_layer().weight
         weight.data = weight.data.clone()  # the same weight at another address, as after an all-gather
-        assert (layer._row_norms() is before) == gathered
+        assert (row_norms(layer) is before) == gathered
 
 
 @pytest.mark.parametrize("options", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)

@@ -1,4 +1,4 @@
-"""Which pass is running is a fact of a thread; `nn.DataParallel` has several for one pass (invariant 10)."""
+"""Each thread has its own pass; `nn.DataParallel` has several threads in one pass (invariant 10)."""
 
 import threading
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def losses(model, steps, run=None):
 
 @contextmanager
 def running(work, count=1):
-    """Threads that call `work` again and again; an error in one is raised at the end."""
+    """Call `work` again and again in other threads. An error in one is raised at the end."""
     stop, errors = threading.Event(), []
 
     def again_and_again():
@@ -81,7 +81,7 @@ def test_a_thread_that_answers_does_not_touch_the_training(serve):
 
 
 def hooked(**settings):
-    """Hooks see the modules: the base layer's forward is replaced for the time of a perturbed one."""
+    """A model with hooks: the base layer's forward is replaced during a perturbed forward."""
     model = net(**settings)
     for layer in flat_layers(model):
         layer.base_layer.register_forward_hook(lambda *args: None)
@@ -89,7 +89,7 @@ def hooked(**settings):
 
 
 def factor_method(**settings):
-    """A and B are moved for the time of a perturbed forward."""
+    """A model whose A and B are displaced during a perturbed forward."""
     config = EFMLoraConfig(target_modules=["0", "2"], init_lora_weights=False, rho=2.0, schedule="constant")
     layers = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).double()
     model = get_flat_peft_model(layers, config).train()
@@ -112,12 +112,13 @@ def test_the_answers_are_clean_while_another_thread_trains(make):
 
 
 def test_models_come_and_go_in_some_threads_while_another_one_steps():
+    expected = losses(net(), 60)
     with running(lambda: losses(net(), 1), count=2):
-        losses(net(), 60)
+        assert losses(net(), 60) == expected
 
 
 def replicate(model):
-    """torch/nn/parallel/replicate.py, with views in place of the copies on other devices."""
+    """Replicate like torch/nn/parallel/replicate.py, with views in place of copies on other devices."""
     replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, replica in replicas.items():
         for name, child in module._modules.items():

@@ -1,14 +1,14 @@
-"""torch.func, forward-mode AD and traces: the noise and the gradients are those of loss.backward()."""
+"""torch.func, forward-mode AD and traces have the noise and the gradients of loss.backward()."""
 
 import warnings
 from collections import OrderedDict
 
-import layer_cases
 import pytest
 import torch
-from layer_cases import CASES
+from helpers import layer_cases
+from helpers.layer_cases import CASES
+from helpers.two_layers import KINDS, TwoLayers, adapted, flat, trainable, x_like
 from peft import LoraConfig
-from test_autograd import KINDS, TwoLayers, adapted, flat, trainable, x_like
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, jvp, linearize, vjp, vmap
@@ -39,7 +39,7 @@ def total(model, x):
 
 
 def by_backward(model, x):
-    """(value, gradients by name) of a pass that is not transformed, at the noise of now."""
+    """(value, gradients by name) of a pass without a transform, with the current noise."""
     with perturbed(model):
         value = total(model, x)(named(model))
     return value, dict(zip(named(model), torch.autograd.grad(value, list(named(model).values())), strict=True))
@@ -132,7 +132,7 @@ def test_clean_passes_are_those_of_plain_lora():
 
 
 def test_nothing_of_a_transform_is_left_behind():
-    """Wrappers of a transform that has ended are of no use."""
+    """No tensor of a transform that has ended is kept."""
     models, x = [flat(KINDS["flat"], model=TwoLayers) for _ in range(2)], x_like().detach()
     with perturbed(models[0]):
         jvp(models[0], (x,), (x,))

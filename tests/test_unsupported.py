@@ -1,4 +1,4 @@
-"""Layers of peft that cannot be perturbed are errors that name them and say why."""
+"""A layer of peft that cannot be perturbed raises an error that names it and says why."""
 
 import ast
 from pathlib import Path
@@ -15,7 +15,7 @@ from flatlora.support import LAYERS_OF_PEFT, QUANTISED, REASONS, VARIANTS
 
 
 class RowParallelLinear(nn.Linear):
-    """Of Megatron, as far as peft asks."""
+    """Megatron's layer, as far as peft uses it."""
 
     input_is_parallel = True
 
@@ -26,7 +26,7 @@ class RowParallelLinear(nn.Linear):
 def megatron():
     backend = SimpleNamespace(RowParallelLinear=RowParallelLinear)
     options = {"backend": backend, "megatron_config": SimpleNamespace()}
-    config = peft.LoraConfig(r=2, init_lora_weights=False)  # peft 0.21 fails to initialise these
+    config = peft.LoraConfig(r=2, init_lora_weights=False)  # peft 0.21 fails to initialize these
     return LoraParallelLinear(RowParallelLinear(8, 6), "default", config, r=2, **options)
 
 
@@ -34,7 +34,7 @@ def transformer_engine():
     return TeLinear(nn.Linear(8, 6), "default", peft.LoraConfig(r=2), r=2)
 
 
-CASES = [(megatron, "tensor parallelism"), (transformer_engine, "may normalise x inside the layer")]
+CASES = [(megatron, "tensor parallelism"), (transformer_engine, "may normali.e x inside the layer")]
 
 
 @pytest.mark.parametrize("make, reason", CASES, ids=["megatron", "transformer-engine"])
@@ -54,7 +54,7 @@ def test_a_layer_split_by_tensor_parallelism():
 
 
 def test_a_base_layer_whose_forward_was_replaced():
-    """As by compressed-tensors, which quantises x there."""
+    """compressed-tensors replaces the forward to quantize x."""
     model = nn.ModuleDict({"wide": nn.Linear(8, 6)})
     model["wide"].forward = lambda x: nn.functional.linear(x.round(), model["wide"].weight)
     with pytest.raises(ValueError, match="'wide' .*the forward of its Linear was replaced"):
@@ -62,7 +62,7 @@ def test_a_base_layer_whose_forward_was_replaced():
 
 
 def classes_of_peft():
-    """name -> names of its bases, of the classes in peft's LoRA: also of those that need a package to be defined."""
+    """Class name -> names of its bases, for all classes of peft's LoRA, defined here or not."""
     folder = Path(peft.tuners.lora.__file__).parent
     found = [node for file in folder.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
     return {c.name: {ast.unparse(base) for base in c.bases} for c in found if isinstance(c, ast.ClassDef)}
@@ -70,7 +70,7 @@ def classes_of_peft():
 
 @pytest.mark.parametrize("kind", ["LoraLayer", "LoraVariant"])
 def test_each_layer_and_variant_of_peft_works_or_has_a_reason(kind):
-    """One that peft adds later is refused by name, and fails here."""
+    """A class that peft adds later is refused by its name, and fails this test."""
     bases, found = classes_of_peft(), set()
     while new := {name for name in bases if bases[name] & {kind, *found}} - found:
         found |= new

@@ -1,17 +1,17 @@
-"""LoRA's variants: their own forward plus x eps^T, eps relative to the rows of the weight that they merge to."""
+"""LoRA's variants: their own forward plus x eps^T, with eps relative to the rows of their merged weight."""
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import SEED, Holder
+from helpers.internals import row_norms
+from helpers.layer_cases import SEED, Holder
+from helpers.noise import epsilon
 from peft.tuners.lora import BdLoraConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.lora.config import KasaConfig
 from torch import nn
 
 from flatlora import EFMLoraConfig, FlatLoraConfig, get_flat_peft_model, unperturbed
-from flatlora.ops import perturb_weight
-from flatlora.ops.philox import mix_rank
 
 RHO = 0.3
 VARIANTS = {
@@ -23,7 +23,7 @@ VARIANTS = {
     "monteclora": {"monteclora_config": MontecloraConfig()},
     "mica": {"init_lora_weights": "mica"},
 }
-# peft says so of our one-layer model
+# peft warns so of a model with one layer
 pytestmark = pytest.mark.filterwarnings("ignore:aLoRA is currently only supported for CAUSAL_LM task:UserWarning")
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
@@ -32,7 +32,7 @@ def flat_layer(variant, **settings):
     torch.manual_seed(2)
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["layer"], "rho": RHO, "schedule": "constant", "seed": SEED}
     config = FlatLoraConfig(**options | variant | settings)
-    base = Holder(nn.Linear(12, 8))  # peft wants float32 for MiCA's initialisation
+    base = Holder(nn.Linear(12, 8))  # peft wants float32 for MiCA's initialization
     model = get_flat_peft_model(base, config, autocast_adapter_dtype=False).double().train()
     layer = model.base_model.model.layer
     with torch.no_grad():
@@ -43,7 +43,7 @@ def flat_layer(variant, **settings):
 
 
 def call(layer, x):
-    """The layer's forward; the variant's own random numbers and dropout are the same each time."""
+    """The layer's forward, with the same random numbers of the variant and of dropout each time."""
     torch.manual_seed(4)
     alora = isinstance(layer.lora_variant.get("default"), peft.tuners.lora.variants.ALoraLinearVariant)
     for sampler in getattr(layer, "lora_monteclora_sampler", {}).values():
@@ -53,16 +53,13 @@ def call(layer, x):
 
 def merged_weight(layer):
     weight, variant = layer.base_layer.weight.detach().clone(), layer.lora_variant["default"]
-    if isinstance(variant, peft.tuners.lora.variants.ALoraLinearVariant):  # which peft does not merge
+    if isinstance(variant, peft.tuners.lora.variants.ALoraLinearVariant):  # peft does not merge it
         return weight + layer.get_delta_weight("default")
     return variant.merge_safe(layer, "default", weight)
 
 
 def dense_noise(layer):
-    merged = merged_weight(layer)
-    key = torch.tensor([mix_rank(SEED, 0), 0])
-    z = perturb_weight(torch.zeros_like(merged), torch.ones(len(merged), dtype=merged.dtype), key, layer.stream)
-    return (RHO / merged.shape[1] ** 0.5 * merged.norm(dim=1, keepdim=True) * z).detach()
+    return epsilon(merged_weight(layer), layer.stream, rho=RHO, seed=SEED)
 
 
 @every_variant
@@ -108,7 +105,7 @@ def test_row_norms_follow_the_factors(variant):
     call(layer, x).square().sum().backward()
     optimizer.step()
     merged = merged_weight(layer)
-    torch.testing.assert_close(layer._row_norms(), merged.norm(dim=1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(row_norms(layer), merged.norm(dim=1), rtol=1e-10, atol=0)
 
 
 @every_variant

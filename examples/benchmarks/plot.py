@@ -1,7 +1,7 @@
-"""The benchmarks' figures, and the table of the README, from the files in results/.
+"""Draw the figures of the benchmarks and print the table of the cost page, from the files in results/.
 
     python examples/benchmarks/plot.py                  # a PNG beside each CSV that is there
-    python examples/benchmarks/plot.py table            # the README's table, in Markdown
+    python examples/benchmarks/plot.py table            # the cost page's table, in Markdown
     python examples/benchmarks/plot.py table --model smollm2
 
 Colours are Okabe and Ito's, and each line has its own dashes and marker, so that grey prints can be read. Where a file
@@ -38,8 +38,9 @@ def values(rows: Rows, column: str) -> list:
     return sorted(found, key=float) if all(value.replace(".", "", 1).isdigit() for value in found) else found
 
 
-def line(axes, rows: Rows, x: str, y: str, name: str, band: str | None = None, note: str = "") -> None:
-    """One method's column over another column, with its interval."""
+def line(axes, rows: Rows, x: str, y: str, name: str, band: str | None = None, note: str = "",
+         **changes: object) -> None:  # fmt: skip
+    """One method's column over another column, with its interval; `changes` are to the look of its line."""
     from flatlora.plotting.style import look
 
     rows = sorted(rows, key=lambda row: float(row[x]))
@@ -51,7 +52,7 @@ def line(axes, rows: Rows, x: str, y: str, name: str, band: str | None = None, n
     if band:
         low, high = ([float(row[f"{band} {side}"]) for row in rows] for side in ("low", "high"))
         axes.fill_between(at, low, high, color=style["color"], alpha=0.18, linewidth=0)
-    axes.plot(at, [float(row[y]) for row in rows], label=text + note, **style)
+    axes.plot(at, [float(row[y]) for row in rows], label=text + note, **style | changes)
 
 
 def panels(count: int, width: float = 4.2, height: float = 3.6, rows: int = 1):
@@ -68,12 +69,12 @@ def label(axes, title: str, x: str, y: str, ticks: Iterable[str] = ()) -> None:
         axes.minorticks_off()
 
 
-def finish(figure, axes) -> None:
-    """One legend for all panels."""
+def finish(figure, axes, columns: int = 4) -> None:
+    """One legend for all panels, in at most so many columns."""
     handles = {}
     for panel in axes.flat:
         handles |= {text: handle for handle, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    columns = min(4, len(handles))
+    columns = min(columns, len(handles))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, handlelength=3)
 
 
@@ -102,13 +103,39 @@ def step_time(rows: Rows):
     return step_grid(rows, "ratio", "ratio", "time of a step / plain LoRA", 1)
 
 
-def step_memory(rows: Rows):
+def with_memory(rows: Rows) -> Rows:
+    """Add the difference (MiB) and the ratio of the peak memory to that of LoRA in the same configuration."""
+
     def configuration(row):
         return tuple(row[name] for name in ("model", "tokens", "length", "r", "dtype", "adapters", "checkpointing"))
 
     lora = {configuration(row): int(row["peak bytes"]) for row in rows if row["method"] == "lora"}
-    rows = [row | {"MiB": str((int(row["peak bytes"]) - lora[configuration(row)]) / 2**20)} for row in rows]
-    return step_grid(rows, "MiB", None, "peak memory beyond plain LoRA's, MiB", 0)
+    peaks = [(row, int(row["peak bytes"]), lora[configuration(row)]) for row in rows]
+    return [row | {"MiB": str((own - base) / 2**20), "memory ratio": str(own / base)} for row, own, base in peaks]
+
+
+def step_memory(rows: Rows):
+    return step_grid(with_memory(rows), "MiB", None, "peak memory beyond plain LoRA's, MiB", 0)
+
+
+def step_cost(rows: Rows):
+    """The README's figure: time and memory of a step over plain LoRA's, both dtypes, without checkpointing."""
+    rows = where(with_memory(rows), model=rows[0]["model"], r="8", checkpointing="False")
+    kinds = {"bf16": {"linestyle": "-"}, "fp32": {"linestyle": "--", "markerfacecolor": "white"}}
+    columns = {"ratio": ("Time of a training step", "ratio"), "memory ratio": ("Peak memory of a training step", None)}
+    with panels(2, width=4.6, height=3.8) as (figure, axes):
+        for panel, (column, (title, band)) in zip(axes.flat, columns.items(), strict=True):
+            for name, order in {"flat": 3, "add and remove": 2}.items():
+                for kind, style in kinds.items():
+                    changes = style | {"markeredgecolor": None, "zorder": order}
+                    found = where(rows, method=name, dtype=kind)
+                    line(panel, found, "tokens", column, name, band, f", {kind}", **changes)
+            panel.axhline(1, color="#777777", linewidth=1.6, label="LoRA (peft)", zorder=1.5)
+            label(panel, title, "tokens per step", "relative to LoRA", values(rows, "tokens"))
+            panel.margins(x=0.08, y=0.12)
+            panel.set_ylim(bottom=0)
+        finish(figure, axes, columns=3)
+    return figure
 
 
 def step_rank(rows: Rows):
@@ -194,8 +221,8 @@ def roofline(rows: Rows):
 
 FIGURES: dict[str, tuple[str, Callable]] = {  # picture -> its file, how
     "noise": ("noise", noise), "step_time": ("step", step_time), "step_memory": ("step", step_memory),
-    "step_rank": ("step", step_rank), "growth": ("growth", growth), "drift": ("drift", drift),
-    "roofline": ("roofline", roofline),
+    "step_rank": ("step", step_rank), "step_cost": ("step", step_cost), "growth": ("growth", growth),
+    "drift": ("drift", drift), "roofline": ("roofline", roofline),
 }  # fmt: skip
 
 
@@ -210,7 +237,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def table(folder: Path, model: str, tokens: list[str], r: str) -> str:
-    """The README's table: time of a step over plain LoRA's, and memory beyond it, without checkpointing."""
+    """The table of the cost page: time of a step over plain LoRA's, and memory beyond it, without checkpointing."""
     rows = where(newest(read(folder / "step.csv")), model=model, r=r, checkpointing="False")
     lines = []
     for kind in values(rows, "dtype"):

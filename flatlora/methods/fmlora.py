@@ -1,4 +1,4 @@
-"""FMLoRA and EFMLoRA (arXiv 2508.00522): SAM over the full weight, its perturbation carried over to B alone.
+"""FMLoRA and EFMLoRA (arXiv 2508.00522): SAM over the full weight, with the perturbation transferred to B.
 
 FMLoRA    (alg. 1)   E_t = E_B(gradients at (A, B));        the step's gradient is taken at (A, B + E_t)
 EFMLoRA   (alg. 2)   the step's gradient is taken at (A, B + E_{t-1}); from that same gradient and at that same point,
@@ -12,26 +12,25 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..config import PerturbedLoraConfig
-from ..method import Method
+from ..config import PerturbedLoraConfig, ScheduleName, schedule_field
 from ..ops.ascent import full_weight_ascent
 from ..utils.arguments import checker, number
-from .factors import FactorMethod, Factors, gradient, trained_factors
+from .base import FactorOffset, Factors, Method, TrainingRun, gradient, trained_factors
 from .two_pass import TwoPass
 
-LARGEST_STACK = 2**20  # numbers of one factor that are worked on at once, so that memory stays bounded
+LARGEST_STACK = 2**20  # elements of one factor in a batch, which bounds the memory
 
 
 @dataclass
 class FMLoraConfig(PerturbedLoraConfig):
     """
-    FMLoRA (arXiv 2508.00522, algorithm 1): two passes a step, see `flatlora.ascent`.
+    Configuration of FMLoRA (arXiv 2508.00522, algorithm 1). Two passes per step, see `flatlora.ascent`.
 
     Args:
         rho (`float`):
@@ -44,9 +43,7 @@ class FMLoraConfig(PerturbedLoraConfig):
             `sqrt(n eps)`, eps = 2^-52, n the length of A's rows (of B's columns).
     """
 
-    schedule: Literal["cosine", "linear", "constant", "cosine_decay", "linear_decay", "inverse_sqrt"] = field(
-        default="inverse_sqrt", metadata={"help": "How the strength rho_t follows from rho over the run."}
-    )
+    schedule: ScheduleName = schedule_field("inverse_sqrt")
     rtol: float | None = field(
         default=None,
         metadata={
@@ -62,10 +59,10 @@ class FMLoraConfig(PerturbedLoraConfig):
 @dataclass
 class EFMLoraConfig(FMLoraConfig):
     """
-    EFMLoRA (arXiv 2508.00522, algorithm 2): FMLoRA in one pass a step. Nothing to call in the loop.
+    Configuration of EFMLoRA (arXiv 2508.00522, algorithm 2): FMLoRA in one pass per step. The loop calls nothing.
 
-    The first step is plain LoRA's, and its perturbation starts the moving average whole, as in the paper. The same
-    holds for a layer whose first gradient comes at a later step.
+    The first step is plain LoRA. Its perturbation is the initial value of the moving average, as in the paper. The
+    same holds for a layer whose first gradient comes at a later step.
 
     Args:
         beta (`float`):
@@ -90,15 +87,15 @@ class EFMLoraConfig(FMLoraConfig):
 class _FullWeightAscent:
     rtol: float | None = None
 
-    def perturbations(self, state: Any) -> Iterator[tuple[Factors, Tensor]]:
-        """E_B of each layer from its gradients, layers of equal shape together."""
-        rho_t = {name: rho * state.ramp for name, rho in state.rhos.items()}
-        for group in _of_equal_shape(trained_factors(state)):
-            A, B = torch.stack([f.A for f in group]), torch.stack([_where_it_was_taken(f) for f in group])
+    def perturbations(self, run: TrainingRun) -> Iterator[tuple[Factors, Tensor]]:
+        """E_B of each layer from its gradients. Layers of equal shape are computed in one batch."""
+        rho_t = {name: rho * run.ramp for name, rho in run.rhos.items()}
+        for group in _of_equal_shape(trained_factors(run)):
+            A, B = torch.stack([f.A for f in group]), torch.stack([_B_of_gradient(f) for f in group])
             grad_A = torch.stack([gradient(f.A) for f in group])
             grad_B = torch.stack([gradient(f.B) for f in group])
-            settings = {"scaling": group[0].scaling, "rho": rho_t[group[0].adapter], "rtol": self.rtol}
-            E = full_weight_ascent(*(t.flatten(2) for t in (A, B, grad_A, grad_B)), **settings)
+            flat = (t.flatten(2) for t in (A, B, grad_A, grad_B))
+            E = full_weight_ascent(*flat, scaling=group[0].scaling, rho=rho_t[group[0].adapter], rtol=self.rtol)
             yield from zip(group, E.view(B.shape), strict=True)
 
 
@@ -107,36 +104,36 @@ class FMLora(_FullWeightAscent, TwoPass):
     def unsupported(self, layer: Any, adapter: str) -> str | None:
         return super().unsupported(layer, adapter) or _of_groups(layer, adapter)
 
-    def ascend(self, state: Any) -> None:
-        for factors, E in self.perturbations(state):
+    def ascend(self, run: TrainingRun) -> None:
+        for factors, E in self.perturbations(run):
             factors.layer.offsets["lora_B", factors.adapter] = E
 
 
 @dataclass(frozen=True)
-class EFMLora(_FullWeightAscent, FactorMethod):
+class EFMLora(_FullWeightAscent, FactorOffset):
     beta: float = 0.9
 
     def unsupported(self, layer: Any, adapter: str) -> str | None:
         return super().unsupported(layer, adapter) or _of_groups(layer, adapter)
 
     @torch.no_grad()
-    def before_step(self, state: Any, optimizer: Optimizer) -> None:
-        if state.rho == 0:
+    def before_step(self, run: TrainingRun, optimizer: Optimizer) -> None:
+        if run.rho == 0:
             return
-        for (_, layer, adapter, _, _), E in self.perturbations(state):
+        for (_, layer, adapter, _, _), E in self.perturbations(run):
             before = layer.offsets.get(("lora_B", adapter))
-            # a new tensor: a backward that is still to come may need the old one
+            # a new tensor, because a later backward may need the old one
             layer.offsets["lora_B", adapter] = E if before is None else torch.lerp(before.to(E), E, self.beta)
 
 
-def _where_it_was_taken(f: Factors) -> Tensor:
-    """B where the gradient was taken: dL/dA = s (B + E)^T dL/dW."""
+def _B_of_gradient(f: Factors) -> Tensor:
+    """The value of B at which the gradient was computed: dL/dA = s (B + E)^T dL/dW."""
     offset = f.layer.offsets.get(("lora_B", f.adapter))
     return f.B if offset is None else f.B + offset.to(f.B)
 
 
 def _of_equal_shape(factors: Iterable[Factors]) -> Iterator[list[Factors]]:
-    groups: dict[tuple, list[Factors]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Factors]] = defaultdict(list)
     for f in factors:
         groups[f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scaling, f.adapter].append(f)
     for group in groups.values():
@@ -149,4 +146,4 @@ def _of_groups(layer: Any, adapter: str) -> str | None:
     groups, experts = getattr(layer.get_base_layer(), "groups", 1), getattr(layer, "num_experts", 1)
     if groups > 1:
         return f"the transfer to B is not defined for a convolution with {groups} groups"
-    return None if experts == 1 else f"the transfer to B is not defined for factors that {experts} experts share out"
+    return None if experts == 1 else f"the transfer to B is not defined for factors that {experts} experts share"

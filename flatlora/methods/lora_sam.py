@@ -1,4 +1,4 @@
-"""LoRA-SAM: sharpness-aware minimisation (arXiv 2010.01412) of the LoRA factors themselves; two passes a step.
+"""LoRA-SAM: sharpness-aware minimization (arXiv 2010.01412) of the LoRA factors, in two passes per step.
 
 E_A = rho_t G_A / N,    E_B = rho_t G_B / N,    N = sqrt(sum over all layers of ||G_A||_F^2 + ||G_B||_F^2)
 """
@@ -6,19 +6,19 @@ E_A = rho_t G_A / N,    E_B = rho_t G_B / N,    N = sqrt(sum over all layers of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ..config import PerturbedLoraConfig
-from .factors import gradient, trained_factors
+from .base import TrainingRun, gradient, trained_factors
 from .two_pass import TwoPass
 
 
 @dataclass
 class LoraSamConfig(PerturbedLoraConfig):
     """
-    LoRA-SAM: SAM (arXiv 2010.01412) in the space of A and B, two passes a step, see `flatlora.ascent`.
+    Configuration of LoRA-SAM: SAM (arXiv 2010.01412) in the space of A and B. Two passes per step, see
+    `flatlora.ascent`.
 
     Args:
         rho (`float`):
@@ -31,15 +31,15 @@ class LoraSamConfig(PerturbedLoraConfig):
 
 @dataclass(frozen=True)
 class LoraSam(TwoPass):
-    def ascend(self, state: Any) -> None:
-        factors = list(trained_factors(state))
+    def ascend(self, run: TrainingRun) -> None:
+        factors = list(trained_factors(run))
         if not factors:
             return
         norms = [torch.linalg.vector_norm(gradient(p), dtype=torch.float64) for f in factors for p in (f.A, f.B)]
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
         scale = torch.where((norm > 0) & norm.isfinite(), 1 / norm, 0.0)
         for f in factors:
-            rho_t = state.rhos[f.adapter] * state.ramp
+            rho_t = run.rhos[f.adapter] * run.ramp
             for name, parameter in (("lora_A", f.A), ("lora_B", f.B)):
                 grad = gradient(parameter)
                 here = scale.to(grad.device)

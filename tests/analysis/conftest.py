@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from analysis.cases import Net
+from helpers.landscapes import Net
 
 from flatlora.analysis import directions
 
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread():
-    """Threads only get in each other's way on tensors this small."""
+    """Several threads are slower than one on tensors this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +31,7 @@ def ids():
 
 @pytest.fixture
 def dense_noise():
-    """The unit noise z of a weight along a direction by the definition of the stream, (m, n)."""
+    """The unit noise z of a weight along a direction, of shape (m, n)."""
 
     def make(weight, direction, seed=0):
         along = directions.Directions([weight], "plain", seed, {weight.name: torch.ones(weight.shape[0])})

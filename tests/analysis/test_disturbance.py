@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from analysis.cases import Quadratic, Snapshot, draws_from_all, token_loss, value
+from helpers.landscapes import Quadratic, Snapshot, draws_from_all, token_loss, value
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

@@ -1,14 +1,12 @@
-"""Hessian products, eigenvalues, trace and spectrum against dense matrices."""
+"""Compare Hessian products, eigenvalues, trace and spectrum with dense matrices."""
 
 import copy
 import math
-import statistics
 import sys
-import warnings
 
 import pytest
 import torch
-from analysis.cases import Quadratic, Snapshot, token_loss, value
+from helpers.landscapes import Quadratic, Snapshot, token_loss, value
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,7 +33,7 @@ def symmetric(n=60, seed=0):
 
 
 def dense_hessian(model, loss_fn, batches, **settings):
-    """The same matrix by torch's own double differentiation, over the chosen weights of a model that owns them."""
+    """The Hessian over the chosen weights by torch's own double differentiation."""
     weights = find_weights(model, **settings)
     unique = {w.index: w for w in weights}.values()
     values = tuple(w.values().clone() for w in unique)
@@ -164,20 +162,6 @@ def test_spectral_density_is_that_of_the_matrix():
     exact = bumps.mean(dim=0)
     assert ((found.mean - exact).abs() < 5 * found.stderr + 1e-3).all()
     assert (found.mean - exact).abs().max() < 0.15 * exact.max()
-
-
-def test_curvlinops_takes_the_operator():
-    reason = "not installed: its dependency torchvision has no CPU build on PyPI, see Hessian.to_curvlinops"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # linear_operator scripts a function when it is imported
-        curvlinops = pytest.importorskip("curvlinops", reason=reason)
-    model = Quadratic()
-    operator = Hessian(model, value, model.batches).to_curvlinops()
-    torch.testing.assert_close(operator @ torch.eye(12, dtype=torch.float64), model.H)
-    torch.testing.assert_close(operator.adjoint() @ model.w0.flatten(), model.H @ model.w0.flatten())
-    torch.manual_seed(0)
-    found = [curvlinops.hutchinson_trace(operator, num_matvecs=11).item() for _ in range(50)]
-    assert abs(statistics.mean(found) - model.H.trace()) < 5 * statistics.stdev(found) / 50**0.5
 
 
 def test_without_curvlinops_the_way_to_get_it_is_said(monkeypatch):

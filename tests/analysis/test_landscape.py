@@ -1,4 +1,4 @@
-"""Loss lines: closed forms, the same numbers as a model whose weight was really moved, nothing left behind."""
+"""Loss lines: closed forms, a model whose weights are really displaced, and a model that stays as it was."""
 
 import copy
 import gc
@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from allocations import allocations
-from analysis.cases import Quadratic, Snapshot, token_loss, value
+from helpers.landscapes import Quadratic, Snapshot, token_loss, value
+from helpers.memory import allocations
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -77,7 +77,7 @@ def test_leaves_nothing_behind_when_the_loss_raises(net, ids):
     before, calls = Snapshot(net), []
 
     def failing(model, batch):
-        model.drop.train()  # a loss that meddles itself
+        model.drop.train()  # a loss that changes the model
         torch.rand(3)
         calls.append(1)
         if len(calls) > 3:
@@ -147,12 +147,12 @@ def test_two_adapters_over_one_base_move_along_the_same_directions_to_the_bit():
         for given in (norms, all_row_norms(weights)):
             at = Directions(weights, "filter_normalised", 0, given).at([(0.3, 1)])
             moved.append(torch.cat([at(weight, weight.values()).flatten() for weight in weights]))
-    assert torch.equal(moved[0], moved[2])  # D is added to the base weight, which both share
-    assert not torch.equal(moved[1], moved[3])  # each by the rows of its own
+    assert torch.equal(moved[0], moved[2])  # D is added to the base weight, which both models share
+    assert not torch.equal(moved[1], moved[3])  # each relative to its own rows
 
 
 def test_a_line_of_a_large_layer_needs_room_for_one_displaced_weight():
-    """Two layers of 16 MiB, three directions, five points: what is held at once beside the model."""
+    """Two layers of 16 MiB, three directions, five points: the peak of memory beside the model."""
     model = nn.Sequential(nn.Linear(2048, 2048, bias=False), nn.Linear(2048, 2048, bias=False))
     batches = [torch.randn(2, 2048)]
 
@@ -193,10 +193,10 @@ def test_resumes_from_its_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         loss_line(model, loss, model.batches, distances=[-1, 0, 1], directions=3, file=file)
     with file.open("a") as out:
-        out.write('["1.0 D2", 12')  # a line that was cut short
+        out.write('["1.0 D2", 12')  # an incomplete line
     again = loss_line(model, loss, model.batches, distances=[-1, 0, 1], directions=3, file=file)
     assert torch.equal(whole.losses, again.losses)
-    assert len(calls) == 6 + 1 + 2  # the centre is measured again, to see that the model is the same
+    assert len(calls) == 6 + 1 + 2  # the center is measured again, to check that the model has not changed
     with pytest.raises(ValueError, match="differs in seed"):
         loss_line(model, value, model.batches, seed=1, file=file)
     with pytest.raises(ValueError, match="other norms: its norms is"):
@@ -249,7 +249,7 @@ def test_a_loss_that_is_no_scalar_and_no_batch():
         loss_line(model, value, [])
 
 
-def test_the_middle_of_a_grid_is_the_centre():
+def test_the_middle_of_a_grid_is_the_center():
     model = Quadratic()
     for grid in (torch.linspace(-1, 1, 21), torch.linspace(-1, 1, 21, dtype=torch.float64), None):
         distances = loss_line(model, value, model.batches, distances=grid, directions=1).distances

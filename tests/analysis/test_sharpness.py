@@ -1,10 +1,10 @@
-"""Sharpness: closed forms of a quadratic, and intervals that hold the truth as often as they say."""
+"""Sharpness: closed forms of a quadratic, and the coverage of the confidence intervals."""
 
 import math
 
 import pytest
 import torch
-from analysis.cases import Quadratic, Snapshot, token_loss, value
+from helpers.landscapes import Quadratic, Snapshot, token_loss, value
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -116,7 +116,7 @@ def test_samples_out_of_bounds(samples):
     [(0.95, 1, 12.7062047362), (0.95, 2, 4.3026527297), (0.9, 5, 2.0150483733), (0.99, 30, 2.7499956536)],
 )
 def test_student_quantiles(level, degrees, expected):
-    """Values of published tables."""
+    """Compare with published tables."""
     assert t_quantile(level, degrees) == pytest.approx(expected, abs=1e-8)
     assert t_quantile(level, 100000) < t_quantile(level, degrees)
 

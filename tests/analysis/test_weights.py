@@ -1,12 +1,12 @@
-"""Displacing by D is adding D to the merged weight, for every kind of layer."""
+"""A displacement D is added to the merged weight, for every kind of layer."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from analysis.cases import Snapshot
-from layer_cases import CASES, apply_dense, dense_weight, flat_model, merged_norms
+from helpers.landscapes import Snapshot
+from helpers.layer_cases import CASES, apply_dense, dense_weight, flat_model, merged_norms
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,13 +16,13 @@ from flatlora.analysis.weights import displaced, find_weights
 
 
 def random_shift(weights):
-    """D of every weight by name, and the `at` that adds it."""
+    """The displacement D of every weight by name, and the `at` that adds it."""
     D = {w.name: torch.randn(w.shape, dtype=w.values().dtype) for w in weights}
     return D, lambda weight, values: values + D[weight.name]
 
 
 def full(layer, D):
-    """D in the layout of `dense_weight`: the operation's own, grouped convolutions over all input channels."""
+    """D in the layout of `dense_weight`, with grouped convolutions written out over all input channels."""
     base = layer.get_base_layer()
     if isinstance(base, nn.Linear | Conv1D | nn.Embedding):
         return D
@@ -93,7 +93,7 @@ def test_disabled_and_merged_adapters_are_not_counted():
 
 
 class Packed(nn.Module):
-    """A stand-in for a quantised layer: its weight cannot be had as a floating-point matrix."""
+    """A stand-in for a quantized layer: it has no floating-point weight."""
 
     def __init__(self, linear):
         super().__init__()
@@ -106,7 +106,7 @@ class Packed(nn.Module):
         return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
-def test_a_quantised_base_is_displaced_additively():
+def test_a_quantized_base_is_displaced_additively():
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"], init_lora_weights=False))
     layer = model.base_model.model[0]
     layer.base_layer = Packed(layer.base_layer)

@@ -10,7 +10,7 @@ EXAMPLES = [Example(f"the {noun} is {word}", label) for noun in ("film", "plot")
 
 @pytest.fixture
 def arguments(tmp_path, tokenizer, monkeypatch):
-    """A random BERT and twelve sentences in place of what is fetched."""
+    """A random BERT and twelve sentences in place of the downloads."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=1, **sizes)

@@ -6,6 +6,7 @@ import flatness
 import pytest
 import quickstart
 import torch
+from helpers import processes
 from models import load_model
 
 from flatlora import analysis
@@ -13,6 +14,7 @@ from flatlora import analysis
 SMALL = ["--points", "3", "--grid", "3", "--test_samples", "6", "--samples", "2", "--lanczos_steps", "3"]
 
 
+@processes.patient
 def test_from_the_adapters_to_the_files_and_the_pictures(arguments, reviews, monkeypatch):
     out, pages = reviews / "out", []
     monkeypatch.setattr(flatness.page, "build", lambda *runs: pages.append(runs) or "page")  # has tests of its own

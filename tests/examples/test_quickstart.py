@@ -7,8 +7,10 @@ import pytest
 import quickstart
 import report
 import torch
+from helpers import processes
 
 
+@processes.patient
 def test_from_the_model_to_the_table_and_the_picture(arguments, reviews, capfd):
     results = quickstart.main(arguments)
     out = reviews / "out"
@@ -43,6 +45,7 @@ def test_without_noise_both_methods_are_the_same_run(arguments):
     assert histories[0] == histories[1]
 
 
+@processes.patient
 def test_an_adapter_that_answers_differently_is_an_error(arguments, monkeypatch):
     run = subprocess.run
 
@@ -64,8 +67,9 @@ def test_impossible_sizes_are_answered_at_once(arguments, option):
         quickstart.main([*arguments, f"--{option}", "0"])
 
 
+@processes.patient
 def test_the_fresh_process_cannot_import_flatlora():
     examples = Path(quickstart.__file__).parent
     code = "import reload_adapter, flatlora"
-    done = subprocess.run([sys.executable, "-c", code], cwd=examples, capture_output=True, text=True)
+    done = processes.run_command([sys.executable, "-c", code], cwd=examples)
     assert done.returncode == 1 and "import of flatlora halted" in done.stderr

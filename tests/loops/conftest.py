@@ -11,7 +11,7 @@ from flatlora.ops import products
 
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_to_collect():
-    # a Trainer collects garbage when it starts: let it not look through all that the imports have made
+    # a Trainer collects garbage when it starts: leave out all objects of the imports
     gc.freeze()
     yield
     gc.unfreeze()
@@ -19,7 +19,7 @@ def _nothing_to_collect():
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    # for tensors this small several threads only wait for one another
+    # several threads are slower than one on tensors this small
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,26 +28,25 @@ def _one_thread():
 
 @dataclass
 class Pass:
-    """One pass through a model, and the perturbed products in it; those that backward makes again are left out."""
+    """One forward pass of a model and its perturbed products, without those that backward recomputes."""
 
     grad: bool  # gradients were enabled
     training: bool  # the model was in training mode
     strengths: list[float] = field(
         default_factory=list
-    )  # of the noise in each product, from its std and peft's own merged weight
+    )  # of the noise in each product, by its std and peft's merged weight
     samples: set[int] = field(default_factory=set)
 
     @property
     def rho(self):
-        """The strength that all its products share."""
+        """The strength, which all products share."""
         assert max(self.strengths, default=0.0) - min(self.strengths, default=0.0) < 1e-5
         return max(self.strengths, default=0.0)
 
 
 @pytest.fixture
 def passes(monkeypatch):
-    """passes(model): the list to which each pass of a transformers model (or of the given kind) inside adds itself from
-    now on."""
+    """passes(model): a list that grows with each pass of a transformers model (or of the given kind) inside."""
 
     def watch(model, kind=PreTrainedModel):
         seen, entered = [], []
@@ -62,8 +61,10 @@ def passes(monkeypatch):
             entered.pop()
 
         def spy(weight, norms, key, *args, **kwargs):
-            made = perturb(weight, norms, key, *args, **kwargs)  # may write the norms
-            layers = (m for m in model.modules() if isinstance(m, LoraLayer))  # asked for now: a trainer may make them
+            made = perturb(weight, norms, key, *args, **kwargs)  # this may write the norms
+            layers = (
+                m for m in model.modules() if isinstance(m, LoraLayer)
+            )  # look now, because a trainer may make them
             layer = next((m for m in layers if m.get_base_layer().weight.data_ptr() == weight.data_ptr()), None)
             if layer is not None and torch._C._current_graph_task_id() == -1:
                 with torch.autocast(weight.device.type, enabled=False):

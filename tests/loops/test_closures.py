@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from loops import runs
-from loops.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model
+from helpers import runs
+from helpers.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -42,7 +42,7 @@ def trained(model):
 
 
 def gradients(model, data, optimizer):
-    """Of all micro-batches of a step, by the method's own passes."""
+    """The gradients of all micro-batches of a step, by the method's own passes."""
     optimizer.zero_grad()
     if perturbation(model).settings.method.passes == 2:
         with ascent(model):
@@ -87,7 +87,7 @@ def test_the_run_is_that_of_the_loop_with_backward_before_the_step(kind, config,
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_lbfgs_sees_one_objective_in_a_step(line_search, micro_batches, passes):
-    """As many forwards as it likes, each with the noise of the first; the next step has other noise."""
+    """All forwards of a step have the noise of the first; the next step has other noise."""
     models = [flat_model(total_steps=STEPS).train() for _ in range(2)]
     seen = passes(models[0])
     for model in models:
@@ -176,7 +176,7 @@ def test_two_models_in_one_closure():
 
 @pytest.fixture
 def _collected_at_the_step():
-    """The garbage collector runs when an optimizer makes a step, before our own hook, and at no other time."""
+    """Run the garbage collector when an optimizer makes a step, before our own hook, and at no other time."""
     handle = register_optimizer_step_pre_hook(lambda *args: gc.collect() and None)
     gc.disable()
     yield

@@ -1,4 +1,4 @@
-"""diffusers: a LoRA on a UNet and on a diffusion transformer, saved and loaded as diffusers and peft do."""
+"""A UNet and a diffusion transformer of diffusers, saved and loaded with diffusers and with peft."""
 
 import json
 
@@ -6,57 +6,20 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import _collate_lora_metadata
-from diffusers.utils import convert_state_dict_to_diffusers
-from loops.runs import RHO, adapter, assert_same_adapter, cosine
+from helpers.runs import RHO, adapter, assert_same_adapter, cosine
 from safetensors import safe_open
 
 from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation
 
+pytest.importorskip("diffusers")
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers
+from helpers.diffusion import transformer, transformer_inputs, unet, unet_inputs
+
 STEPS = 3
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "conv1"]}
 FLAT = {"rho": RHO, "seed": 7, "total_steps": STEPS}
-
-
-def unet():
-    torch.manual_seed(0)
-    blocks = {
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        **blocks,
-    )
-
-
-def unet_inputs(seed):
-    generator = torch.Generator().manual_seed(seed)
-    sample, text = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 5, 8)))
-    return {"sample": sample, "timestep": torch.tensor([3, 9]), "encoder_hidden_states": text}
-
-
-def transformer():
-    torch.manual_seed(0)
-    sizes = {"num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2, "caption_projection_dim": 8}
-    more = {"joint_attention_dim": 8, "pooled_projection_dim": 8, "pos_embed_max_size": 8}
-    return SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, out_channels=4, **sizes, **more)
-
-
-def transformer_inputs(seed):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"hidden_states": (2, 4, 8, 8), "encoder_hidden_states": (2, 5, 8), "pooled_projections": (2, 8)}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} | {
-        "timestep": torch.tensor([3, 9])
-    }
 
 
 MODELS = {
@@ -95,7 +58,7 @@ def output(name, model):
 
 
 def assert_same_output(name, model, expected):
-    # attention of torch on the CPU: a load of the same plain adapter already differs in the last bit
+    # torch's attention on the CPU: loading the same plain adapter already differs in the last bit
     torch.testing.assert_close(output(name, model), output(name, expected), rtol=1e-5, atol=1e-6)
 
 
@@ -153,7 +116,7 @@ def test_save_lora_adapter(name, tmp_path):
 
 @models
 def test_save_lora_weights(name, tmp_path):
-    """As the training scripts of diffusers end, and as a pipeline loads what they write."""
+    """Save as the training scripts of diffusers do, and load as a pipeline does."""
     make, _, pipeline = MODELS[name]
     flat, again, kind = train(name, added(name)), make(), pipeline.unet_name if name == "unet" else "transformer"
     state = peft.get_peft_model_state_dict(flat)
@@ -182,7 +145,7 @@ def test_peft_saves_it_and_stock_peft_loads_it(name, tmp_path):
 
 @models
 def test_fused_disabled_and_unloaded(name):
-    """What a user does to it when training is over."""
+    """What a user does after training."""
     flat = train(name, added(name))
     expected = output(name, flat)
     flat.fuse_lora()

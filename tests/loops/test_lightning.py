@@ -1,13 +1,15 @@
 """Lightning, which runs forward and backward inside of `optimizer.step(closure)`."""
 
-import lightning
 import pytest
 import torch
-from loops.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model, plain_model
+from helpers.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model, plain_model
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from flatlora import EFMLoraConfig, FlatLoraConfig, FMLoraConfig, ascent, perturbation
+
+pytest.importorskip("lightning")
+import lightning
 
 STEPS = 6  # three epochs of two
 pytestmark = [
@@ -16,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`"),
     pytest.mark.filterwarnings(
         "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"
-    ),  # its own, with torch 2.13
+    ),  # Lightning's own, with torch 2.13
 ]
 
 
@@ -90,7 +92,7 @@ def test_it_is_the_run_of_the_plain_loop(config, tmp_path):
 
 
 class Resumable:
-    """A loader that knows where it is, as Lightning asks of one that is to go on in the middle of an epoch."""
+    """A data loader with a state, which Lightning needs to resume in the middle of an epoch."""
 
     def __init__(self):
         self.batches, self.next = batches(4), 0
@@ -128,7 +130,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(config, step, tmp_pat
 
 
 class ByHand(Tuned):
-    """Manual optimisation, as two passes need it."""
+    """Manual optimization, which two passes need."""
 
     automatic_optimization = False
 
@@ -141,7 +143,7 @@ class ByHand(Tuned):
         optimizer.zero_grad()
 
 
-def test_two_passes_in_manual_optimisation(tmp_path):
+def test_two_passes_in_manual_optimization(tmp_path):
     def make():
         return plain_model(kind=FMLoraConfig, rho=RHO).train()
 
@@ -157,7 +159,7 @@ def test_two_passes_in_manual_optimisation(tmp_path):
     assert_same_adapter(module.model, adapter(model))
 
 
-def test_two_passes_in_automatic_optimisation_are_an_error(tmp_path):
+def test_two_passes_in_automatic_optimization_are_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="FMLora takes two passes, and this optimizer step had one"):
         fit(Tuned(plain_model(kind=FMLoraConfig, rho=RHO)), tmp_path)
 

@@ -1,9 +1,9 @@
-"""`Trainer(fp16=True)` as far as a CPU has it: accelerate makes that float32 there, so its scaler is put in by hand."""
+"""`Trainer(fp16=True)` on a CPU, where accelerate uses float32: the tests put in a GradScaler by hand."""
 
 import pytest
-import tiny
 import torch
-from loops.runs import cosine, flat_model, trainer
+from helpers import tiny
+from helpers.runs import cosine, flat_model, trainer
 from transformers import Trainer
 
 from flatlora import FlatLoraCallback, perturbation
@@ -23,7 +23,7 @@ class Overflowing(Trainer):
 
 @pytest.mark.parametrize("callbacks", [[FlatLoraCallback()], []], ids=["callback", "without"])
 def test_steps_that_the_scaler_skips(callbacks, passes, tmp_path):
-    """The strength waits for the next step that is made; the trainer's own count goes on."""
+    """A skipped step does not change the strength, although the trainer counts it."""
     model = flat_model(total_steps=6)
     seen = passes(model)
     trainer(model, tmp_path, kind=Overflowing, callbacks=callbacks, max_steps=6, bf16=True).train()

@@ -1,12 +1,11 @@
-"""Loops that step otherwise: several optimizers, an optimizer that is not torch's, gradients without a backward."""
+"""Unusual loops: several optimizers, an optimizer that is not torch's, gradients without a backward."""
 
 import copy
 
 import pytest
-import tiny
 import torch
-import twin
-from kinds import every_method, step
+from helpers import tiny, twin
+from helpers.methods import every_method, step
 from torch.optim import SGD, AdamW, Optimizer
 
 from flatlora import BarConfig, BiLoraConfig, EFMLoraConfig, FlatLoraConfig, perturbation, perturbed
@@ -71,6 +70,7 @@ def test_an_optimizer_for_other_parameters_is_none_of_the_methods_business():
     (twin.loss(model, 0) * head).backward()
     for optimizer in optimizers:
         optimizer.step()
+    assert perturbation(model).steps == 1
 
 
 def by_hand(model, set_step=False):
@@ -110,7 +110,7 @@ def test_steps_that_nobody_sees_do_not_matter_to_noise_whose_strength_is_constan
 
 
 def zeroth_order(model, perturb=False):
-    """A step of MeZO's kind: the gradient is made of losses alone."""
+    """A step like MeZO's: the gradient is made from losses."""
     optimizer = SGD(twin.trainable(model), lr=0.1)
     for i in range(2):
         with torch.no_grad():
@@ -143,7 +143,7 @@ def test_a_model_that_changes_its_dtype_between_two_steps(kind, settings):
 
 
 class WithoutMaximize(Optimizer):
-    """As Adafactor and Lion: it cannot climb, and its `eps` is no number."""
+    """An optimizer like Adafactor and Lion: it cannot maximize, and its `eps` is no number."""
 
     def __init__(self, parameters, lr):
         super().__init__(parameters, {"lr": lr, "eps": (1e-30, 1e-3), "weight_decay": 0.1})
@@ -197,7 +197,7 @@ def test_optimizers_of_parts_that_come_one_after_another():
 
 
 def find_learning_rate(model, optimizer, restore_options=True):
-    """As Lightning and torch-lr-finder do: keep both states, make some steps, put them back."""
+    """Find a learning rate like Lightning and torch-lr-finder: save both states, make some steps, load them again."""
     kept = [copy.deepcopy(each.state_dict()) for each in (model, optimizer)]
     for i in range(5):
         for group in optimizer.param_groups:
@@ -231,9 +231,9 @@ def test_a_rollback_in_the_middle_takes_the_steps_since_then_back():
     for i in range(3):
         step(model, optimizer, i)
     kept = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in what it is given
+    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in the loaded state
     assert perturbation(model).steps == 3  # nothing has happened since
     for i in range(2):
         step(model, optimizer, i)
-    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in what it is given
+    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in the loaded state
     assert perturbation(model).steps == 3

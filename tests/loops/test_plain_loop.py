@@ -1,4 +1,4 @@
-"""Loops that never call us: what counts as an optimizer step, and what does not."""
+"""Plain loops: what counts as an optimizer step, and what does not."""
 
 from contextlib import nullcontext
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from loops.runs import adapter, assert_same_adapter, batches, cosine, flat_model, plain_model
+from helpers.runs import adapter, assert_same_adapter, batches, cosine, flat_model, plain_model
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
@@ -25,7 +25,7 @@ def strengths(seen):
 
 
 def ramp(steps):
-    """The strength after each of these numbers of optimizer steps."""
+    """The strength after each number of optimizer steps."""
     return pytest.approx([cosine(step, STEPS) for step in steps], abs=1e-6)
 
 
@@ -70,7 +70,7 @@ def test_accelerate_with_an_incomplete_last_window(model, seen):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
 def test_a_step_that_the_scaler_skips_does_not_count(model, seen, fused):
-    # a fused optimizer is called for a skipped step too, and skips by itself
+    # a fused optimizer is also called for a skipped step, and skips it itself
     optimizer, scaler = AdamW(trained(model), fused=fused), torch.amp.GradScaler("cpu")
     for i, batch in enumerate(batches(4)):
         loss = model(**batch).loss * (torch.inf if i == 1 else 1)
@@ -120,7 +120,7 @@ def test_autocast_without_strength_is_plain_lora(dtype):
 
 @pytest.fixture
 def _other_precision():
-    """accelerate keeps the precision of a process."""
+    """Reset accelerate, which keeps one precision for a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -128,7 +128,7 @@ def _other_precision():
 
 @pytest.mark.usefixtures("_other_precision")
 def test_accelerate_in_mixed_precision_with_a_step_that_is_skipped(model, seen):
-    # on the CPU accelerate knows bf16 alone, which it does not scale; its scaler for fp16 is put in by hand
+    # on the CPU accelerate has only bf16, which it does not scale: put in its scaler for fp16 by hand
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     prepared, optimizer = accelerator.prepare(model, AdamW(trained(model)))
@@ -145,7 +145,7 @@ def test_accelerate_in_mixed_precision_with_a_step_that_is_skipped(model, seen):
 
 
 def test_saved_tensors_that_are_moved_away_and_back():
-    """As activation offloading does."""
+    """Activation offloading does this."""
     models = [flat_model(schedule="constant").train() for _ in range(2)]
     for model, moved in zip(models, (False, True), strict=True):
         optimizer = AdamW(trained(model), lr=1e-2)
@@ -159,7 +159,7 @@ def test_saved_tensors_that_are_moved_away_and_back():
 
 
 def test_training_in_evaluation_mode_is_warned_of_once(model):
-    """`from_pretrained` gives a model in that mode."""
+    """`from_pretrained` returns a model in evaluation mode."""
     optimizer, data = AdamW(trained(model)), batches(4)
 
     def step(batch):
@@ -179,6 +179,7 @@ def test_evaluation_beside_training_is_not_warned_of(model):
     model.eval()(**batch).loss.backward()
     model.train()(**batch).loss.backward()
     optimizer.step()
+    assert perturbation(model).steps == 1
 
 
 def test_two_optimizers_make_one_step(model, seen):
@@ -203,7 +204,7 @@ def test_a_scheduler_wraps_the_optimizer(model, seen):
 
 
 class Wrapper(Optimizer):
-    """As Lookahead and SAM are written: an optimizer whose step makes another one's."""
+    """An optimizer whose step calls that of another one, like Lookahead and SAM."""
 
     def __init__(self, inner):
         super().__init__(inner.param_groups, {})

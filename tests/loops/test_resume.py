@@ -1,4 +1,4 @@
-"""A run that was broken off after any of its steps and goes on in another process ends with the same bits."""
+"""A run that stops after any step and resumes in another process ends with the same bits."""
 
 import io
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from loops.runs import adapter, assert_same_adapter, batches, flat_model, rows, trainer
+from helpers.runs import adapter, assert_same_adapter, batches, flat_model, rows, trainer
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -27,7 +27,7 @@ def accumulation(request):
 
 @pytest.fixture(params=[7, None], ids=["seed", "no-seed"])
 def process(request, resample):
-    """process(n): the model as the n-th process makes it: torch is seeded anew, so an unset noise seed differs."""
+    """process(n): the model of the n-th process. Its torch seed differs, and so does a noise seed that is not set."""
     return lambda n: flat_model(
         torch_seed=n, seed=request.param, resample=resample, total_steps=STEPS, lora_dropout=0.1
     )
@@ -123,7 +123,7 @@ def test_by_hand(process, accumulation):
 
 
 def test_between_the_backwards_of_one_step():
-    """The noise's state says whether the sample has been used, so it may be taken anywhere outside of a backward."""
+    """The state says whether the sample has been used, so it can be saved anywhere outside of a backward."""
     first, second = flat_model(), flat_model(torch_seed=3, seed=None)
     for model in (first, second):
         perturbation(model).total_steps = STEPS

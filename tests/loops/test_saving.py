@@ -1,23 +1,22 @@
-"""What is saved is what peft would have saved, and one file of our own beside it."""
+"""The saved files are those of peft, and one file of our own."""
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
-from loops.runs import RHO, adapter, assert_same_adapter, flat_model, plain_model
+from helpers import processes, tiny
+from helpers.runs import RHO, adapter, assert_same_adapter, flat_model, plain_model
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 
 import flatlora
 from flatlora import FlatLoraConfig, perturbation
 
-# peft's notice, for plain LoRA too, that with adapted embeddings it saves the whole ones
+# peft warns, for plain LoRA too, that it saves the whole embeddings if they are adapted
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 
 OURS = "flatlora_config.json"
@@ -47,7 +46,7 @@ def weights_of(folder):
 
 
 def assert_saved_as_plain(flat, plain, folder=""):
-    """`flat` holds what `plain` holds, byte for byte where neither a date nor an order can differ, and our file."""
+    """Assert that `flat` has our file and those of `plain`, with the same bytes where no date and no order differs."""
     assert files(flat) == files(plain) | {str(Path(folder, OURS))}
     assert config_of(flat / folder) == config_of(plain / folder)
     (flat_metadata, flat_weights), (metadata, weights) = weights_of(flat / folder), weights_of(plain / folder)
@@ -83,7 +82,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 warnings.simplefilter("error")
-# peft 0.21 asks transformers 5.23 for a name that it has renamed, whatever the adapter
+# peft 0.21 uses a name that transformers 5.23 has renamed, with any adapter
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 base, *folders = sys.argv[1:]
 for folder in folders:
@@ -96,6 +95,8 @@ assert "flatlora" not in sys.modules
 """
 
 
+@pytest.mark.slow
+@processes.patient
 def test_stock_peft_loads_it_without_a_warning(tmp_path):
     tiny.base_model().save_pretrained(tmp_path / "base")
     batch = {"input_ids": tiny.tokens()}
@@ -110,7 +111,7 @@ def test_stock_peft_loads_it_without_a_warning(tmp_path):
         torch.save(expected, tmp_path / name / "expected.pt")
     folders = [str(tmp_path / name) for name in ("base", *ADAPTERS)]
     command, one_thread = [sys.executable, "-c", STOCK, *folders], {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=one_thread)
+    done = processes.run_command(command, cwd=tmp_path, env=one_thread)
     assert done.returncode == 0, done.stderr
 
 
@@ -185,7 +186,7 @@ def test_transformers_add_adapter(tmp_path, any_peft):
 
 
 def test_a_revision_of_a_hub_repository(tmp_path):
-    """As the hub's cache keeps it: each revision has files of its own."""
+    """In the hub's cache each revision has files of its own."""
     repository = tmp_path / "models--someone--adapter"
     for revision, rho in (("main", 0.1), ("second", 0.3)):
         commit = {"main": "a", "second": "b"}[revision] * 40

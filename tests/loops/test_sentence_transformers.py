@@ -1,34 +1,26 @@
 """sentence-transformers: losses that compare the outputs of several forwards, before one backward."""
 
 import pytest
-import tiny
 import torch
-from loops.runs import RHO, adapter, assert_same_adapter
-from loops.test_trl import texts, tokenizer
+from helpers.runs import RHO, adapter, assert_same_adapter
+from helpers.sentences import saved_bert
+from helpers.trl_runs import texts
 from peft import LoraConfig
+from transformers.models.bert.modeling_bert import BertEncoder
+
+from flatlora import FlatLoraCallback, FlatLoraConfig, perturbation, perturbed
+
+pytest.importorskip("sentence_transformers")
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import BertConfig, BertModel
-from transformers.models.bert.modeling_bert import BertEncoder
-
-from flatlora import FlatLoraCallback, FlatLoraConfig, perturbation, perturbed
 
 STEPS = 4
 COLUMNS = ("anchor", "positive", "negative")
 pytestmark = pytest.mark.usefixtures("any_peft")
-
-
-def saved_bert(path):
-    """The folder of a tiny BERT, as of a user's own model."""
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    BertModel(BertConfig(vocab_size=tiny.TOKENS, **sizes)).save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +34,7 @@ def embedder(folder, kind=FlatLoraConfig, dropout=0.0, **settings):
     torch.manual_seed(4)
     settings = {"rho": RHO, "seed": 7, "schedule": "constant", **settings} if kind is FlatLoraConfig else {}
     model.add_adapter(kind(r=4, target_modules=["query", "value", "dense"], lora_dropout=dropout, **settings))
-    for module in model.modules():  # BERT's own dropout would hide what is compared
+    for module in model.modules():  # BERT's own dropout would differ between the runs
         if isinstance(module, torch.nn.Dropout) and not dropout:
             module.p = 0.0
     return model
@@ -65,9 +57,9 @@ def train(model, folder, *, kind=SentenceTransformerTrainer, loss=MultipleNegati
 
 def test_the_forwards_of_a_batch_share_their_noise(folder, passes, tmp_path):
     model = embedder(folder)
-    seen = passes(model, BertEncoder)  # sentence-transformers calls `forward` of the model itself, past its hooks
+    seen = passes(model, BertEncoder)  # sentence-transformers calls the model's `forward`, without its hooks
     run = train(model, tmp_path)
-    forwards = 2  # of the anchors, and of the others in one batch
+    forwards = 2  # one of the anchors, and one of all others
     assert [p.rho for p in seen] == pytest.approx([RHO] * STEPS * forwards)
     assert [p.samples for p in seen] == [{step} for step in range(STEPS) for _ in range(forwards)]
     assert [logs["flat_rho"] for logs in run.state.log_history if "loss" in logs] == [RHO] * STEPS
@@ -99,7 +91,7 @@ def test_a_loss_that_caches_gradients_is_an_error(folder, tmp_path):
 
 
 class AtOneSample(SentenceTransformerTrainer):
-    """The way out that the error names."""
+    """What the error message recommends."""
 
     def training_step(self, *args, **kwargs):
         with perturbed(self.model, sample=self.state.global_step):

@@ -1,10 +1,9 @@
-"""Inside transformers' Trainer: the ramp, what is logged, clean evaluation, and its other features beside us."""
+"""transformers' Trainer: the schedule, the logs, evaluation without noise, and the Trainer's other features."""
 
 import pytest
-import tiny
-from loops.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model, plain_model, rows, trainer
+from helpers import tiny
+from helpers.runs import RHO, adapter, assert_same_adapter, batches, cosine, flat_model, plain_model, rows, trainer
 from peft import PeftModel
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -93,7 +92,7 @@ def test_a_model_that_is_not_flat(tmp_path):
 
 
 class Report(TrainerCallback):
-    """Stands for TensorBoard and the others: writes the numbers down when it is told."""
+    """A stand-in for TensorBoard and others: it keeps the numbers that are logged."""
 
     def __init__(self):
         self.seen = []
@@ -130,7 +129,7 @@ def sharpness(model, **settings):
 
 
 class Measured(TrainerCallback):
-    """The same measurement at each step, made by hand."""
+    """Measure the same at each step by hand."""
 
     def __init__(self):
         self.values = {}
@@ -295,7 +294,7 @@ def test_every_training_pass_is_perturbed(settings, passes, tmp_path):
 
 
 def test_compiled(tmp_path):
-    """The noise and the ramp of the eager run; what follows differs by rounding."""
+    """Noise and schedule equal those of the eager run; the rest differs by rounding."""
     losses = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
         model, callbacks = with_callback()
@@ -324,21 +323,6 @@ def test_a_batch_size_that_is_found(passes, tmp_path):
     steps = run.state.max_steps
     assert steps == perturbation(model).steps == perturbation(model).total_steps == len(seen) > 3
     assert [p.rho for p in seen] == pytest.approx([cosine(step, steps) for step in range(steps)], abs=1e-6)
-
-
-def test_tensorboard(tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    model, ours = flat_model(), FlatLoraCallback(sharpness_steps=2, sharpness_batches=batches(2))
-    run = trainer(model, tmp_path, max_steps=4, report_to="tensorboard")
-    ours.add_to(run)
-    run.train()
-    events = EventAccumulator(str(tmp_path / "logs")).Reload()
-    found = {event.step: event.value for event in events.Scalars("train/flat_rho")}
-    assert found == pytest.approx({step: cosine(step, 4) for step in (1, 2, 3, 4)})
-    logged = {entry["step"]: entry for entry in run.state.log_history if "flat_sharpness" in entry}
-    for name in ("flat_sharpness", "flat_sharpness_stderr"):
-        found = {event.step: event.value for event in events.Scalars(f"train/{name}")}
-        assert found == pytest.approx({step: logged[step][name] for step in (2, 4)})
 
 
 def t5():

@@ -1,19 +1,21 @@
-"""TRL's other trainers that take `peft_config=`, and the options that change how a pass is made."""
+"""TRL's other trainers with `peft_config=`, and options that change the passes."""
 
 import os
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import pytest
-import tiny
-from loops.test_trl import GENERATES, LENGTH, STEPS, assert_clean_but_for_training, number_of_words, texts, train
+from helpers import tiny
+from helpers.trl_runs import GENERATES, LENGTH, STEPS, assert_clean_but_for_training, number_of_words, texts, train
+
+from flatlora import TwoPassTrainerMixin
+
+pytest.importorskip("trl")
 from trl import GRPOTrainer, KTOConfig, KTOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.online_dpo import OnlineDPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
-
-from flatlora import TwoPassTrainerMixin
 
 PAIRS = ("prompt", "chosen", "rejected")
 kto_was_experimental = pytest.mark.filterwarnings("ignore:The `KTO.* is now located in `trl.experimental:FutureWarning")
@@ -74,4 +76,5 @@ def test_two_passes_are_refused_where_a_step_generates_its_data(kind):
 
 @pytest.mark.parametrize("kind", [SFTTrainer, KTOTrainer, RewardTrainer])
 def test_two_passes_are_allowed_elsewhere(kind):
-    type("TwoPasses", (TwoPassTrainerMixin, kind), {})
+    made = type("TwoPasses", (TwoPassTrainerMixin, kind), {})
+    assert made.training_step is TwoPassTrainerMixin.training_step

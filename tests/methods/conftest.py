@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    # for tensors this small several threads only wait for one another
+    # several threads are slower than one on tensors this small
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,9 +1,8 @@
-"""Two processes under DDP: the step sees averaged gradients, a first pass of two is each process's own."""
+"""DDP in two processes: a step uses averaged gradients, and the first of two passes is each process's own."""
 
-import processes
 import pytest
 import torch
-import twin
+from helpers import processes, twin
 from torch.nn.parallel import DistributedDataParallel
 
 from flatlora import (
@@ -62,7 +61,7 @@ def alone(kind):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """name -> what each of the two processes ended with."""
+    """name -> the results of the two processes."""
     folder = tmp_path_factory.mktemp("ddp")
     processes.run(train, str(folder))
     return {name: [torch.load(folder / f"{name}{rank}") for rank in range(2)] for name in [*KINDS, "RwpConfig"]}

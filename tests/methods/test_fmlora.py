@@ -1,10 +1,10 @@
-"""FMLoRA and EFMLoRA are algorithms 1 and 2 of arXiv 2508.00522: twins that follow them step by step on tensors."""
+"""FMLoRA and EFMLoRA against algorithms 1 and 2 of arXiv 2508.00522, followed step by step on tensors."""
 
 import math
 
 import pytest
 import torch
-import twin
+from helpers import twin
 from transformers import Trainer, TrainingArguments
 
 from flatlora import EFMLoraConfig, FlatLoraCallback, FMLoraConfig, TwoPassTrainerMixin, ascent
@@ -33,7 +33,7 @@ def perturbations(tensors, gradients, offsets, rho):
 
 
 class Twin:
-    """Plain tensors and an optimizer; `optimizer_step(micro)` makes one optimizer step over these batches."""
+    """Plain tensors and an optimizer. `optimizer_step(micro)` makes one step over these micro-batches."""
 
     def __init__(self, model, optimizer=torch.optim.AdamW, clip=None):
         self.tensors, self.clip = twin.factors(model), clip

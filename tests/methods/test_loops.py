@@ -1,10 +1,9 @@
-"""Every method in the loops that are not plain: a Trainer that is broken off, a GradScaler that overflows."""
+"""Every method in a Trainer that stops and resumes, and with a GradScaler that overflows."""
 
-import tiny
 import torch
-import twin
-from kinds import every_method
-from loops.runs import adapter, assert_same_adapter, rows, trainer
+from helpers import tiny, twin
+from helpers.methods import every_method
+from helpers.runs import adapter, assert_same_adapter, rows, trainer
 from transformers import Trainer
 
 from flatlora import FlatLoraCallback, TwoPassTrainerMixin, ascent, perturbation
@@ -62,7 +61,7 @@ def test_the_scale_of_a_grad_scaler_cancels(kind, settings):
 
 @every_method
 def test_an_overflow_is_no_step(kind, settings):
-    """Neither the adapter nor what the method keeps from step to step changes."""
+    """An overflow changes neither the adapter nor the state of the method."""
     model = twin.adapted(kind, rho=0.1, total_steps=6, **settings)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizer = torch.optim.AdamW(twin.trainable(model), lr=1e-2)

@@ -1,14 +1,14 @@
-"""LoRA-SAM, RWP, Bi-LoRA and BAR against a brute force from their papers' equations; what holds for every method."""
+"""LoRA-SAM, RWP, Bi-LoRA and BAR against the equations of their papers, and properties of every method."""
 
 import copy
 import json
 
 import peft
 import pytest
-import tiny
 import torch
-import twin
-from kinds import every_method, step
+from helpers import tiny, twin
+from helpers.methods import every_method, step
+from helpers.noise import unit_noise
 
 import flatlora
 from flatlora import (
@@ -24,8 +24,6 @@ from flatlora import (
     perturbation,
     perturbed,
 )
-from flatlora.ops import perturb_weight
-from flatlora.ops.philox import mix_rank
 
 S = twin.SCALING
 # ---- each from its equations ----
@@ -52,19 +50,13 @@ def test_lora_sam_takes_the_gradient_at_the_factors_moved_along_their_gradient()
     twin.assert_close(model, tensors)
 
 
-def noise(shape, std, stream, seed=5, sample=0):
-    key = torch.tensor([mix_rank(seed, 0), sample])
-    row_std = torch.full((shape[0],), float(std), dtype=torch.float64)
-    return perturb_weight(torch.zeros(shape, dtype=torch.float64), row_std, key, stream)
-
-
 def test_rwp_noise_has_one_standard_deviation_for_a_layer():
     model = twin.adapted(RwpConfig, rho=0.2, schedule="constant", seed=5)
     weights = []
     for stream, (W, A, B) in enumerate(twin.factors(model)):
         merged = (W + S * B @ A).detach()
         std = 0.2 * torch.linalg.matrix_norm(merged) / merged.numel() ** 0.5
-        weights.append(W + S * B @ A + noise(W.shape, std, stream))
+        weights.append(W + S * B @ A + std * unit_noise(*W.shape, stream, seed=5))
     assert abs(twin.loss(model, 0) - twin.dense_loss(weights, 0)) < 1e-10
     assert abs(twin.loss(model.eval(), 0) - twin.dense_loss(weights, 0)) > 1e-4
 
@@ -237,7 +229,7 @@ def test_evaluation_is_clean_and_detach_leaves_no_trace(kind, settings):
 
 @every_method
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_layer_in_one_node_takes_the_step_of_pefts_modules(kind, settings, dropout):
+def test_a_fused_layer_takes_the_step_of_pefts_modules(kind, settings, dropout):
     results = []
     for watched in (False, True):
         model = twin.adapted(kind, rho=0.3, lora_dropout=dropout, **settings, total_steps=6)

@@ -1,11 +1,10 @@
-"""Senseless settings and combinations are answered at once, each with its name and the way out."""
+"""Invalid settings and combinations raise at once an error that names them and says what to do."""
 
 import contextlib
 
 import pytest
-import tiny
 import torch
-import twin
+from helpers import tiny, twin
 from peft.tuners.lora.config import KasaConfig
 from torch import nn
 from transformers import TrainerState
@@ -26,7 +25,7 @@ from flatlora import (
 
 
 class Layers(nn.Module):
-    """One layer of each kind for which some method has no meaning."""
+    """One layer of each kind that some method does not support."""
 
     def __init__(self):
         super().__init__()

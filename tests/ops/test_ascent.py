@@ -1,4 +1,4 @@
-"""`full_weight_ascent` equals the paper's dense formulas, and is the steepest ascent that it claims to be."""
+"""`full_weight_ascent` equals the paper's dense formulas, and is the steepest ascent."""
 
 import pytest
 import torch

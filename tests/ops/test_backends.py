@@ -1,14 +1,14 @@
-"""Which backend runs, what it refuses, and that threads and forks do not matter."""
+"""The choice of the backend, what each one refuses, threads and forks."""
 
 import logging
 import os
 import sys
 from pathlib import Path
 
-import processes
 import pytest
 import torch
-from ops.noise_cases import key_of, random_case
+from helpers import processes
+from helpers.noise_cases import key_of, random_case
 
 from flatlora.ops import native, perturb
 from flatlora.ops.perturb import perturb_weight, resolve_backend, row_noise
@@ -104,7 +104,7 @@ class Noisy(Dataset):
     def __len__(self):
         return 4
     def __getitem__(self, index):
-        torch.set_num_threads(2)  # a loader's worker has one thread: ask for the case that could hang, in ours alone
+        torch.set_num_threads(2)  # a worker of a DataLoader has one thread; two threads could hang
         noisy = perturb_weight(weight, row_std, key, index, backend="c")
         torch.set_num_threads(1)
         return noisy
@@ -124,6 +124,7 @@ print("same in every process")
 """
 
 
+@pytest.mark.slow
 @needs_c
 @processes.patient
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

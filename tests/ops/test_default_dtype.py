@@ -1,13 +1,8 @@
-"""The default dtype and the default device of the process change no bit: every allocation names its own."""
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The default dtype and the default device of the process change no bit."""
 
 import pytest
 import torch
+from helpers.noise_cases import DEFAULTS, problem
 
 from flatlora.ops import (
     RowNoise,
@@ -26,21 +21,7 @@ from flatlora.ops import (
 from flatlora.ops.ascent import full_weight_ascent
 from flatlora.ops.norms import grouped_row_norms, row_norms
 
-ROOT = Path(__file__).parents[2]
 BACKENDS = ["reference", "torch", *(["c"] if native.LIBRARY is not None else [])]
-DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]
-
-
-def problem(dtype, m=130, n=70, r=3):
-    """Everything is of an explicit dtype, on the CPU."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, B, A, x = random(m, n).to(dtype), random(m, r).to(wide), random(r, n).to(wide), random(4, n).to(dtype)
-    return weight, B, A, x, random(m).to(wide).abs(), torch.tensor([5, -6], dtype=torch.int64, device="cpu")
 
 
 def every_operator(dtype, backend):
@@ -109,30 +90,3 @@ def test_the_default_device_changes_no_bit(backend):
     with torch.device("meta"):
         got = list(every_operator(torch.float32, backend))
     assert all(a.device.type == "cpu" and torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-TRITON = """
-import torch
-from ops.test_default_dtype import DEFAULTS, problem
-from flatlora.ops import perturb_weight, row_noise
-
-for dtype in (torch.float32, torch.bfloat16, torch.float64):
-    results = []
-    for default in (torch.float32, *DEFAULTS):
-        torch.set_default_dtype(default)
-        weight, _, _, _, std, key = problem(dtype, m=33)
-        rows = torch.tensor([3, 0], dtype=torch.int64)
-        results += [(perturb_weight(weight, std, key, 3, backend="triton", relative=0.3),
-                     row_noise(rows, std[:2], key, 3, 70, backend="triton"))]
-    for a, b in results[1:]:
-        assert a.dtype == dtype and torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]), default
-print("same bits")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_the_default_dtype_changes_no_bit_of_triton():
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True)
-    assert "same bits" in done.stdout, done.stderr

@@ -1,10 +1,11 @@
-"""The noise contract: words, normals, W + eps, in the reference and in the C kernel."""
+"""The noise contract (words, normals, W + eps) in the reference and in the C kernel."""
 
 import math
 
 import pytest
 import torch
-from ops.noise_cases import DTYPES, KNOWN, STREAMS, assert_close, definition, key_of, nans, random_case
+from helpers.noise import epsilon, unit_noise
+from helpers.noise_cases import DTYPES, KNOWN, STREAMS, assert_close, definition, key_of, nans, random_case
 
 from flatlora.ops import native, philox
 from flatlora.ops.perturb import perturb_weight, row_noise
@@ -71,7 +72,7 @@ def test_normals_at_the_edges_of_u(k, kernel):
 
 @streams
 def test_columns_are_dealt_out_in_tiles(seed, sample, layer, first_row, m, n):
-    """The layout of the contract written out for one element at a time."""
+    """Compare with the layout of the contract, one element at a time."""
     z = philox.normals(seed, sample, layer, torch.tensor([first_row]), n)[0]
     for j in range(n):
         tile, q, lane = j // 64, j % 64 // 16, j % 16
@@ -85,7 +86,7 @@ def test_columns_are_dealt_out_in_tiles(seed, sample, layer, first_row, m, n):
 
 
 def layouts(weight):
-    """The same weight, row-major, transposed (GPT-2's Conv1D), a slice of a wider matrix, and with both strides > 1."""
+    """One weight in several layouts: row-major, transposed (GPT-2's Conv1D), a slice, and with both strides > 1."""
     m, n = weight.shape
     wide = torch.zeros(m, n + 3, dtype=weight.dtype)
     wide[:, 1 : n + 1] = weight
@@ -118,7 +119,7 @@ def test_c_agrees_with_the_definition(dtype, out_dtype, kernel):
 
 @needs_c
 def test_c_rounds_like_torch():
-    """Weights that the noise does not move (std = 0) are rounded to nearest even, infinities and nan included."""
+    """With std = 0 weights are rounded to nearest even, infinities and NaN included."""
     halves = torch.arange(2**16).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         values = halves.view(dtype).float()
@@ -171,7 +172,7 @@ def test_weight_is_only_read_and_out_is_filled(backend):
 
 @needs_c
 def test_more_elements_than_an_int32_counts(tmp_path):
-    """Two rows 2^31 elements apart, in a file that is almost all holes."""
+    """Two rows that are 2^31 elements apart, in a sparse file."""
     stride, n = 2**31, 130
     storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=stride + n, dtype=torch.bfloat16)
     weight = storage.as_strided((2, n), (stride, 1))
@@ -192,3 +193,15 @@ def test_ranks_get_different_keys():
     keys = {philox.mix_rank(seed, rank) for seed in range(10) for rank in range(1000)}
     assert len(keys) == 10_000 and philox.mix_rank(5, 0) == 5
     assert all(-(2**63) <= key < 2**63 for key in keys)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_eps_that_all_tests_compare_with(rank):
+    """`helpers/noise.py` against the reference of the noise contract, the seed mixed with the rank by hand."""
+    mixed = (-9 ^ rank * 0x9E3779B97F4A7C15) % 2**64
+    expected = philox.normals(mixed - 2**64 * (mixed >= 2**63), 4, 2, torch.arange(5), 70).double()
+    torch.testing.assert_close(unit_noise(5, 70, 2, seed=-9, sample=4, rank=rank), expected, rtol=0, atol=1e-5)
+    merged = torch.randn(5, 70, dtype=torch.float64)
+    eps = epsilon(merged, 2, rho=0.3, seed=-9, sample=4, rank=rank)
+    expected *= 0.3 / 70**0.5 * merged.square().sum(dim=1, keepdim=True).sqrt()
+    torch.testing.assert_close(eps, expected, rtol=0, atol=1e-5)

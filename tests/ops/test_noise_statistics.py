@@ -43,7 +43,7 @@ def test_moments_and_distribution():
 
 
 def test_tails():
-    """Values beyond 3, 4 and 5 standard deviations come as often as they should."""
+    """Values beyond 3, 4 and 5 standard deviations have the right frequency."""
     z = torch.cat([normals(1000, 4000, layer=layer).flatten().abs() for layer in range(5)])
     for bound in (3, 4, 5):
         p = math.erfc(bound / math.sqrt(2))
@@ -64,7 +64,7 @@ RELATED = {
 
 
 def assert_uncorrelated(x, y):
-    """Of the values, their squares and their signs."""
+    """Assert that values, squares and signs are uncorrelated."""
     x, y = x.flatten(), y.flatten()
     for f in (torch.clone, lambda t: (t * t - 1) / math.sqrt(2), torch.sign):
         correlation = (f(x) * f(y)).double().mean().item()

@@ -1,24 +1,24 @@
-"""The Triton backend without a GPU: its values in Triton's interpreter, and what it compiles to for three GPUs."""
+"""The Triton backend without a GPU: its values in Triton's interpreter, and its code for three GPUs."""
 
-import importlib.util
 import json
 import os
 import re
 import sys
 from pathlib import Path
 
-import processes
 import pytest
+from helpers import processes
 
-pytestmark = [processes.patient, pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")]
+pytest.importorskip("triton")
+pytestmark = processes.patient
 ROOT = Path(__file__).parents[2]
 
-# The interpreter is chosen by an environment variable when triton is imported: hence a process of its own.
+# An environment variable chooses the interpreter when triton is imported, so the test needs a process of its own.
 INTERPRETED = """
 import torch
 from flatlora.ops import philox
 from flatlora.ops.perturb import perturb_weight, row_noise
-from ops.noise_cases import DTYPES, STREAMS, assert_close, definition, key_of, nans, random_case
+from helpers.noise_cases import DTYPES, STREAMS, assert_close, definition, key_of, nans, random_case
 
 def check(weight, out, row_std, seed, sample, layer, first_row):
     perturb_weight(weight, row_std, key_of(seed, sample), layer, first_row, backend="triton", out=out)
@@ -80,6 +80,7 @@ def run_python(script, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_interpreter_agrees_with_the_definition(tmp_path):
     script = tmp_path / "interpreted.py"  # triton reads the source of its kernels from a file
     script.write_text(INTERPRETED.replace("PATH", repr(str(tmp_path / "sparse"))))
@@ -121,11 +122,12 @@ print(json.dumps(records))
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_gpus_without_spills(tmp_path, record_property):
     """Registers spilled would be in local memory, on the stack."""
     script = tmp_path / "compiled.py"
     script.write_text(COMPILED)
-    # Fusion is what the kernel is meant to have; triton 3.9 asks for it to be said
+    # The kernel wants fusion; triton 3.9 has to be told
     output = run_python(script, TRITON_CACHE_DIR=str(tmp_path / "cache"), TRITON_DEFAULT_FP_FUSION="1")
     records = json.loads(re.search(r"\[\{.*\}\]", output)[0])
     record_property("kernels", records)
@@ -134,3 +136,29 @@ def test_compiles_for_gpus_without_spills(tmp_path, record_property):
         assert record["stack"] == record["local"] == 0, record
         assert record["reg"] <= 96, record
         assert record["vector"], record
+
+
+DEFAULT_DTYPES = """
+import torch
+from helpers.noise_cases import DEFAULTS, problem
+from flatlora.ops import perturb_weight, row_noise
+
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    results = []
+    for default in (torch.float32, *DEFAULTS):
+        torch.set_default_dtype(default)
+        weight, _, _, _, std, key = problem(dtype, m=33)
+        rows = torch.tensor([3, 0], dtype=torch.int64)
+        results += [(perturb_weight(weight, std, key, 3, backend="triton", relative=0.3),
+                     row_noise(rows, std[:2], key, 3, 70, backend="triton"))]
+    for a, b in results[1:]:
+        assert a.dtype == dtype and torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]), default
+print("same bits")
+"""
+
+
+@pytest.mark.slow
+def test_the_default_dtype_changes_no_bit(tmp_path):
+    script = tmp_path / "default_dtypes.py"
+    script.write_text(DEFAULT_DTYPES)
+    assert "same bits" in run_python(script, TRITON_INTERPRET="1")

@@ -1,4 +1,4 @@
-"""Row norms of the merged weight against the merged weight itself, and blocks that cover every row once."""
+"""Row norms of the merged weight, and blocks that cover every row once."""
 
 import math
 
@@ -167,7 +167,7 @@ def test_rows_of_zeros_are_ordinary():
 @pytest.mark.parametrize("scale", [1e19, 1e-23, 1e-30])
 @WIDE
 def test_the_noise_has_its_strength_where_squares_leave_the_range(dtype, scale):
-    """The same noise as of the weight without the scale, times the scale."""
+    """Compare with the noise of the weight without the scale, times the scale."""
     scale = 2.0 ** round(math.log2(scale))
     weight, norms = torch.randn(20, 130).to(dtype), torch.empty(20)
     B, A, key = torch.zeros(20, 2), torch.randn(2, 130), torch.tensor([1, 2])

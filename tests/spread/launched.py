@@ -1,6 +1,6 @@
-"""What a launcher starts in tests: `examples/distributed/train.py`, once for each list of arguments in a JSON file.
+"""The script that the tests launch: `examples/distributed/train.py`, once for each list of arguments in a JSON file.
 
-accelerate spreads models over accelerators only. Here it is told that each process has one, whose name is "cpu".
+accelerate shards models only over accelerators. The script tells it that each process has one with the name "cpu".
 """
 
 import importlib.util
@@ -24,11 +24,13 @@ def pretend():
 
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = set_device
-    FlatParamHandle.to_cpu = lambda self: nullcontext()  # it would free what it has "copied" from the cpu
+    FlatParamHandle.to_cpu = lambda self: nullcontext()  # it would free what it "copies" from the CPU
     if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled here; gloo will do
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # gloo works without this kernel, which would be compiled here
+        )
 
 
 def main():
@@ -45,7 +47,7 @@ def main():
         example.main(argv)
     torch.distributed.barrier()
     sys.stdout.flush()
-    os._exit(0)  # without destructors, see processes.py
+    os._exit(0)  # exit without destructors, see helpers/processes.py
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A weight that is moved for the time being, whoever makes it: a parameter, a pre-hook, a parametrization."""
+"""`moved_weight` on a parameter, and on a weight that a pre-hook or a parametrization makes."""
 
 from contextlib import nullcontext
 
@@ -46,7 +46,7 @@ MODULES = {
 
 
 def pair(make, way):
-    """The same module twice, its parameters other ones than when the weight was last made."""
+    """The same module twice. Its parameters have changed since the weight was last made."""
     modules = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -113,7 +113,7 @@ def test_a_property_of_the_class_is_an_error():
 
 
 class Full:
-    """An offset for which there is no memory."""
+    """An offset that does not fit into memory."""
 
     def to(self, like):
         raise torch.OutOfMemoryError("no more")
@@ -162,7 +162,7 @@ class Net(nn.Module):
 
 
 def flat(kind=FlatLoraConfig, where="base", way="parameter", **settings):
-    """A model of two flat layers, the weight of whose `where` is made in this way."""
+    """A model of two flat layers. The weight of their `where` is made in this way."""
     torch.manual_seed(2)
     base = Net().double()
     if where == "base":
@@ -204,7 +204,7 @@ def test_there_is_noise_and_a_clean_pass_is_that_of_plain_lora(kind, where, way)
 def test_noise_in_the_factors_is_that_of_the_same_factors_without_hooks(way):
     model, x = flat(RwpConfig, "lora_A", way, space="adapter"), torch.randn(5, 6, dtype=torch.float64)
     for p in trained(model).values():
-        p.data.mul_(1.5)  # after the hooks have last made the weights
+        p.data.mul_(1.5)  # after the last time that the hooks made the weights
     plain = flat(RwpConfig, "lora_A", "parameter", space="adapter")
     for mine, own in zip(layers(model), layers(plain), strict=True):
         own.lora_A["default"].weight.data.copy_(whole_weight(mine.lora_A["default"]))

@@ -1,9 +1,9 @@
-"""accelerate's `dispatch_model`: frozen weights that are on no device until their layer runs."""
+"""accelerate's `dispatch_model`: frozen weights are on no device until their layer runs."""
 
 import pytest
-import tiny
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from helpers import tiny
 from peft.tuners.lora import LoraLayer
 
 from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation
@@ -43,11 +43,15 @@ def test_training_is_that_of_the_model_in_memory(offload):
     assert any("base_layer" in name and p.is_meta for name, p in model.named_parameters())
     adapters = {name: p.detach().clone() for name, p in expected.named_parameters() if p.requires_grad}
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
-        layer.lora_A.to_empty(device="cpu")  # peft puts the adapter of an offloaded layer where its weight is: nowhere
+        layer.lora_A.to_empty(
+            device="cpu"
+        )  # peft puts the adapter of an offloaded layer on the device of its weight: meta
         layer.lora_B.to_empty(device="cpu")
     model.load_state_dict(adapters, strict=False)
     perturbation(model).rho = perturbation(expected).rho
-    torch.testing.assert_close(train(model), train(expected), rtol=1e-5, atol=1e-6)  # in memory it is one fused product
+    torch.testing.assert_close(
+        train(model), train(expected), rtol=1e-5, atol=1e-6
+    )  # a layer in memory computes one fused product
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])

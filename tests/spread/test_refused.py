@@ -1,58 +1,37 @@
-"""What cannot be spread in some way is refused by name, and never trained without its perturbation."""
+"""What an engine cannot train raises an error that names it, and never trains without noise."""
 
 import os
 from contextlib import nullcontext
 
-import processes
 import pytest
-import tiny
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from loops.runs import flat_model, trainer
-from spread.engines import ENGINES
+from helpers import processes, tiny
+from helpers.engine_runs import step_with_whole_gradients
+from helpers.runs import flat_model, trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from flatlora import (
-    BarConfig,
-    BiLoraConfig,
-    EFMLoraConfig,
     FlatLoraCallback,
     FlatLoraConfig,
-    FMLoraConfig,
-    LoraSamConfig,
-    ascent,
     get_flat_peft_model,
 )
 
 pytestmark = processes.patient
-GRADIENT_METHODS = [EFMLoraConfig, FMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig]
-SHARDING = [name for name, kind in ENGINES.items() if name != "ddp" and kind.processes == 2]
 
 
-def step_with_whole_gradients(rank, folder):
-    os.environ["LOCAL_RANK"] = str(rank)
-    for engine in SHARDING:
-        for kind in GRADIENT_METHODS:
-            run = ENGINES[engine](tiny.adapted(kind(rho=0.1, **tiny.LORA)))
-            with pytest.raises(RuntimeError, match="needs whole gradients .*FSDP, DeepSpeed.*Use DDP"):
-                if kind in (FMLoraConfig, LoraSamConfig):
-                    with ascent(run.model):
-                        tiny.loss(run.model).backward()
-                run.step(tiny.loss(run.model))
-
-
-def test_methods_that_need_whole_gradients_refuse_shards(tmp_path):
-    processes.run(step_with_whole_gradients, str(tmp_path))
+def test_methods_that_need_whole_gradients_refuse_shards():
+    processes.run(step_with_whole_gradients, ("fsdp2", "fsdp1", "fsdp1-flat"))
 
 
 def split(rank, folder):
     mesh = init_device_mesh("cpu", (2,))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     plan = {"tp_plan": "auto"}
-    if "tp_plan" in DistributedConfig.__dataclass_fields__:  # its place in newer versions of transformers
+    if "tp_plan" in DistributedConfig.__dataclass_fields__:  # its name in newer versions of transformers
         plan = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=2)}
     by_transformers = LlamaForCausalLM.from_pretrained(folder, **plan)
     by_torch = parallelize_module(tiny.base_model(), mesh, {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
@@ -76,7 +55,7 @@ def test_a_checkpoint_that_fsdp1_loads_in_one_process_only(version, kind, monkey
         return trainer(flat_model(), tmp_path, callbacks=[FlatLoraCallback()], save_strategy="steps", save_steps=2)
 
     make().train()
-    resumed = make()  # the model of one process; what the callback looks at says that it is spread
+    resumed = make()  # a model of one process that the callback takes for a sharded one
     plugin = FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type=kind)
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
     expected = pytest.raises(RuntimeError, match="FULL_STATE_DICT.*first process only.*Train with SHARDED_STATE_DICT")

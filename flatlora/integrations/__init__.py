@@ -1,0 +1,1 @@
+"""Connections to the training loops of other libraries."""

@@ -1,0 +1,1 @@
+"""One model while it trains: `Perturbation` and its parts."""

@@ -1,0 +1,235 @@
+"""Observe optimizer steps in any loop, with torch's public hooks.
+
+optimizer.step()             the gradients are ready when the step begins
+optimizer.step(closure)      forward and backward run inside the step (Lightning, LBFGS): the gradients are ready when
+                             the closure has run. If it runs several times, each run has the noise of the first one,
+                             because the objective of one step is one function
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ..utils.copying import PartlyCopied, no_object
+
+
+class NoisePosition(NamedTuple):
+    """Where the noise of a model is."""
+
+    sample: int
+    sample_used: bool
+
+
+class RunPosition(NamedTuple):
+    """Where the training of a model is."""
+
+    steps: int
+    noise: NoisePosition
+    origin: tuple[float, int]  # see `Schedule.origin`
+
+
+class StepListener(Protocol):
+    """What the optimizer steps of this process are reported to."""
+
+    def on_step_begin(self, optimizer: Optimizer) -> None: ...
+
+    def on_gradients_ready(self, optimizer: Optimizer) -> None:
+        """The gradients are those that the optimizer is about to use."""
+
+    def on_step_end(self, optimizer: Optimizer) -> None: ...
+
+    def noise_position(self) -> NoisePosition: ...
+
+    def repeat_noise(self, position: NoisePosition, optimizer: Optimizer) -> None:
+        """The closure of a step runs again: with the noise from this position."""
+
+    def take_back(self, optimizer: Optimizer, steps: int | None) -> None:
+        """The optimizer has loaded an earlier state: its last steps, or all if None, do not count anymore."""
+
+
+_listeners: weakref.WeakSet[StepListener] = weakref.WeakSet()
+# one pair of hooks for all listeners: torch iterates over its hooks while a listener may be garbage collected
+_handles: list[Any] = []
+_lock = threading.RLock()  # one thread may create a model while another one steps
+
+
+def observe(listener: StepListener) -> None:
+    """Report every optimizer step of this process to `listener`, until `ignore` or until it is deleted."""
+    with _lock:
+        if not _handles:
+            _handles.extend([register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)])
+        _listeners.add(listener)
+
+
+def ignore(listener: StepListener) -> None:
+    """Report nothing more to `listener`. The hooks are removed with the last one."""
+    with _lock:
+        _listeners.discard(listener)
+        while _handles and not _listeners:
+            _handles.pop().remove()
+
+
+def listeners() -> list[StepListener]:
+    """All listeners of this process."""
+    with _lock:
+        return list(_listeners)
+
+
+def overflowed(optimizer: Optimizer) -> bool:
+    """Whether GradScaler has called a fused optimizer for a step that the optimizer is to skip."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
+
+
+class LeadingOptimizer(PartlyCopied):
+    """The optimizer whose steps count, among those that hold adapter parameters.
+
+    It is the one that holds the first trainable factor. Without such a one it is the first that holds any factor, until
+    another one steps twice while it does not.
+    """
+
+    not_copied: ClassVar[frozenset[str]] = frozenset({"_began", "_origins", "_leader", "_stepped", "_last_counted"})
+
+    def __init__(self) -> None:
+        self.prepared = False  # the method has seen the gradients of the step that is being made
+        self.seen = False  # a step of the leading optimizer has been seen
+        self._start()
+
+    def _start(self) -> None:
+        # optimizer -> number of steps when its own began
+        self._began: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        # optimizer -> position of the run when it was first seen
+        self._origins: weakref.WeakKeyDictionary[Optimizer, RunPosition] = weakref.WeakKeyDictionary()
+        self._leader: Callable[[], Optimizer | None] = no_object
+        self._holds_first = False  # the leader holds the first factor
+        # the others that have stepped since the last step that counted
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._last_counted: Callable[[], Optimizer | None] = no_object
+
+    def leads(self, optimizer: Optimizer, factors: Iterator[nn.Parameter], trained: bool, start: RunPosition) -> bool:
+        """Whether the steps of this optimizer count.
+
+        Args:
+            factors: the trainable adapter parameters.
+            trained: whether a training pass has begun since the last step that counted.
+            start: position of the run after the last step that counted.
+        """
+        leader = self._leader()
+        if leader is optimizer:
+            return True
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        first = next(factors, None)
+        if first is not None and id(first) in held:
+            self._follow(optimizer, True, start)
+        elif not any(id(p) in held for p in factors):
+            return False
+        elif leader is None or (not self._holds_first and optimizer in self._stepped and trained):
+            self._follow(optimizer, False, start)
+        return self._leader() is optimizer
+
+    def origin(self, optimizer: Optimizer) -> RunPosition:
+        """The position of the run when this optimizer was first seen."""
+        return self._origins[optimizer]
+
+    def is_known(self, optimizer: Optimizer) -> bool:
+        return optimizer in self._origins
+
+    def begin(self, optimizer: Optimizer, steps: int) -> None:
+        """A step of an optimizer begins."""
+        self._began[optimizer] = steps
+
+    def begun(self) -> list[Optimizer]:
+        """The optimizers that have begun a step."""
+        return list(self._began)
+
+    def is_nested(self, optimizer: Optimizer, steps: int) -> bool:
+        """Whether an optimizer that this one wraps has counted the step."""
+        return self._began.get(optimizer, steps) != steps
+
+    def note_other(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped that does not lead."""
+        self._stepped.add(optimizer)
+
+    def shares_step(self, optimizer: Optimizer, trained: bool) -> bool:
+        """Whether the former leader has counted the step that this optimizer takes part in."""
+        return self._last_counted() not in (None, optimizer) and not trained
+
+    def count(self, optimizer: Optimizer) -> None:
+        """A step counts."""
+        self.seen, self.prepared = True, False
+        self._last_counted = weakref.ref(optimizer)
+        self._stepped.clear()
+
+    def _follow(self, optimizer: Optimizer, holds_first: bool, start: RunPosition) -> None:
+        self._leader, self._holds_first = weakref.ref(optimizer), holds_first
+        self._origins.setdefault(optimizer, start)
+
+
+def watch_rollbacks(listener: StepListener, optimizer: Optimizer) -> None:
+    """Call `listener.take_back` when the optimizer loads an earlier state (a learning rate finder, a rollback)."""
+    reference = weakref.ref(listener)
+
+    def before_load(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
+        listener = reference()
+        if listener is None:
+            return
+        made, kept = _steps_in(optimizer.state), _steps_in(loaded["state"])
+        if not loaded["state"] and (optimizer.state or _options(optimizer.state_dict()) != _options(loaded)):
+            # the state before its first step; an optimizer without a state is recognized by its options
+            listener.take_back(optimizer, None)
+        elif made is not None and kept is not None and kept < made:
+            listener.take_back(optimizer, made - kept)
+
+    optimizer.register_load_state_dict_pre_hook(before_load)
+
+
+def _steps_in(state: Any) -> int | None:
+    """The number of steps in an optimizer's state, None if it is not there."""
+    steps = [int(kept["step"]) for kept in state.values() if isinstance(kept, dict) and "step" in kept]
+    return max(steps, default=None)
+
+
+def _options(state: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+
+
+def _before(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for listener in listeners():
+        listener.on_step_begin(optimizer)
+        if len(args) > 1 and callable(args[1]):
+            args = (args[0], _wrap_closure(args[1], listener, optimizer), *args[2:])
+        elif callable(kwargs.get("closure")):
+            kwargs = {**kwargs, "closure": _wrap_closure(kwargs["closure"], listener, optimizer)}
+        else:
+            listener.on_gradients_ready(optimizer)
+    return args, kwargs
+
+
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for listener in listeners():
+        listener.on_step_end(optimizer)
+
+
+def _wrap_closure(closure: Callable[..., Any], listener: StepListener, optimizer: Optimizer) -> Callable[..., Any]:
+    """The closure of this step, which reports each time it has run."""
+    first: list[NoisePosition] = []  # before its first run
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if first:
+            listener.repeat_noise(first[0], optimizer)
+        else:
+            first.append(listener.noise_position())
+        out = closure(*args, **kwargs)
+        listener.on_gradients_ready(optimizer)
+        return out
+
+    return run

@@ -1,0 +1,69 @@
+"""Noise switched on and off: `perturbation.enabled`, and the context managers `perturbed` and `unperturbed`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
+
+from ..utils.arguments import boolean
+from ..utils.copying import PartlyCopied
+from .recompute import in_backward
+
+
+class Override(NamedTuple):
+    """What `perturbed` and `unperturbed` set in the thread that entered them."""
+
+    enabled: bool = True
+    forced: bool = False  # noise also outside training passes
+    sample: int | None = None
+
+
+class Overrides(PartlyCopied):
+    """Which noise the user has switched on or off, for the model and for each thread."""
+
+    not_copied: ClassVar[frozenset[str]] = frozenset({"_by_thread", "forced_now", "enabled_now"})
+
+    def __init__(self) -> None:
+        self._enabled = True
+        self._start()
+
+    def _start(self) -> None:
+        self._by_thread: dict[int, Override] = {}
+        # plain attributes for the guards of compiled code
+        self.forced_now, self.enabled_now = False, self._enabled
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled and self.now().enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = self.enabled_now = boolean("enabled", value)
+
+    @contextmanager
+    def override(self, **changes: Any) -> Iterator[None]:
+        """Change the fields of this thread's `Override` inside."""
+        thread, before = threading.get_ident(), self._by_thread.get(threading.get_ident())
+        self._set(thread, (before or Override())._replace(**changes))
+        try:
+            yield
+        finally:
+            self._set(thread, before)
+
+    def now(self, thread: int | None = None) -> Override:
+        """The override of this thread, or of `thread`. `enabled` includes the model's own switch."""
+        found = self._by_thread.get(threading.get_ident() if thread is None else thread)
+        if found is None and self._by_thread and in_backward():  # autograd has its own threads for accelerators
+            found = next(reversed(self._by_thread.values()), None)
+        found = found or Override()
+        return found if self._enabled else found._replace(enabled=False)
+
+    def _set(self, thread: int, value: Override | None) -> None:
+        if value is None:
+            self._by_thread.pop(thread, None)
+        else:
+            self._by_thread[thread] = value
+        now = value or Override()
+        self.forced_now, self.enabled_now = now.forced, now.enabled and self._enabled

@@ -1,0 +1,461 @@
+"""The perturbation of one model: what users read and set, over parts that each have one job.
+
+| part           | file               | job                                                         |
+| -------------- | ------------------ | ----------------------------------------------------------- |
+| `schedule`     | schedule.py        | rho, progress, rho_t                                        |
+| `noise`        | noise_stream.py    | seed, rank, sample, key                                     |
+| `passes`       | forward_passes.py  | where a forward pass begins and ends, and whether it trains |
+| `overrides`    | overrides.py       | `enabled`, `perturbed`, `unperturbed`                       |
+| `records`      | forward_records.py | which forward is perturbed by which sample; recomputes      |
+| `registry`     | layer_registry.py  | the flat layers and their noise streams                     |
+| `leader`       | optimizer_steps.py | the optimizer whose steps count                             |
+| `diagnostics`  | diagnostics.py     | training that silently runs without noise                   |
+| `method_state` | methods/           | what the method remembers                                   |
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..config import Settings
+from ..utils.arguments import INT64, integer
+from ..utils.copying import PartlyCopied
+from .checkpoint import check_state
+from .diagnostics import Diagnostics
+from .distributed import calling_deepspeed, is_deepspeed, is_sharded
+from .forward_passes import ForwardPasses, entrances, listener_of
+from .forward_records import ForwardRecords, PassRecord
+from .layer_registry import LayerRegistry
+from .model_parts import join_calling_parts
+from .noise_stream import NoiseStream
+from .optimizer_steps import (
+    LeadingOptimizer,
+    NoisePosition,
+    RunPosition,
+    ignore,
+    observe,
+    overflowed,
+    watch_rollbacks,
+)
+from .overrides import Overrides
+from .schedule import Schedule
+
+_numbers = itertools.count(1)
+
+
+class Perturbation(PartlyCopied):
+    """The perturbation of one model: its strength, its schedule and its current noise sample.
+
+        eps_ij = rho_t / sqrt(n) * ||W'_i|| * z(seed, rank, sample, layer, i, j),    rho_t = rho * ramp(progress)
+
+    `flatlora.perturbation(model)` returns it. `rho`, `progress`, `total_steps`, `sample`, `seed`, `rank` and `enabled`
+    can be set.
+
+    Attributes:
+        rho: strength. With several flat adapters it is the largest; setting it sets all.
+        rhos: strength of each flat adapter, by name.
+        rho_t: ``rho * ramp(progress)``, the strength now.
+        progress: part of the run that is over, in [0, 1]: optimizer steps over `total_steps`, or as set.
+        total_steps: length of the ramp in optimizer steps, None if unknown.
+        steps: optimizer steps made.
+        sample: index of the current noise sample.
+        seed: 64-bit integer; default torch's initial seed, so that `set_seed` reproduces a run.
+        rank: data-parallel rank, which gives each process its own noise. Default: the rank in the default group, which
+            is right for DDP, FSDP and ZeRO. Set it where processes share a batch (context or sequence parallelism).
+        enabled: False switches the noise off.
+        settings: the settings at construction.
+    """
+
+    not_copied: ClassVar[frozenset[str]] = frozenset({"known_modules", "number", "_interval_start"})
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.settings = settings
+        self.schedule = Schedule(settings.schedule, settings.total_steps)
+        self.noise = NoiseStream(settings.seed, settings.resample, settings.backend)
+        self.overrides = Overrides()
+        self.registry = LayerRegistry(model)
+        self.passes = ForwardPasses(self)
+        self.records = ForwardRecords(self.passes, self.overrides, self.noise, self.schedule)
+        self.leader = LeadingOptimizer()
+        self.diagnostics = Diagnostics(self.registry, self.passes)
+        self.method_state: Any = settings.method.make_state()  # a MethodState of the method's own class
+        for module in entrances(model):
+            self.passes.watch(module)
+        self._start()
+
+    def _start(self) -> None:
+        self.number = next(_numbers)  # identifies this object while layers are compiled
+        self.known_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have called a pass
+        self.passes.report_to(self)
+        self._interval_start = self._position()
+        observe(self)
+
+    @classmethod
+    def shared(cls, model: nn.Module, settings: Settings) -> Perturbation:
+        """The perturbation of this model, created if there is none.
+
+        Raises:
+            ValueError: there is one with other settings.
+        """
+        found = listener_of(model)
+        if not isinstance(found, cls):
+            return cls(model, settings)
+        check_same_settings(found, settings)
+        return found
+
+    # ---- strength ----
+
+    @property
+    def rho(self) -> float:
+        return self.schedule.rho
+
+    @rho.setter
+    def rho(self, value: float) -> None:
+        self.schedule.rho = value
+
+    @property
+    def rhos(self) -> dict[str, float]:
+        return self.schedule.rhos
+
+    @property
+    def ramp(self) -> float:
+        """The schedule at the current progress, in [0, 1]; 1 if the length of the run is not known."""
+        return self.schedule.ramp
+
+    @property
+    def rho_t(self) -> float:
+        return self.schedule.rho * self.schedule.ramp
+
+    @property
+    def progress(self) -> float:
+        return self.schedule.progress
+
+    @progress.setter
+    def progress(self, value: float) -> None:
+        self.schedule.progress = value
+
+    @property
+    def total_steps(self) -> int | None:
+        return self.schedule.total_steps
+
+    @total_steps.setter
+    def total_steps(self, value: int | None) -> None:
+        self.schedule.total_steps = value
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.counter.steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self.schedule.counter.steps = value
+
+    def set_step(self, step: int, total_steps: int | None = None) -> None:
+        """Set the optimizer step of the run, where the library cannot count (FSDP1, DeepSpeed) or a run is resumed."""
+        step = integer("step", step, 0, INT64)
+        if total_steps is not None:
+            self.schedule.total_steps = total_steps
+        self.schedule.origin = (0.0, 0)
+        if step != self.steps:
+            self.steps = step
+            self._on_steps_changed()
+
+    # ---- noise ----
+
+    @property
+    def sample(self) -> int:
+        return self.noise.sample
+
+    @sample.setter
+    def sample(self, value: int) -> None:
+        self.noise.sample = value
+
+    @property
+    def seed(self) -> int:
+        return self.noise.seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self.noise.seed = value
+
+    @property
+    def rank(self) -> int:
+        return self.noise.rank
+
+    @rank.setter
+    def rank(self, value: int | None) -> None:
+        self.noise.rank = value
+
+    @property
+    def enabled(self) -> bool:
+        return self.overrides.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self.overrides.enabled = value
+
+    def override(self, **changes: Any) -> AbstractContextManager[None]:
+        """`perturbed` and `unperturbed`, in this thread."""
+        return self.overrides.override(**changes)
+
+    def draw(self, device: torch.device) -> tuple[Tensor, int]:
+        """The key of the noise as an int64 tensor (seed with the rank mixed in, sample), and the sample, for the
+        forward that runs in this thread.
+
+        The first training forward after a backward takes a new sample; a recompute has that of its first forward.
+        """
+        sample = self.records.current().sample
+        return self.noise.key(device, sample), sample
+
+    def backend(self, device: torch.device) -> str:
+        """Name of the noise backend on this device."""
+        return self.noise.backend(device)
+
+    # ---- layers ----
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose layers these are; None if it does not exist anymore."""
+        return self.registry.model
+
+    def flat_layers(self) -> Iterator[tuple[str, Any]]:
+        """(name in the model, layer) of the layers that this perturbs."""
+        return self.registry.named()
+
+    # ---- what passes report ----
+
+    def on_pass_begin(self, module: nn.Module) -> None:
+        """The outermost module of a pass is entered.
+
+        Raises:
+            RuntimeError: DeepSpeed makes the optimizer's steps, and the method needs to see them.
+        """
+        self.registry.bind(module)
+        join_calling_parts(self)
+        engine = calling_deepspeed()
+        if engine is None:
+            if not self.leader.seen and not self.steps and self._needs_steps():
+                self.diagnostics.check_steps_observed(self._is_stepping)
+            return
+        if self.settings.method.uses_gradients and self.rho > 0:
+            self.check_whole_gradients(engine)
+        if engine is not self.schedule.counter.engine:
+            self.schedule.counter.follow(engine)
+        self._on_steps_changed()
+
+    def on_pass_end(self, layers: set[int], outputs: list[Tensor]) -> None:
+        """A training pass ends: the numbers of the layers that ran, and the outputs that require a gradient."""
+        if self.enabled and self.rho > 0:
+            self.diagnostics.note_bypassed(layers, outputs)
+
+    def record_of_pass(self) -> PassRecord:
+        return self.records.of_pass()
+
+    # ---- what optimizers report ----
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the optimizer's steps are seen. They are not if it holds other parameters than the model (FSDP1)."""
+        return self.leader.seen or self.schedule.counter.engine is not None
+
+    def on_step_begin(self, optimizer: Optimizer) -> None:
+        self.leader.begin(optimizer, self.steps)
+
+    def on_gradients_ready(self, optimizer: Optimizer) -> None:
+        """The gradients are those that the optimizer is about to use."""
+        method, active = self.settings.method, self.rho > 0
+        if not self._leads(optimizer):
+            if active:
+                self.diagnostics.check_single_optimizer(method, optimizer)
+            return
+        if self.leader.prepared or overflowed(optimizer):
+            return
+        self.leader.prepared = True
+        if active and self.enabled:
+            self.diagnostics.check_layers_run()
+            self.diagnostics.check_train_mode()
+        if active and method.uses_gradients:
+            self.check_whole_gradients()
+            self.schedule.warn_of_unknown_length()
+        method.before_step(self, optimizer)
+
+    def on_step_end(self, optimizer: Optimizer) -> None:
+        """Count the step, if it is one of the adapter's optimizer."""
+        nested = self.leader.is_nested(optimizer, self.steps)
+        if self.schedule.counter.engine is not None or nested or overflowed(optimizer):
+            return
+        if not self._leads(optimizer):
+            self.leader.note_other(optimizer)
+        elif self.leader.shares_step(optimizer, self.diagnostics.has_trained()):
+            self.leader.prepared = False
+        else:
+            method = self.settings.method
+            if method.uses_gradients and not self.leader.prepared and self.rho > 0:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} was given a closure and did not call it, so {type(method).__name__} "
+                    "has not seen the gradients: call backward before optimizer.step() and pass no closure"
+                )
+            self.leader.count(optimizer)
+            self.steps += 1
+            self._on_steps_changed()
+            self._begin_interval()
+            method.after_step(self, optimizer)
+
+    def noise_position(self) -> NoisePosition:
+        return NoisePosition(self.noise.sample, self.noise.sample_used)
+
+    def repeat_noise(self, position: NoisePosition, optimizer: Optimizer) -> None:
+        """The closure of a step runs again: with the noise from this position.
+
+        Raises:
+            RuntimeError: the method computes its perturbation from the gradients of a step, and there are several.
+        """
+        method = self.settings.method
+        if method.uses_gradients and self.rho > 0 and self._leads(optimizer):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} calls its closure several times in a step, and {type(method).__name__} is "
+                "defined for one gradient per step. Use an optimizer that calls it once, or FlatLoraConfig."
+            )
+        self._set_noise_position(position)
+
+    def take_back(self, optimizer: Optimizer, steps: int | None) -> None:
+        """The optimizer has loaded an earlier state: its last steps, or all of them if None, do not count anymore."""
+        start = self.leader.origin(optimizer)
+        if steps is None or steps >= self.steps - start.steps:
+            self.steps, self.schedule.origin = start.steps, start.origin
+            self._set_noise_position(start.noise)
+        else:
+            self.steps -= steps
+        self._on_steps_changed()
+        self._begin_interval()
+
+    def check_whole_gradients(self, model: nn.Module | None = None) -> None:
+        """Check that the gradients at the optimizer's step are whole.
+
+        Raises:
+            RuntimeError: the adapter is sharded (FSDP, ZeRO), or `model` is a DeepSpeed engine.
+        """
+        factor = self.registry.first_factor()
+        if is_deepspeed(model) or (factor is not None and is_sharded(factor)):
+            raise RuntimeError(
+                f"{type(self.settings.method).__name__} needs whole gradients at the optimizer's step on the adapter's "
+                "own parameters, and here they are sharded or replaced (FSDP, DeepSpeed). Use DDP or one process, or "
+                "FlatLoraConfig, which needs none."
+            )
+
+    def _leads(self, optimizer: Optimizer) -> bool:
+        known = self.leader.is_known(optimizer)
+        trained = self.diagnostics.has_trained()
+        leads = self.leader.leads(optimizer, self.registry.factors(), trained, self._interval_start)
+        if leads and not known:
+            watch_rollbacks(self, optimizer)
+        return leads
+
+    def _is_stepping(self) -> bool:
+        """Whether an optimizer of the adapter has begun a step."""
+        return any(self._leads(optimizer) for optimizer in self.leader.begun())
+
+    def _needs_steps(self) -> bool:
+        """Whether anything depends on the number of optimizer steps."""
+        by_steps = self.noise.by_steps or self.settings.method.uses_gradients
+        return self.rho > 0 and (by_steps or self.schedule.ramps_by_steps())
+
+    def _begin_interval(self) -> None:
+        self.diagnostics.begin_interval()
+        self._interval_start = self._position()
+
+    def _position(self) -> RunPosition:
+        return RunPosition(self.steps, self.noise_position(), self.schedule.origin)
+
+    def _set_noise_position(self, position: NoisePosition) -> None:
+        self.noise.sample, self.noise.sample_used = position
+
+    def _on_steps_changed(self) -> None:
+        if self.noise.by_steps:
+            self.noise.sample = self.steps
+
+    # ---- saving, copying, closing ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue with the same perturbation: plain numbers, and with the keys "tensors"
+        and "method" what the method keeps (nothing for Flat-LoRA).
+
+        `accelerator.register_for_checkpointing(perturbation(model))` saves and loads it with the rest.
+        """
+        return {
+            "seed": self.seed,
+            "sample": self.sample,
+            "stale": self.noise.sample_used,
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "origin": list(self.schedule.origin),
+            "rhos": dict(self.rhos),
+            "tensors": self.registry.tensors(),
+            "method": self.method_state.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken. Nothing is changed unless all of `state` is right.
+
+        Raises:
+            ValueError: an entry is missing, wrong, or of an adapter or a layer that this model does not have.
+        """
+        known = check_state(state, self.rhos, self.registry, self.method_state)
+        self.seed = known["seed"]
+        self._set_noise_position(NoisePosition(known["sample"], known["stale"]))
+        self.steps, self.total_steps, self.schedule.origin = known["steps"], known["total_steps"], known["origin"]
+        self.rhos.update(known["rhos"])
+        self.registry.load_tensors(known["tensors"])
+        self.method_state.load_state_dict(known["method"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the method keeps in the layers, with names ``layer.factor.adapter``; not copies."""
+        return self.registry.tensors()
+
+    def close(self, model: nn.Module | None = None) -> None:
+        """Remove every hook, also those in `model` that came with a copy of a part of the model."""
+        self.passes.close(model)
+        self.registry.take_all()
+        ignore(self)
+
+    def is_copied_with_its_model(self, memo: dict[int, Any]) -> bool:
+        """In a `copy.deepcopy`: whether the whole model is copied, and not a part of it."""
+        model = self.model
+        if model is None or id(model) in memo:
+            return True
+        # if a part of the model is in the memo, the copy has not come to the model
+        return not any(id(module) in memo for module in model.modules())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Perturbation:
+        if not self.is_copied_with_its_model(memo):
+            return self
+        new: Perturbation = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied = memo.get(id(self.model))
+        if copied is not None:
+            new.registry.set_model(copied)
+        return new
+
+
+def check_same_settings(found: Perturbation, settings: Settings) -> None:
+    """
+    Raises:
+        ValueError: the settings are not those of the model's flat adapters. They may differ in rho only.
+    """
+    for name, value in vars(settings).items():
+        known = getattr(found.settings, name)
+        if value != known:
+            raise ValueError(
+                f"{name} is {known!r} for the flat adapters that this model has, got {value!r}: a model has one "
+                "schedule and one seed. Give this config the same value (rho may differ)."
+            )

@@ -1,0 +1,10 @@
+"""examples/distributed with DeepSpeed, as two launchers start it."""
+
+import pytest
+from helpers.launch_tests import ENGINES, LaunchTests
+
+pytest.importorskip("deepspeed")
+
+
+class TestLaunch(LaunchTests):
+    engines = [engine for engine in ENGINES if engine.startswith("zero")]

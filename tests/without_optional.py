@@ -1,0 +1,37 @@
+"""Hide the optional packages, as a plugin of pytest: `pytest -p without_optional`, with `tests` on the PYTHONPATH.
+
+The tests are then collected as if only flatlora, its dependencies and pytest were installed.
+"""
+
+import sys
+
+OPTIONAL = (
+    "bitsandbytes", "curvlinops", "datasets", "deepspeed", "diffusers", "hqq", "lightning", "liger_kernel",
+    "matplotlib", "scipy", "sentence_transformers", "tensorboard", "torchao", "triton", "trl",
+)  # fmt: skip
+
+
+class WithoutOptional:
+    """A module finder that does not find the optional packages."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in OPTIONAL:
+            return None
+        return self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+
+def hide():
+    found = [name for name in OPTIONAL if name in sys.modules]
+    if found:
+        raise RuntimeError(f"imported before they could be hidden: {found}")
+    sys.meta_path[:] = [WithoutOptional(finder) for finder in sys.meta_path]
+
+
+def pytest_configure(config):
+    hide()

@@ -10,7 +10,7 @@ from helpers import tiny
 from helpers.internals import row_norms
 
 from flatlora import FlatLoraConfig, attach, get_flat_peft_model, load, perturbation, perturbed
-from flatlora.ops import products
+from flatlora.ops import native, products
 from flatlora.training.forward_records import Record
 
 SHAPES = {
@@ -224,6 +224,7 @@ def test_whether_norms_are_gathered_depends_on_nothing_that_differs_between_proc
         assert (row_norms(layer) is before) == gathered
 
 
+@pytest.mark.skipif(native.LIBRARY is None, reason="the C kernel was not built")
 @pytest.mark.parametrize("options", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
 def test_row_norms_are_made_once_for_each_pass_and_not_again_in_its_recompute(monkeypatch, options):
     made, perturb = [], products.perturb_weight

@@ -195,6 +195,7 @@ def test_ranks_get_different_keys():
     assert all(-(2**63) <= key < 2**63 for key in keys)
 
 
+@needs_c  # "auto" takes torch's generators where there is no kernel
 @pytest.mark.parametrize("rank", [0, 3])
 def test_the_eps_that_all_tests_compare_with(rank):
     """`helpers/noise.py` against the reference of the noise contract, the seed mixed with the rank by hand."""

@@ -210,9 +210,9 @@ def trained_factors(run: TrainingRun) -> Iterator[Factors]:
                 if run.rho == 0:
                     continue
                 raise RuntimeError(
-                    f"the method needs the gradients of lora_A and lora_B, and one of those of {name!r} is computed in "
-                    "each forward (weight_norm, prune or another parametrization). Remove the parametrization from "
-                    "the adapter, or use FlatLoraConfig, which needs no gradients."
+                    f"{type(run.settings.method).__name__} needs the gradients of lora_A and lora_B, and one of those of "
+                    f"{name!r} is computed in each forward (weight_norm, prune or another parametrization). Remove "
+                    "the parametrization from the adapter, or use FlatLoraConfig, which needs no gradients."
                 )
             if A.grad is not None or B.grad is not None:
                 yield Factors(name, layer, adapter, A, B)

@@ -118,7 +118,7 @@ def test_lbfgs_sees_one_objective_in_a_step(line_search, micro_batches, passes):
 def test_methods_of_one_gradient_refuse_a_closure_that_runs_again(config):
     model = runs.plain_model(kind=config, rho=RHO, total_steps=STEPS).train()
     optimizer = LBFGS(trained(model), max_iter=4)
-    with pytest.raises(RuntimeError, match="LBFGS calls its closure several times in a step.*one gradient a step"):
+    with pytest.raises(RuntimeError, match="LBFGS calls its closure several times in a step.*one gradient per step"):
         optimizer.step(lambda: torch.tensor(gradients(model, batches(1), optimizer)))
 
 

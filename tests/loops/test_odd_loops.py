@@ -59,7 +59,7 @@ def test_an_optimizer_for_each_parameter_makes_the_steps_of_one(loop):
 @LOOPS
 @pytest.mark.parametrize("kind", [EFMLoraConfig, BiLoraConfig, BarConfig])
 def test_a_method_that_uses_gradients_refuses_to_see_them_one_by_one(kind, loop):
-    with pytest.raises(RuntimeError, match=r"shared out over several optimizers. Give one SGD all of them"):
+    with pytest.raises(RuntimeError, match=r"divided among several optimizers. Give all of them to one SGD"):
         loop(twin.adapted(kind, rho=0.2, schedule="constant"))
     loop(twin.adapted(kind, rho=0.0, schedule="constant"))
 
@@ -95,7 +95,7 @@ NEED_STEPS = [
 
 @pytest.mark.parametrize("kind, settings", NEED_STEPS)
 def test_steps_that_nobody_sees_are_warned_of_where_they_count(kind, settings):
-    with pytest.warns(UserWarning, match=r"no torch.optim.Optimizer.*set_step") as caught:
+    with pytest.warns(UserWarning, match=r"not a torch.optim.Optimizer.*set_step") as caught:
         by_hand(twin.adapted(kind, rho=0.2, **settings))
     assert len(caught) == 1
     if kind is FlatLoraConfig:
@@ -162,7 +162,7 @@ def test_the_second_module_of_bilora_climbs_with_adamw_where_the_optimizer_canno
     climber = perturbation(model).method_state.optimizer
     assert type(climber) is AdamW and climber.param_groups[0]["lr"] == 0.1 and climber.param_groups[0]["maximize"]
     assert all(tensor.any() for tensor in perturbation(model).tensors().values())
-    with pytest.raises(RuntimeError, match="WithoutMaximize has lr=None: give it one"):
+    with pytest.raises(RuntimeError, match="WithoutMaximize has lr=None: set one"):
         step(model, WithoutMaximize(twin.trainable(model), lr=None), 0)
 
 

@@ -86,7 +86,7 @@ def test_what_is_saved_is_loaded_again(folder, tmp_path):
 
 
 def test_a_loss_that_caches_gradients_is_an_error(folder, tmp_path):
-    with pytest.raises(RuntimeError, match=r"computed again in a backward.*flatlora.perturbed\(model, sample=step\)"):
+    with pytest.raises(RuntimeError, match=r"recomputed in a backward.*flatlora.perturbed\(model, sample=step\)"):
         train(embedder(folder), tmp_path, loss=CachedMultipleNegativesRankingLoss)
 
 

@@ -237,7 +237,7 @@ def test_a_transform_has_the_noise_and_the_gradients_of_backward(way):
 def test_a_method_that_needs_the_gradients_of_the_factors_says_that_there_are_none(kind, where, way):
     model, x = flat(kind, where, way), torch.randn(5, 6, dtype=torch.float64)
     optimizer = torch.optim.SGD(list(trained(model).values()), lr=0.1)
-    with pytest.raises(RuntimeError, match="needs the gradients of lora_A and lora_B.*made anew in each forward"):
+    with pytest.raises(RuntimeError, match="needs the gradients of lora_A and lora_B.*computed in each forward"):
         with ascent(model) if kind is LoraSamConfig else nullcontext():
             model(x).square().sum().backward()
         optimizer.step()

@@ -129,8 +129,9 @@ def attach(
     try:
         for name, layer in layers.items():
             for adapter in chosen & layer.scaling.keys():
+                # one by one, so that an error leaves the list of those to undo
                 if make_flat(layer, adapter, state, rho, on_unsupported, name):
-                    converted.append((layer, adapter))
+                    converted.append((layer, adapter))  # noqa: PERF401
     except ValueError:
         for layer, adapter in converted:
             undo_make_flat(layer, adapter)
@@ -141,8 +142,9 @@ def attach(
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Remove the perturbation: layers, hooks and configurations are again those of peft. The adapters keep their
-    values.
+    """Remove the perturbation, and keep the values of the adapters.
+
+    Layers, hooks and configurations are those of peft again.
 
     Raises:
         ValueError: the model is not flat.
@@ -184,10 +186,9 @@ def unperturbed(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def perturbed(model: nn.Module, sample: int | None = None) -> AbstractContextManager[None]:
-    """Context manager that switches the noise on in this thread, with the present strength rho_t, also in evaluation
-    mode and under `no_grad`.
+    """Context manager that switches the noise on in this thread, also in evaluation mode and under `no_grad`.
 
-    The mean loss over several samples estimates the objective of Flat-LoRA, E_eps L(W + sBA + eps).
+    The noise has the present strength rho_t. The mean loss over several samples estimates the objective of Flat-LoRA, E_eps L(W + sBA + eps).
 
     Args:
         model: a flat model.

@@ -66,8 +66,7 @@ def _setting(name: str, default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that all flat adapters of a model share: fields of `FlatLoraConfig`, checked at construction, and
-    the method."""
+    """The method, and the settings that all flat adapters of a model share, checked at construction."""
 
     method: Method
     schedule: str = _setting("schedule", "cosine")
@@ -116,8 +115,7 @@ def schedule_field(default: ScheduleName) -> Any:
 
 @dataclass
 class PerturbedLoraConfig(LoraConfig):
-    """
-    Base class of the configurations of all methods: [`LoraConfig`], and the strength of the perturbation over the run.
+    """Base class of the configurations of all methods: [`LoraConfig`], and the strength of the perturbation over the run.
 
     Args:
         rho (`float`):
@@ -244,8 +242,8 @@ def own_fields(kind: type[PerturbedLoraConfig]) -> set[str]:
 
 
 def settings_of(kind: type[PerturbedLoraConfig]) -> set[str]:
-    """The settings that `from_pretrained` takes. `inference_mode` follows from `is_trainable`, and `revision` is an
-    option of the hub."""
+    """The settings that `from_pretrained` takes."""
+    # `inference_mode` follows from `is_trainable`, and `revision` is an option of the hub
     return {f.name for f in fields(kind) if f.init} - HUB_OPTIONS - {"inference_mode"}
 
 

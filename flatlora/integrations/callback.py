@@ -24,7 +24,8 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _check_loaded() -> None:
-    """
+    """Check that every process has loaded the adapter of a checkpoint.
+
     Raises:
         RuntimeError: the adapter was loaded from a checkpoint that only the first process loads.
     """
@@ -38,8 +39,7 @@ def _check_loaded() -> None:
 
 
 class FlatLoraCallback(TrainerCallback, ExportableState):
-    """Sets the progress of the noise from the trainer's step count, saves and resumes it, and logs `flat_rho` and, on
-    request, the expected sharpness.
+    """Sets the progress of the noise from the trainer's step count, saves and resumes the noise, and logs its strength.
 
         Trainer(model, args, ..., callbacks=[FlatLoraCallback()])
 

@@ -19,6 +19,8 @@ from .weights import LayerWeights
 
 
 class AttentionWeights(LayerWeights):
+    """W, A and B of torch's MultiheadAttention."""
+
     __slots__ = ()
 
     @property

@@ -112,8 +112,10 @@ class FlatPeftLayer(FlatLayer):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """The modules with their names in one process. peft looks up by name what an adapter saves and loads, and
-        FSDP1's wrappers add names that are in no state dict."""
+        """The modules with their names in one process.
+
+        peft looks up by name what an adapter saves and loads, and FSDP1's wrappers add names that are in no state dict.
+        """
         modules: Iterator[tuple[str, nn.Module]]
         modules = super().named_modules(memo, name_without_fsdp1(prefix), remove_duplicate)
         return modules

@@ -17,6 +17,8 @@ from .weights import LayerWeights
 
 
 class ExpertsWeights(LayerWeights):
+    """W, A and B of an adapted parameter."""
+
     __slots__ = ()
 
     @property

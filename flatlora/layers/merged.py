@@ -19,8 +19,14 @@ class MergedLayer(FlatLayer):
     """A flat layer whose merged weight is a tensor."""
 
     def add_noise(self, weight: Tensor, key: Tensor, stream: int, transposed: bool = False) -> Tensor:
-        """`weight` + eps, where `weight` is a matrix, or a stack of matrices, with outputs as rows (columns if
-        `transposed`)."""
+        """`weight` + eps, in place.
+
+        Args:
+            weight: a matrix, or a stack of matrices, with outputs as rows.
+            key: key of the noise.
+            stream: noise stream.
+            transposed: outputs are columns.
+        """
         rows = matrices(weight.detach(), transposed)
         norms = torch.cat([row_norms(matrix) for matrix in rows])
         row_std = self.row_std(norms, rows[0].shape[1])

@@ -135,7 +135,8 @@ def is_gathered(module: Any) -> bool:
 
 
 def refuse_fsdp1(what: str, modules: Iterable[Any], way_out: str) -> None:
-    """
+    """Refuse modules that FSDP1 wraps.
+
     Raises:
         RuntimeError: peft reads the weight of a module without calling it, and FSDP1 provides it for a call only.
     """

@@ -62,7 +62,8 @@ def is_torch_tensor(weight: Tensor) -> bool:
 
 
 def check_changed_base(layer: Any, base: Any) -> None:
-    """
+    """Check a base layer that was changed after the adapter was created.
+
     Raises:
         RuntimeError: the base layer is not the one that the adapter was created for, and cannot be perturbed.
     """

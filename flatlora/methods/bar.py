@@ -23,8 +23,7 @@ from .base import FactorOffset, TrainingRun, gradient, trained_factors
 
 @dataclass
 class BarConfig(PerturbedLoraConfig):
-    """
-    Configuration of BAR. A and B are rescaled before each optimizer step; there is no perturbation and no second pass.
+    """Configuration of BAR. A and B are rescaled before each optimizer step; there is no perturbation and no second pass.
 
     Args:
         rho (`float`):
@@ -51,6 +50,8 @@ class BarConfig(PerturbedLoraConfig):
 
 @dataclass(frozen=True)
 class Bar(FactorOffset):
+    """The method of [`BarConfig`]."""
+
     variant: str = "obar"
 
     @torch.no_grad()

@@ -23,10 +23,12 @@ Offsets = dict[tuple[str, str], Tensor]  # by (factor, adapter), for example ("l
 
 
 class AdaptedLayer(Protocol):
-    """What a method sees of a LoRA layer whose training is perturbed. The attributes are peft's, but for these:
+    """What a method sees of a LoRA layer whose training is perturbed.
 
-    stream: index of the layer in the noise contract.
-    offsets: the tensors that the method keeps for this layer.
+    Attributes:
+        stream: index of the layer in the noise contract.
+        offsets: the tensors that the method keeps for this layer.
+        scaling, use_dora, lora_variant, lora_A, lora_B: peft's.
     """
 
     stream: int
@@ -139,8 +141,10 @@ class Method:
         """Called when `adapter` of a layer has become flat."""
 
     def before_step(self, run: TrainingRun, optimizer: Optimizer) -> None:
-        """Called when the gradients are those that the optimizer is about to use. A step that is skipped because of an
-        overflow does not call it."""
+        """Called when the gradients are those that the optimizer is about to use.
+
+        A step that is skipped because of an overflow does not call it.
+        """
 
     def after_step(self, run: TrainingRun, optimizer: Optimizer) -> None:
         """Called when the optimizer has updated the parameters."""
@@ -148,7 +152,7 @@ class Method:
 
 @dataclass(frozen=True)
 class WeightNoise(Method):
-    """Gaussian noise in the merged weight:
+    """Gaussian noise in the merged weight.
 
     eps_ij = rho_t / sqrt(n) * row_scale(||W'_1||, ..., ||W'_m||)_i * z_ij
     """
@@ -210,8 +214,8 @@ def trained_factors(run: TrainingRun) -> Iterator[Factors]:
                 if run.rho == 0:
                     continue
                 raise RuntimeError(
-                    f"{type(run.settings.method).__name__} needs the gradients of lora_A and lora_B, and one of those of "
-                    f"{name!r} is computed in each forward (weight_norm, prune or another parametrization). Remove "
+                    f"{type(run.settings.method).__name__} needs the gradients of lora_A and lora_B, and one of "
+                    f"those of {name!r} is computed in each forward (weight_norm, prune or another parametrization). Remove "
                     "the parametrization from the adapter, or use FlatLoraConfig, which needs no gradients."
                 )
             if A.grad is not None or B.grad is not None:

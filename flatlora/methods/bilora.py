@@ -36,8 +36,7 @@ A2, B2 = "ascent_A", "ascent_B"  # names of the ascent factors in `layer.offsets
 
 @dataclass
 class BiLoraConfig(PerturbedLoraConfig):
-    """
-    Configuration of Bi-LoRA (arXiv 2508.19564). One pass per step; the loop calls nothing.
+    """Configuration of Bi-LoRA (arXiv 2508.19564). One pass per step; the loop calls nothing.
 
     Args:
         rho (`float`):
@@ -115,6 +114,8 @@ class AscentOptimizer(MethodState):
 
 @dataclass(frozen=True)
 class BiLora(FactorOffset):
+    """The method of [`BiLoraConfig`]."""
+
     transforms: ClassVar[bool] = False  # a transform computes no gradients of the ascent factors
     r: int = 8
 
@@ -199,8 +200,10 @@ def _like(optimizer: Optimizer, groups: list[tuple[dict[str, Any], list[Tensor]]
 
 
 def _corresponding_groups(run: TrainingRun, optimizer: Optimizer) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """The user's parameter groups, each with the ascent factors of the factors in it. If a factor is frozen, its ascent
-    factor goes to the group of the other one."""
+    """The user's parameter groups, each with the ascent factors that correspond to the factors in it.
+
+    If a factor is frozen, its ascent factor goes to the group of the other one.
+    """
     place = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     tensors: dict[int, list[Tensor]] = defaultdict(list)
     for _, layer in run.flat_layers():

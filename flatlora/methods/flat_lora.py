@@ -16,8 +16,7 @@ from .base import Method, WeightNoise
 
 @dataclass
 class FlatLoraConfig(PerturbedLoraConfig):
-    """
-    Configuration of Flat-LoRA (arXiv 2409.14396): [`LoraConfig`] with the noise that training adds.
+    """Configuration of Flat-LoRA (arXiv 2409.14396): [`LoraConfig`] with the noise that training adds.
 
     Each training forward runs at `W + s*B*A + eps`, where `eps_ij = rho_t / sqrt(n) * ||W'_i|| * z_ij`: Gaussian noise
     whose standard deviation in row i is `rho_t / sqrt(n)` times the norm of row i of the merged weight, n the number of

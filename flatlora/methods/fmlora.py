@@ -29,8 +29,7 @@ LARGEST_STACK = 2**20  # elements of one factor in a batch, which bounds the mem
 
 @dataclass
 class FMLoraConfig(PerturbedLoraConfig):
-    """
-    Configuration of FMLoRA (arXiv 2508.00522, algorithm 1). Two passes per step, see `flatlora.ascent`.
+    """Configuration of FMLoRA (arXiv 2508.00522, algorithm 1). Two passes per step, see `flatlora.ascent`.
 
     Args:
         rho (`float`):
@@ -58,8 +57,7 @@ class FMLoraConfig(PerturbedLoraConfig):
 
 @dataclass
 class EFMLoraConfig(FMLoraConfig):
-    """
-    Configuration of EFMLoRA (arXiv 2508.00522, algorithm 2): FMLoRA in one pass per step. The loop calls nothing.
+    """Configuration of EFMLoRA (arXiv 2508.00522, algorithm 2): FMLoRA in one pass per step. The loop calls nothing.
 
     The first step is plain LoRA. Its perturbation is the initial value of the moving average, as in the paper. The
     same holds for a layer whose first gradient comes at a later step.
@@ -101,6 +99,8 @@ class _FullWeightAscent:
 
 @dataclass(frozen=True)
 class FMLora(_FullWeightAscent, TwoPass):
+    """The method of [`FMLoraConfig`]."""
+
     def unsupported(self, layer: Any, adapter: str) -> str | None:
         return super().unsupported(layer, adapter) or _of_groups(layer, adapter)
 
@@ -111,6 +111,8 @@ class FMLora(_FullWeightAscent, TwoPass):
 
 @dataclass(frozen=True)
 class EFMLora(_FullWeightAscent, FactorOffset):
+    """The method of [`EFMLoraConfig`]."""
+
     beta: float = 0.9
 
     def unsupported(self, layer: Any, adapter: str) -> str | None:

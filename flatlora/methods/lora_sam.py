@@ -16,9 +16,9 @@ from .two_pass import TwoPass
 
 @dataclass
 class LoraSamConfig(PerturbedLoraConfig):
-    """
-    Configuration of LoRA-SAM: SAM (arXiv 2010.01412) in the space of A and B. Two passes per step, see
-    `flatlora.ascent`.
+    """Configuration of LoRA-SAM: SAM (arXiv 2010.01412) in the space of A and B.
+
+    Two passes per step, see `flatlora.ascent`.
 
     Args:
         rho (`float`):
@@ -31,6 +31,8 @@ class LoraSamConfig(PerturbedLoraConfig):
 
 @dataclass(frozen=True)
 class LoraSam(TwoPass):
+    """The method of [`LoraSamConfig`]."""
+
     def ascend(self, run: TrainingRun) -> None:
         factors = list(trained_factors(run))
         if not factors:

@@ -26,8 +26,7 @@ FACTOR_STREAMS = 2**31  # factors use the upper half of the layer counters, weig
 
 @dataclass
 class RwpConfig(FlatLoraConfig):
-    """
-    Configuration of RWP: that of [`FlatLoraConfig`], with one standard deviation for a whole layer.
+    """Configuration of RWP: that of [`FlatLoraConfig`], with one standard deviation for a whole layer.
 
     Args:
         space (`Literal["merged", "adapter"]`):
@@ -50,12 +49,16 @@ class RwpConfig(FlatLoraConfig):
 
 @dataclass(frozen=True)
 class Rwp(WeightNoise):
+    """The method of [`RwpConfig`] in the merged weight."""
+
     def row_scale(self, row_norms: Tensor) -> Tensor:
         return row_norms.square().mean().sqrt().expand_as(row_norms)
 
 
 @dataclass(frozen=True)
 class AdapterRwp(FactorOffset):
+    """The method of [`RwpConfig`] in A and B."""
+
     transforms: ClassVar[bool] = False
     uses_gradients: ClassVar[bool] = False
 

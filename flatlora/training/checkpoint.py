@@ -103,7 +103,8 @@ def _shapes(registry: LayerRegistry) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensor(name: str, value: Any, shapes: set[tuple[int, ...]]) -> None:
-    """
+    """Check a tensor that was loaded.
+
     Raises:
         ValueError: it is not a finite floating-point tensor of one of these shapes.
     """

@@ -53,10 +53,9 @@ class Diagnostics(PartlyCopied):
         return self._passes.training > self.passes_before[1]
 
     def note_bypassed(self, layers: set[int], outputs: list[Tensor]) -> None:
-        """At the end of a training pass: note layers that did not run, but whose factors are in the graph of its
-        outputs.
+        """At the end of a training pass, note layers that did not run although its outputs depend on their factors.
 
-        The graph is searched once for each layer that does not run. Experts that are not chosen and dropped layers are
+        The graph of the outputs is searched once for each layer that does not run. Experts that are not chosen and dropped layers are
         in order, and a model has many of them.
 
         Args:
@@ -157,8 +156,10 @@ class Diagnostics(PartlyCopied):
             )
 
     def check_steps_observed(self, is_stepping: Callable[[], bool]) -> None:
-        """Warn, once, of an adapter that changes although no optimizer step is seen. Called where steps are needed and
-        none has been seen yet."""
+        """Warn, once, of an adapter that changes although no optimizer step is seen.
+
+        Called where steps are needed and none has been seen yet.
+        """
         factor = self._registry.first_factor() if self.layers_run else None
         if factor is None:
             return

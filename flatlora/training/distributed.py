@@ -31,10 +31,12 @@ def name_without_fsdp1(name: str) -> str:
 
 
 def is_dtensor(tensor: Tensor | None) -> bool:
+    """Whether this is a DTensor (FSDP2, tensor parallelism)."""
     return hasattr(tensor, "device_mesh")
 
 
 def is_deepspeed(model: Any) -> bool:
+    """Whether this is a DeepSpeed engine."""
     kind = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
     return kind is not None and isinstance(model, kind)
 

@@ -199,9 +199,11 @@ def root_of(model: nn.Module) -> nn.Module:
 
 
 def entrances(model: nn.Module) -> list[nn.Module]:
-    """The modules that user code calls: the model, each transformers model inside it (fused losses and TRL call the
-    backbone), and the children of these, for code that calls `model.forward` (sentence-transformers) and so does not
-    run the hooks of the model."""
+    """The modules that user code calls.
+
+    They are the model, each transformers model inside it (fused losses and TRL call the backbone), and the children of
+    these, for code that calls `model.forward` (sentence-transformers) and so does not run the hooks of the model.
+    """
     from transformers import PreTrainedModel
 
     whole = [model, *(module for module in model.modules() if isinstance(module, PreTrainedModel))]

@@ -208,10 +208,9 @@ class Perturbation(PartlyCopied):
         return self.overrides.override(**changes)
 
     def draw(self, device: torch.device) -> tuple[Tensor, int]:
-        """The key of the noise as an int64 tensor (seed with the rank mixed in, sample), and the sample, for the
-        forward that runs in this thread.
+        """The key of the noise, and the sample, for the forward that runs in this thread.
 
-        The first training forward after a backward takes a new sample; a recompute has that of its first forward.
+        The key is the int64 tensor (seed with the rank mixed in, sample). The first training forward after a backward takes a new sample; a recompute has that of its first forward.
         """
         sample = self.records.current().sample
         return self.noise.key(device, sample), sample
@@ -386,9 +385,9 @@ class Perturbation(PartlyCopied):
     # ---- saving, copying, closing ----
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue with the same perturbation: plain numbers, and with the keys "tensors"
-        and "method" what the method keeps (nothing for Flat-LoRA).
+        """What a resumed run needs to continue with the same perturbation.
 
+        These are plain numbers, and with the keys "tensors" and "method" what the method keeps (nothing for Flat-LoRA).
         `accelerator.register_for_checkpointing(perturbation(model))` saves and loads it with the rest.
         """
         return {
@@ -448,7 +447,8 @@ class Perturbation(PartlyCopied):
 
 
 def check_same_settings(found: Perturbation, settings: Settings) -> None:
-    """
+    """Check that a model gets the settings that it has already.
+
     Raises:
         ValueError: the settings are not those of the model's flat adapters. They may differ in rho only.
     """

@@ -188,7 +188,8 @@ def unperturbed(model: nn.Module) -> AbstractContextManager[None]:
 def perturbed(model: nn.Module, sample: int | None = None) -> AbstractContextManager[None]:
     """Context manager that switches the noise on in this thread, also in evaluation mode and under `no_grad`.
 
-    The noise has the present strength rho_t. The mean loss over several samples estimates the objective of Flat-LoRA, E_eps L(W + sBA + eps).
+    The noise has the present strength rho_t. The mean loss over several samples estimates the objective
+    of Flat-LoRA, E_eps L(W + sBA + eps).
 
     Args:
         model: a flat model.

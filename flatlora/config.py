@@ -115,7 +115,7 @@ def schedule_field(default: ScheduleName) -> Any:
 
 @dataclass
 class PerturbedLoraConfig(LoraConfig):
-    """Base class of the configurations of all methods: [`LoraConfig`], and the strength of the perturbation over the run.
+    """Base class of the configurations: [`LoraConfig`], and the strength of the perturbation over the run.
 
     Args:
         rho (`float`):

@@ -25,8 +25,8 @@ from .supported import FLOATS
 class FourBitRows:
     """Rows of a 4-bit weight of bitsandbytes.
 
-    Each block of `blocksize` numbers has a scale (absmax). With double quantization the scales are stored in 8 bits, 256
-    of them to a scale.
+    Each block of `blocksize` numbers has a scale (absmax). With double quantization the scales are stored in 8 bits,
+    256 of them to a scale.
     """
 
     def __init__(self, base: Any) -> None:

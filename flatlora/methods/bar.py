@@ -23,7 +23,7 @@ from .base import FactorOffset, TrainingRun, gradient, trained_factors
 
 @dataclass
 class BarConfig(PerturbedLoraConfig):
-    """Configuration of BAR. A and B are rescaled before each optimizer step; there is no perturbation and no second pass.
+    """Configuration of BAR. A and B are rescaled before each optimizer step, without a perturbation.
 
     Args:
         rho (`float`):

@@ -215,8 +215,8 @@ def trained_factors(run: TrainingRun) -> Iterator[Factors]:
                     continue
                 raise RuntimeError(
                     f"{type(run.settings.method).__name__} needs the gradients of lora_A and lora_B, and one of "
-                    f"those of {name!r} is computed in each forward (weight_norm, prune or another parametrization). Remove "
-                    "the parametrization from the adapter, or use FlatLoraConfig, which needs no gradients."
+                    f"those of {name!r} is computed in each forward (weight_norm, prune or another parametrization). "
+                    "Remove the parametrization from the adapter, or use FlatLoraConfig, which needs no gradients."
                 )
             if A.grad is not None or B.grad is not None:
                 yield Factors(name, layer, adapter, A, B)

@@ -55,8 +55,8 @@ class Diagnostics(PartlyCopied):
     def note_bypassed(self, layers: set[int], outputs: list[Tensor]) -> None:
         """At the end of a training pass, note layers that did not run although its outputs depend on their factors.
 
-        The graph of the outputs is searched once for each layer that does not run. Experts that are not chosen and dropped layers are
-        in order, and a model has many of them.
+        The graph of the outputs is searched once for each layer that does not run. Experts that are not chosen and
+        dropped layers are in order, and a model has many of them.
 
         Args:
             layers: numbers of the layers that ran.

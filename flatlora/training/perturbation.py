@@ -210,7 +210,8 @@ class Perturbation(PartlyCopied):
     def draw(self, device: torch.device) -> tuple[Tensor, int]:
         """The key of the noise, and the sample, for the forward that runs in this thread.
 
-        The key is the int64 tensor (seed with the rank mixed in, sample). The first training forward after a backward takes a new sample; a recompute has that of its first forward.
+        The key is the int64 tensor (seed with the rank mixed in, sample). The first training forward after a backward
+        takes a new sample; a recompute has that of its first forward.
         """
         sample = self.records.current().sample
         return self.noise.key(device, sample), sample

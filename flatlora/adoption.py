@@ -19,9 +19,9 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .compiled import leave
 from .layer import OWN_ATTRIBUTES, FlatLayer, flat_layers
 from .merged import AttentionLayer, ExpertsLayer
+from .ops.registry import unregister
 from .quantised import QuantisedLayer
 from .spread import name_in_one_process
 from .state import Perturbation, check_same_settings
@@ -97,7 +97,7 @@ def abandon(layer: Any, adapter: str) -> None:
 def release(layer: Any) -> None:
     """The layer is again what peft made, and nothing of ours stays on it."""
     plain = layer.plain_class
-    leave(layer)
+    unregister(layer.__dict__.get("number", 0))
     for name in OWN_ATTRIBUTES:
         layer.__dict__.pop(name, None)
     layer.__class__ = plain

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
 from transformers.pytorch_utils import Conv1D
 
-from .compiled import compiled_perturbed_linear, enrol, note_compiling
+from .compiled import note_compiling
 from .method import FlatLora
 from .ops import (
     RowNoise,
@@ -45,7 +45,9 @@ from .ops import (
     sums_merged_rows,
 )
 from .ops.blocks import unwatched
+from .ops.custom_ops import compiled_perturbed_linear
 from .ops.norms import grouped_row_norms, norm_dtype, vector_norms
+from .ops.registry import backward_began, register
 from .passes import tensors
 from .spread import is_dtensor, is_gathered, moved_weight, refuse_fsdp1, replaced_forward, whole_weight
 from .state import Perturbation, Record
@@ -100,8 +102,8 @@ class FlatLayer(_Layer):
     plain_class: type
     perturbation: Perturbation
     stream: int  # index of the layer in the noise contract
-    number: int  # names the layer in this process
-    address: Tensor  # the same for compiled code, see `compiled.py`
+    number: int  # of the layer in `ops.registry`
+    address: Tensor  # number and stream, for compiled code, see `ops.custom_ops`
     flat_adapters: set[str]  # the adapters whose training is perturbed here
     offsets: dict[tuple[str, str], Tensor]  # what the method keeps here, by factor ("lora_B") and adapter
     strict: bool  # kernels that pass this layer by are an error
@@ -176,14 +178,19 @@ class FlatLayer(_Layer):
             return method.forward(self, partial(self._in_one_node, one), x)
         dora = [self.lora_A[name] for name in self._active() if self.use_dora.get(name) and name in self.lora_A]
         refuse_fsdp1("DoRA", [A for A in dora if A.weight.ndim < 2], "Set use_orig_params=False, or use FSDP2.")
-        out = method.forward(self, plain, x, *args, **kwargs)
+        out, number = method.forward(self, plain, x, *args, **kwargs), self.number
+
+        @unserializable_hook  # an output may be saved, and its hooks need not be
+        def hook(_grad: Tensor) -> None:
+            backward_began(number)
+
         for tensor in tensors(out):
             if tensor.requires_grad:
-                tensor.register_hook(self._backward_began)
+                tensor.register_hook(hook)
         return out
 
-    @unserializable_hook  # an output may be saved, and its hooks need not be
-    def _backward_began(self, _grad: Tensor | None = None) -> None:
+    def on_backward(self) -> None:
+        """A backward pass has reached the layer; see `ops.registry`."""
         self._note_run()
         self.perturbation.backward_began()
 
@@ -278,7 +285,7 @@ class FlatLayer(_Layer):
         return lora_linear(
             x, one.rows(), base.bias, A, one.B.weight, float(self.scaling[name]), noise,
             dropped=dropout(self._cast_input_dtype(x, A.dtype)) if drops else None,
-            backend=self.perturbation.settings.backend, began=self._backward_began,
+            backend=self.perturbation.settings.backend, owner=self.number,
         )  # fmt: skip
 
     def _in_one_node_with_noise(self, one: _OneAdapter, x: Tensor) -> Tensor:
@@ -311,7 +318,7 @@ class FlatLayer(_Layer):
             out = out + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
         return out.to(dtype)
 
-    def noise_of_compiled_forward(self) -> tuple[Tensor, Tensor]:
+    def compiled_noise(self) -> tuple[Tensor, Tensor]:
         """`noise` at the run time of compiled code, which has been compiled as perturbed."""
         with self.lock, self.perturbation.forward_of(self._record()):
             return self.noise()
@@ -473,8 +480,7 @@ class FlatLayer(_Layer):
         base, backend = self.get_base_layer(), self.perturbation.settings.backend
         if not isinstance(base, CONVOLUTIONS):
             weight = weight.T if isinstance(base, Conv1D) else weight
-            owner = self.perturbation.number
-            return perturbed_linear(x, weight, bias, row_std, key, self.stream, backend=backend, owner=owner)
+            return perturbed_linear(x, weight, bias, row_std, key, self.stream, backend=backend)
         padding: Any = base.padding
         if isinstance(padding, str) or base.padding_mode != "zeros":
             mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
@@ -495,6 +501,6 @@ class FlatLayer(_Layer):
 
     def _enrol(self) -> None:
         self.perturbation.enrol(self)
-        number = enrol(self)
-        address = torch.tensor([number, self.stream, self.perturbation.number], dtype=torch.int64, device="cpu")
+        number = register(self)
+        address = torch.tensor([number, self.stream], dtype=torch.int64, device="cpu")
         self.__dict__.update(number=number, address=address, lock=threading.RLock())

@@ -23,7 +23,6 @@ from .checks import (
 )
 from .ops import resolve_backend
 from .ops.blocks import unwatched
-from .ops.library import OBSERVERS
 from .ops.philox import mix_rank
 from .parts import join_parts
 from .passes import Passes, entrances, of_model, root_of
@@ -591,8 +590,7 @@ class Perturbation(Strength):
         self._layers = [ref for ref in self._layers if not any(ref() is layer for layer in layers)]
 
     def _enrol(self) -> None:
-        self.number = next(_numbers)  # names this object in compiled code
-        OBSERVERS[self.number] = self
+        self.number = next(_numbers)  # names this object while layers are compiled
         watch(self)
 
     def close(self, model: nn.Module | None = None) -> None:

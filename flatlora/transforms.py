@@ -67,7 +67,7 @@ def transformed_forward(layer: Any, plain: Callable, x: Tensor, *args: Any, **kw
         out = _with_dense_noise(layer, plain, x, *args, **kwargs)
     else:
         out = method.forward(layer, plain, x, *args, **kwargs)
-    layer._backward_began()  # there will be no hook to tell of it
+    layer.on_backward()  # no hook will run
     return out
 
 

@@ -266,8 +266,8 @@ OF_REPORT = {
 }
 OF_OPS = {
     "RowNoise": case(ops.RowNoise, ROW_NOISE, call=with_noise, norms=OTHER, stale=BOOL),
-    "lora_linear": case(ops.lora_linear, LORA_LINEAR, noise=NONE, dropped=NONE, began=f"None {FUNCTION}"),
-    "perturbed_linear": case(ops.perturbed_linear, {**LINEAR, **NOISY}, skip=["owner"]),  # a number of compiled code
+    "lora_linear": case(ops.lora_linear, LORA_LINEAR, noise=NONE, dropped=NONE, owner=INDEX),
+    "perturbed_linear": case(ops.perturbed_linear, {**LINEAR, **NOISY}, owner=INDEX),
     "rebuilt_linear": case(ops.rebuilt_linear, {**LINEAR, **NOISY}),
     "perturbed_conv": case(  # the geometry is torch's to check
         ops.perturbed_conv, {**CONV, "bias": None, "groups": 1, **NOISY}, skip=["stride", "padding", "dilation"],

@@ -104,7 +104,7 @@ def test_the_operators_pass_opcheck(requires):
         for size, needed in zip(((3, 5), (4, 5), (4,)), requires, strict=True)
     )
     row_std, key = torch.rand(4, dtype=torch.float64), torch.tensor([5, 6])
-    settings = (row_std, key, torch.tensor([0, 2, 0]), torch.float64, "reference")
+    settings = (row_std, key, torch.tensor([0, 2]), torch.float64, "reference")
     torch.library.opcheck(torch.ops.flatlora.perturbed_linear.default, (x, weight, bias, *settings))
     grad = torch.randn(3, 4, dtype=torch.float64, requires_grad=requires[0])
     torch.library.opcheck(torch.ops.flatlora.perturbed_linear_grad_x.default, (grad, weight, *settings))
@@ -123,7 +123,7 @@ def test_the_operator_is_differentiable_twice():
 
     def product(x, weight):
         return torch.ops.flatlora.perturbed_linear(
-            x, weight, None, row_std, key, torch.tensor([0, 0, 0]), x.dtype, "reference"
+            x, weight, None, row_std, key, torch.tensor([0, 0]), x.dtype, "reference"
         )
 
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)

@@ -1,6 +1,6 @@
 """The mathematics on tensors; imports torch only."""
 
-from . import library  # noqa: F401  (registers the operators)
+from . import custom_ops  # noqa: F401  (registers the operators)
 from .adapted import RowNoise, lora_linear
 from .merged import add_noise_, rebuilt_linear
 from .norms import merged_row_norms, row_norms_of_sum, squared_row_norms, sums_merged_rows

@@ -11,7 +11,6 @@ That more than pays for the noise. eps and what is saved for it: see `products`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..utils.arguments import shown
 from . import native
 from .blocks import is_watched
-from .operands import boolean, expect, expect_columns, expect_factors, matrix, number
+from .operands import LAYERS, boolean, expect, expect_columns, expect_factors, integer, matrix, number
 from .products import (
     autocast_dtype,
     cast_inputs,
@@ -32,6 +30,7 @@ from .products import (
     linear_grad_x,
     owned,
 )
+from .registry import backward_began
 
 
 class RowNoise(NamedTuple):
@@ -62,7 +61,7 @@ def lora_linear(
     *,
     dropped: Tensor | None = None,  # (..., n)
     backend: str = "auto",
-    began: Callable[[], None] | None = None,
+    owner: int = 0,
 ) -> Tensor:
     """``x (W + eps)^T + b + s (x_d A^T) B^T``, eps = 0 without `noise`.
 
@@ -75,7 +74,8 @@ def lora_linear(
         A, B: (r, n) and (m, r), of one dtype.
         scaling: s.
         dropped: x_d, of A's dtype; None if it is x.
-        began: called when the backward of this product runs.
+        owner: number of the layer in `registry.LAYERS` whose `on_backward` is called when the backward of this product
+            runs; 0 for none.
 
     Returns:
         (..., m) of the dtype of the base product.
@@ -90,8 +90,7 @@ def lora_linear(
         expect("bias", bias, (m,), None, weight.device)
     if dropped is not None:
         expect_columns("dropped", dropped, n)
-    if began is not None and not callable(began):
-        raise TypeError(f"began must be a function or None, got {shown(began)}")
+    owner = integer("owner", owner, 0, LAYERS)
     scaling = number("scaling", scaling)
     x, bias, dtype = cast_inputs(x, bias, weight.dtype)
     low = autocast_dtype(x.device.type, A.dtype)
@@ -105,13 +104,13 @@ def lora_linear(
         expect("norms", norms, (m,), None, weight.device)
         boolean("stale", stale)
         settings = (noise.layer, dtype, backend, noise.relative)
-    return _LoraLinear.apply(x, dropped, weight, bias, A, B, norms, key, (scaling, low, settings, stale, began))
+    return _LoraLinear.apply(x, dropped, weight, bias, A, B, norms, key, (scaling, low, settings, stale, owner))
 
 
 class _LoraLinear(Function):
     @staticmethod
     def forward(ctx: Any, x, dropped, weight, bias, A, B, norms, key, options):
-        scaling, low, settings, stale, began = options
+        scaling, low, settings, stale, owner = options
         source = x if dropped is None else dropped
         hidden = F.linear(source.to(low), A.to(low))  # (..., r)
         if settings is None:
@@ -127,13 +126,12 @@ class _LoraLinear(Function):
             hidden if need_B else None,
             weight, A, B, norms, key,
         )  # fmt: skip
-        ctx.separate, ctx.scaling, ctx.low, ctx.settings, ctx.began = dropped is not None, scaling, low, settings, began
+        ctx.separate, ctx.scaling, ctx.low, ctx.settings, ctx.owner = dropped is not None, scaling, low, settings, owner
         return out
 
     @staticmethod
     def backward(ctx: Any, grad):
-        if ctx.began is not None:
-            ctx.began()
+        backward_began(ctx.owner)
         x, source, hidden, weight, A, B, norms, key = ctx.saved_tensors
         need_x, need_dropped, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         low, twice = ctx.low, torch.is_grad_enabled()  # twice: this backward is itself differentiated

@@ -20,8 +20,9 @@ from torch.autograd import Function
 
 from . import blocks
 from .blocks import row_blocks, scratch
-from .operands import expect, expect_columns, expect_factors, integer, matrix
+from .operands import LAYERS, expect, expect_columns, expect_factors, integer, matrix
 from .perturb import Factors, perturb_weight
+from .registry import backward_began
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -50,7 +51,8 @@ def perturbed_linear(
         key: (2,) int64, the seed with the data-parallel rank mixed in, and the sample.
         layer: index of the layer in the noise stream.
         backend: see `perturb_weight`.
-        owner: who is told of the backward when the call is compiled, see `library.OBSERVERS`.
+        owner: number of the layer in `registry.LAYERS` whose `on_backward` is called when the backward of this product
+            runs; 0 for none.
 
     Returns:
         (..., m).
@@ -60,11 +62,12 @@ def perturbed_linear(
         expect_columns("x", x, n)
         if bias is not None:
             expect("bias", bias, (m,), None, weight.device)
+        owner = integer("owner", owner, 0, LAYERS)
     x, bias, dtype = cast_inputs(x, bias, weight.dtype)
     if torch.compiler.is_compiling():  # the registered operator; eager calls are spared its overhead
-        address = torch.tensor([0, layer, owner], dtype=torch.int64, device="cpu")
+        address = torch.tensor([owner, layer], dtype=torch.int64, device="cpu")
         return torch.ops.flatlora.perturbed_linear(x, weight, bias, row_std, key, address, dtype, backend)
-    return _PerturbedLinear.apply(x, weight, bias, row_std, key, layer, dtype, backend)
+    return _PerturbedLinear.apply(x, weight, bias, row_std, key, layer, dtype, backend, owner)
 
 
 def perturbed_conv(
@@ -214,20 +217,21 @@ def _blocks(
 
 class _PerturbedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, row_std, key, layer, dtype, backend):
+    def forward(ctx: Any, x, weight, bias, row_std, key, layer, dtype, backend, owner):
         # x is needed for the gradient of W alone, and W is frozen unless the user says otherwise
         ctx.save_for_backward(weight, row_std, key, x if ctx.needs_input_grad[1] else None)
-        ctx.settings = layer, dtype, backend
+        ctx.settings, ctx.owner = (layer, dtype, backend), owner
         return linear_forward(x, weight, bias, row_std, key, *ctx.settings)
 
     @staticmethod
     def backward(ctx: Any, grad):
+        backward_began(ctx.owner)
         weight, row_std, key, x = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_x = linear_grad_x(grad, weight, row_std, key, *ctx.settings) if need_x else None
         grad_weight = linear_grad_weight(grad, x, weight) if need_weight else None
         grad_bias = linear_grad_bias(grad) if need_bias else None
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 class _PerturbedConv(Function):

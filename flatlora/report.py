@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora import analysis, plotting
-from flatlora.analysis.files import result_kind
+from flatlora.analysis.serialization import result_kind
 from flatlora.analysis.stats import Curve
 from flatlora.plotting.curves import check_history
 from flatlora.utils import arguments, jsonfiles

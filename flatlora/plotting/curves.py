@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.options import check_level, real
-from ..utils.arguments import WrongType, boolean, mapping, refuse
+from ..analysis.options import check_level
+from ..utils.arguments import WrongType, boolean, mapping, real, refuse
 from .style import THEMES, every, finish, first_of, look, new_figure, zero
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CURVES = ("loss", "eval_loss", "flat_rho")
 NOISE_UNITS = {
     "filter": r"noise strength $\rho$ (noise norm / row norm)",
-    "filter_normalised": r"noise strength $\rho$ (noise norm / row norm)",
+    "filter_normalized": r"noise strength $\rho$ (noise norm / row norm)",
     "layer": r"noise strength $\rho$ (noise norm / layer norm)",
     "plain": r"noise strength $\sigma$ (standard deviation of an entry)",
 }

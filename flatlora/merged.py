@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .layer import FlatLayer
 from .ops import add_noise_
-from .ops.merged import matrices
+from .ops.inplace import matrices
 from .ops.norms import row_norms
 from .spread import Applied, attributes, refuse_fsdp1
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .ops import merged_row_norms, row_norms_of_sum, squared_row_norms
 from .ops.blocks import row_blocks
-from .ops.merged import Rows
+from .ops.checks import Matrix
 from .support import FLOATS
 
 
@@ -79,7 +79,7 @@ class EightBitRows:
         return self.integers[rows].float() * (self.scales[rows, None].float() / 127)
 
 
-def rows_of(base: Any) -> Rows | None:
+def rows_of(base: Any) -> Matrix | None:
     """The rows of a quantised weight, or None where they are not at hand."""
     weight = base._parameters.get("weight")
     if hasattr(base, "quant_state"):  # by what they have: a pickled weight comes back without its class

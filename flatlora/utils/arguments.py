@@ -146,7 +146,7 @@ def integer(
     if value is None and optional:
         return None
     plain = scalar(value)
-    whole = isinstance(plain, Integral) and not isinstance(plain, bool)
+    whole = isinstance(plain, (Integral, torch.SymInt)) and not isinstance(plain, bool)
     if whole and low <= int(plain) <= (INT64 if high is None else high):
         return int(plain)
     if not expected and (high is not None or (whole and int(plain) > low)):

@@ -9,6 +9,10 @@ from typing import Any
 
 MOVED = {
     "adoption": ["layers.convert", "layers.peft_door"],
+    "analysis.evaluate": ["analysis.mean_loss", "analysis.journal", "analysis.table"],
+    "analysis.files": ["analysis.serialization"],
+    "analysis.norms": ["analysis.merged_norms"],
+    "analysis.weights": ["analysis.displacement"],
     "arguments": ["utils.arguments"],
     "callback": ["integrations.callback"],
     "checkpoint": ["training.checkpoint"],
@@ -20,7 +24,10 @@ MOVED = {
     "method": ["methods.base", "methods.flat_lora"],
     "methods.factors": ["methods.base"],
     "model": ["api"],
+    "ops.adapted": ["ops.fused_lora"],
     "ops.library": ["ops.custom_ops"],
+    "ops.merged": ["ops.inplace", "ops.checks"],
+    "ops.operands": ["ops.checks"],
     "parts": ["training.model_parts"],
     "passes": ["training.forward_passes"],
     "quantised": ["layers.quantized"],

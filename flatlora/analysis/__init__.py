@@ -1,7 +1,7 @@
-"""See flatness: sharpness, Hessian and landscape of any model, with their uncertainty, never writing a weight.
+"""Measure flatness: sharpness, Hessian and loss landscape of any model, with their uncertainty.
 
-Every function takes a model (any `nn.Module`, with or without adapters), ``loss_fn(model, batch) -> scalar`` and
-batches, and measures in the space of the merged weights W' = W + s B A or of the adapters' factors.
+The functions take a model (any `nn.Module`, with or without adapters), ``loss_fn(model, batch) -> scalar`` and batches,
+and measure in the space of the merged weights W' = W + s B A or of the adapters' factors. No weight is written.
 """
 
 from .disturbance import (
@@ -12,7 +12,6 @@ from .disturbance import (
     under_rounding,
     under_weight_noise,
 )
-from .files import load, save
 from .hessian import (
     Eigenvalues,
     Hessian,
@@ -22,7 +21,9 @@ from .hessian import (
     top_eigenvalues,
     trace,
 )
-from .landscape import LossLine, LossSurface, loss_line, loss_surface, merged_row_norms
+from .landscape import LossLine, LossSurface, loss_line, loss_surface
+from .merged_norms import merged_row_norms
+from .serialization import load, save
 from .sharpness import ExpectedSharpness, SamSharpness, expected_sharpness, sam_sharpness
 from .stats import Estimate
 

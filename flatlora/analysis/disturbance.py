@@ -1,15 +1,15 @@
-"""Generalisation under disturbance: a flat solution should lose its score more slowly.
+"""Score of a model under weight noise, rounding of the weights and corruption of the inputs.
 
-``score_fn(model, batch)`` is any scalar that is a mean over the batch, accuracy or loss. The model is only read.
+A flat solution should lose its score more slowly. ``score_fn(model, batch)`` returns any scalar that is a mean over the
+batch, accuracy or loss. The model is only read.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,32 +17,38 @@ from torch import Tensor, nn
 from flatlora.ops.philox import mix_rank, philox4x32
 
 from ..utils import arguments
-from ..utils.arguments import INT64, boolean, choice, function, integer, integers, text
-from .directions import Norms
-from .evaluate import Journal, LossFn, MeanLoss, bar, fingerprint, kept_rng
+from ..utils.arguments import INT64, choice, function, integer, integers, text
+from ..utils.dtypes import accumulation_dtype
+from .displacement import Weight, active, find_weights
+from .fields import how, points, result, samples
+from .journal import Journal, fingerprint
+from .mean_loss import LossFn, MeanLoss, preserved_rng
 from .measurement import Measurement
-from .norms import merged_rows
-from .options import check_seed, how, points, result, samples, strengths
+from .merged_norms import merged_rows
+from .options import File, Layers, OptionKeywords, Options, check_progress, check_seed, measures, strengths
 from .stats import Curve
-from .weights import Weight, active, find_weights
+from .table import fill_table
 
-MOST_BITS = 64
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+MAX_BITS = 64
 DISTURBANCES = ("weight noise", "rounding", "corruption")
-Corrupt = Callable[[Any, float, torch.Generator], Any]  # (batch, level, random numbers) -> corrupted batch
+Corrupt = Callable[[Any, float, torch.Generator], Any]  # (batch, level, generator) -> corrupted batch
 
 
 @dataclass(frozen=True, eq=False)
 class Degradation(Curve):
-    """A score against the strength of a disturbance.
+    """A score as a function of the strength of a disturbance.
 
     Attributes:
         levels: strengths.
-        scores: independent samples: draws of the noise or of the corruption, batches for rounding.
+        scores: independent samples: draws of the noise or of the corruption; batches for rounding.
         center: the undisturbed score.
         disturbance: "weight noise", "rounding" or "corruption".
         unit: of the levels.
         seed: of the draws.
-        score: what the score is, for figures.
+        score: name of the score, for figures.
     """
 
     GRID, SAMPLES = "levels", "scores"
@@ -55,6 +61,7 @@ class Degradation(Curve):
     score: str = result(text, default="loss")
 
 
+@measures
 def under_weight_noise(
     model: nn.Module,
     score_fn: LossFn,
@@ -62,39 +69,28 @@ def under_weight_noise(
     *,
     rho: Sequence[float] = (0.0, 0.05, 0.1, 0.15, 0.2),
     samples: int = 8,
-    seed: int = 0,
     noise: str = "filter",
-    space: str = "merged",
-    layers: str | Callable[[str], bool] | None = None,
-    norms: Norms | None = None,
-    sizes: Sequence[float] | None = None,
     score: str = "loss",
-    progress: bool | None = None,
-    file: str | os.PathLike | None = None,
+    **options: Unpack[OptionKeywords],
 ) -> Degradation:
     """The score under random weight noise of strength rho; a sample is the mean of an antithetic pair.
 
     Args:
-        score: what the score is, for figures.
-        The rest: as in `expected_sharpness`, `score_fn` for `loss_fn`.
+        model, batches, rho, samples, noise, options: see `expected_sharpness`.
+        score_fn: ``score_fn(model, batch)`` returns a scalar tensor, the mean over the batch.
+        score: name of the score, for figures.
 
     Raises:
         ValueError: an argument out of bounds.
     """
+    shared = Options.of(under_weight_noise, options)
     levels = strengths("rho", rho)
     samples = integer("samples", samples, 1)
-    _check_shown(score, progress, score_fn)
-    measured = Measurement(
-        "weight noise", model, score_fn, batches,
-        seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,
-    )  # fmt: skip
-    scores = torch.empty(samples, len(levels), dtype=torch.float64)
-    with bar(scores.numel(), "weight noise", progress) as tick:
-        for k in range(samples):
-            for p, r in enumerate(levels.tolist()):
-                scores[k, p] = (measured.at((r, k)) + measured.at((-r, k))) / 2
-                tick.update()
-    return Degradation(levels, scores, measured.center, "weight noise", f"rho, {noise} noise", seed, score)
+    _check_score(score, score_fn)
+    measured = Measurement("weight noise", model, score_fn, batches, noise, shared)
+    scores = measured.antithetic(levels.tolist(), samples, "weight noise")
+    used, _, seed = measured.how
+    return Degradation(levels, scores, measured.center, "weight noise", f"rho, {used} noise", seed, score)
 
 
 def under_rounding(
@@ -103,25 +99,27 @@ def under_rounding(
     batches: Iterable[Any],
     *,
     bits: Sequence[int] = (8, 6, 5, 4, 3),
-    layers: str | Callable[[str], bool] | None = None,
+    layers: Layers = None,
     score: str = "loss",
     progress: bool | None = None,
-    file: str | os.PathLike | None = None,
+    file: File = None,
 ) -> Degradation:
-    """The score with every merged weight W' rounded to a few bits, symmetric round-to-nearest with one scale a row.
+    """The score with each merged weight W' rounded to a few bits: symmetric, to nearest, one scale for each row.
 
-    Rounding is not random: the samples are the batches, so let them be of one size, and the same for every model.
+    Rounding is not random, so the samples are the batches: use batches of one size, the same for all models.
 
     Args:
-        model, score_fn, batches, layers, progress, file: as in `loss_line`.
-        bits: at least 2 each, the sign included.
-        score: what the score is, for figures.
+        model, batches: see `loss_line`.
+        score_fn, score: see `under_weight_noise`.
+        bits: at least 2 each, including the sign.
+        layers, progress, file: see `flatlora.analysis.options.Options`.
 
     Raises:
-        ValueError: bits out of bounds, or a layer whose merged weight cannot be had (DoRA, quantised).
+        ValueError: bits out of bounds, or a layer whose merged weight is not available (DoRA, quantized).
     """
-    widths = integers("bits", bits, 2, MOST_BITS, expected="one or more integers >= 2")
-    _check_shown(score, progress, score_fn)
+    widths = integers("bits", bits, 2, MAX_BITS, expected="one or more integers >= 2")
+    _check_score(score, score_fn)
+    check_progress(progress)
     weights = find_weights(model, layers)
     for weight in weights:
         owner: Any = weight.owner
@@ -130,29 +128,29 @@ def under_rounding(
                 f"layer {weight.name!r}: its merged weight cannot be rounded in place; "
                 "merge the adapter first, or leave the layer out through layers="
             )
-    with kept_rng():
-        each = [MeanLoss(model, score_fn, [batch], weights) for batch in arguments.batches("batches", batches)]
-    journal = Journal(file, {"what": "rounding", "weights": fingerprint(weights), "batches": len(each)})
-    center = sum(one() for one in each) / len(each)
+    with preserved_rng():
+        losses = [MeanLoss(model, score_fn, [batch], weights) for batch in arguments.batches("batches", batches)]
+    journal = Journal(file, {"what": "rounding", "weights": fingerprint(weights), "batches": len(losses)})
+    center = sum(loss() for loss in losses) / len(losses)
     journal.check("center", center)
-    scores = torch.empty(len(each), len(widths), dtype=torch.float64)
-    with bar(scores.numel(), "rounding", progress) as tick:
-        for p, b in enumerate(widths):
-            for k, one in enumerate(each):
-                scores[k, p] = journal(f"{b} bits, batch {k}", partial(one, partial(_rounded, bits=b)))
-                tick.update()
+
+    def rounded_score(k: int, width: int) -> float:
+        return journal(f"{width} bits, batch {k}", partial(losses[k], partial(_rounded, bits=width)))
+
+    rows = (partial(rounded_score, k) for k in range(len(losses)))
+    scores = fill_table(rows, widths, count=len(losses), description="rounding", progress=progress)
     levels = torch.tensor(widths, dtype=torch.float64)
     return Degradation(levels, scores, center, "rounding", "bits per weight", 0, score)
 
 
 def _rounded(weight: Weight, values: Tensor, bits: int) -> Tensor:
-    """W + Q(W') - W': what the base weight must be for the merged weight to be Q(W')."""
-    merged = merged_rows(weight, values, torch.promote_types(values.dtype, torch.float32))
+    """W + Q(W') - W': the base weight with which the merged weight is Q(W')."""
+    merged = merged_rows(weight, values, accumulation_dtype(values.dtype))
     return (values + (round_rows(merged, bits) - merged)).to(values.dtype)
 
 
 def round_rows(weight: Tensor, bits: int) -> Tensor:
-    """Each row to the nearest of 2^bits - 1 equally spaced values, symmetric around 0 up to its largest entry."""
+    """Round each row to the nearest of 2^bits - 1 equally spaced values, symmetric around 0 up to its largest entry."""
     scale = weight.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
     return torch.where(scale > 0, (weight / scale).round() * scale, weight)
 
@@ -170,19 +168,20 @@ def under_corruption(
     sizes: Sequence[float] | None = None,
     score: str = "loss",
     progress: bool | None = None,
-    file: str | os.PathLike | None = None,
+    file: File = None,
 ) -> Degradation:
     """The score on corrupted inputs.
 
     Args:
-        model, score_fn, batches, sizes, progress, file: as in `loss_line`.
-        corrupt: ``corrupt(batch, level, generator)``, a corrupted copy of the batch; `replace_tokens` and `add_noise`
-            make such functions. The generator (CPU) starts from the same state at every level and for every model.
-        levels: strengths, as `corrupt` understands them.
-        samples: draws.
+        model, batches: see `loss_line`.
+        score_fn, score: see `under_weight_noise`.
+        corrupt: ``corrupt(batch, level, generator)`` returns a corrupted copy of the batch; `replace_tokens` and
+            `add_noise` make such functions. The generator (CPU) is in the same state at each level and for each model.
+        levels: strengths, in the unit of `corrupt`.
+        samples: number of draws.
         seed: of the draws.
         unit: of the levels, for figures.
-        score: what the score is, for figures.
+        sizes, progress, file: see `flatlora.analysis.options.Options`.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -192,34 +191,40 @@ def under_corruption(
     seed = check_seed("seed", seed)
     function("corrupt", corrupt, expected="corrupt(batch, level, generator)")
     text("unit", unit)
-    _check_shown(score, progress, score_fn)
-    with kept_rng():
+    _check_score(score, score_fn)
+    check_progress(progress)
+    with preserved_rng():
         clean = arguments.batches("batches", batches)
     center = MeanLoss(model, score_fn, clean, [], sizes)()
     journal = Journal(file, {"what": "corruption", "unit": unit, "seed": seed, "batches": len(clean)})
     journal.check("center", center)
 
-    def corrupted(level: float, k: int) -> float:
-        with kept_rng():
-            bad = [corrupt(batch, level, _generator(seed, k, i)) for i, batch in enumerate(clean)]
-        return MeanLoss(model, score_fn, bad, [], sizes)()
+    def measure(level: float, k: int) -> float:
+        with preserved_rng():
+            corrupted = [corrupt(batch, level, _generator(seed, k, i)) for i, batch in enumerate(clean)]
+        return MeanLoss(model, score_fn, corrupted, [], sizes)()
 
-    scores = torch.empty(samples, len(grid), dtype=torch.float64)
-    with bar(scores.numel(), "corruption", progress) as tick:
-        for k in range(samples):
-            for p, level in enumerate(grid.tolist()):
-                scores[k, p] = journal(f"{level!r}, draw {k}", partial(corrupted, level, k))
-                tick.update()
+    def corrupted_score(k: int, level: float) -> float:
+        return journal(f"{level!r}, draw {k}", partial(measure, level, k))
+
+    rows = (partial(corrupted_score, k) for k in range(samples))
+    scores = fill_table(rows, grid.tolist(), count=samples, description="corruption", progress=progress)
     return Degradation(grid, scores, center, "corruption", unit, seed, score)
 
 
 def replace_tokens(vocabulary: int, field: str | int | None = "input_ids", keep: Sequence[int] = ()) -> Corrupt:
-    """A corruption of text: each token becomes a random one with probability `level`.
+    """A corruption of text: each token is replaced by a random one with probability `level`.
 
     Args:
-        vocabulary: size of it.
-        field: of the batch that holds the token ids: a key, a position, or None for a batch that is the tensor.
-        keep: ids that are left alone, padding and the like.
+        vocabulary: size of the vocabulary.
+        field: where the batch holds the token ids: a key, a position, or None if the batch is the tensor.
+        keep: ids that are not replaced, such as padding.
+
+    Returns:
+        A function for `under_corruption`.
+
+    Raises:
+        ValueError: an argument out of bounds.
     """
     vocabulary = integer("vocabulary", vocabulary, 1)
     _check_field(field)
@@ -236,10 +241,16 @@ def replace_tokens(vocabulary: int, field: str | int | None = "input_ids", keep:
 
 
 def add_noise(field: str | int | None = None) -> Corrupt:
-    """A corruption of continuous inputs: Gaussian noise, `level` times the standard deviation of the batch's values.
+    """A corruption of continuous inputs: Gaussian noise of `level` times the standard deviation of the batch.
 
     Args:
-        field: of the batch that is disturbed: a key, a position, or None for a batch that is the tensor.
+        field: where the batch holds the inputs: a key, a position, or None if the batch is the tensor.
+
+    Returns:
+        A function for `under_corruption`.
+
+    Raises:
+        ValueError: a field that is no key, position or None.
     """
     _check_field(field)
 
@@ -256,14 +267,13 @@ def _check_field(field: Any) -> None:
         integer("field", field, -INT64, INT64, expected="a key, a position or None")
 
 
-def _check_shown(score: Any, progress: Any, score_fn: Any) -> None:
+def _check_score(score: Any, score_fn: Any) -> None:
     text("score", score)
-    boolean("progress", progress, optional=True)
     function("score_fn", score_fn, expected="score_fn(model, batch)")
 
 
 def _with(batch: Any, field: str | int | None, value: Tensor) -> Any:
-    """A copy of the batch in which one field has another value."""
+    """A copy of the batch with another value in one field."""
     if field is None:
         return value
     if isinstance(field, str):

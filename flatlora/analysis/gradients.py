@@ -1,7 +1,7 @@
-"""Gradients and Hessian products with respect to the merged weights, which need not be trainable.
+"""Gradients and Hessian-vector products with respect to the merged weights, trainable or frozen.
 
-A detached view of each chosen weight stands in for it (`displaced`), so gradients flow into that view and never into
-the model: no `.grad` is touched, no `requires_grad` changed. What is held is the graph of one batch, as in training.
+A detached view replaces each chosen weight (`displaced`), and gradients are taken with respect to these views: no
+`.grad` and no `requires_grad` of the model changes. Memory: the autograd graph of one batch, as in training.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .evaluate import MeanLoss, measuring
-from .weights import Weight, displaced
+from ..utils.dtypes import accumulation_dtype
+from .displacement import Weight, displaced
+from .mean_loss import MeanLoss, evaluation_mode
 
 
-class Variables:
-    """The chosen weights as one vector of float32 (float64 where a weight is): tied weights once, row by row.
+class WeightVector:
+    """The chosen weights as one vector, row by row, tied weights once.
 
     Attributes:
         size: N, the number of entries.
+        dtype: float64 if a weight is float64, else float32.
+        device: that of the first weight.
+        unique: the weights without tied copies, by index in the noise stream.
     """
 
     def __init__(self, loss: MeanLoss) -> None:
@@ -32,22 +36,23 @@ class Variables:
             self.unique.setdefault(weight.index, weight)
         values = [weight.values() for weight in self.unique.values()]
         self.size = sum(v.numel() for v in values)
-        self.dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
+        dtypes = [accumulation_dtype(v.dtype) for v in values]
+        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.device = values[0].device
 
     def split(self, vector: Tensor) -> dict[int, Tensor]:
-        """A vector (N,) as views of the weights' row forms, by index in the noise stream."""
+        """Views of a vector (N,) with the (m, n) shapes of the weights, by index in the noise stream."""
         shapes = [weight.shape for weight in self.unique.values()]
-        parts = vector.split([m * n for m, n in shapes])
+        parts = torch.split(vector, [m * n for m, n in shapes])
         return {i: part.view(shape) for i, part, shape in zip(self.unique, parts, shapes, strict=True)}
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """The vector (N,) of gradients in row form."""
+        """Concatenate gradients, (m, n) each, to a vector (N,)."""
         return torch.cat([part.reshape(-1).to(self.device, self.dtype) for part in parts])
 
     @contextmanager
     def leaves(self, offset: Tensor | None = None) -> Iterator[list[Tensor]]:
-        """Inside, the model acts with W' + offset, and the loss can be differentiated by the yielded leaves."""
+        """Evaluate the model at W' + offset; the loss can be differentiated with respect to the yielded leaves."""
         shift = self.split(offset) if offset is not None else {}
         leaves = {}
         for index, weight in self.unique.items():
@@ -55,7 +60,7 @@ class Variables:
             moved = values + shift[index].to(values.device, values.dtype) if index in shift else values
             leaves[index] = moved.detach().requires_grad_()
         with (
-            measuring(self.loss.model),
+            evaluation_mode(self.loss.model),
             displaced(self.loss.weights, lambda weight, values: leaves[weight.index]),
             sdpa_kernel(SDPBackend.MATH),  # the fused attention kernels have no second derivative
             torch.enable_grad(),
@@ -79,7 +84,7 @@ class Variables:
         return total, gradient
 
     def product(self, vector: Tensor) -> Tensor:
-        """H v, (N,), H the Hessian of the mean loss over all batches."""
+        """The product H v, (N,), with the Hessian H of the mean loss over all batches."""
         out = torch.zeros_like(vector)
         parts = self.split(vector)
         for share, batch in zip(self.loss.shares, self.loss.batches, strict=True):

@@ -1,54 +1,56 @@
-r"""The Hessian of the loss with respect to the merged weights (or the adapters' factors), by products with vectors.
+r"""Hessian of the loss with respect to the merged weights (or the adapters' factors), by Hessian-vector products.
 
-Algorithms take any symmetric `Operator`, `Hessian` being one; nothing N x N is made. `Hessian.to_curvlinops` hands the
-operator to the curvlinops package (the `analysis` extra) for everything that is not here (XTrace, Hutch++, norms, ...).
-The estimators below are our own because they state their uncertainty and draw from the library's noise, not from the
-global random state.
+The algorithms take any symmetric `Operator`, such as a `Hessian`; no N x N matrix is formed. `Hessian.to_curvlinops`
+converts to an operator of the curvlinops package (the `analysis` extra) for other algorithms (XTrace, Hutch++, norms,
+...). The estimators here report their uncertainty and draw from the library's noise instead of the global random state.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from ..utils.arguments import boolean, check_fields, integer, mapping, number, tensor
+from ..utils.arguments import WrongType, boolean, check_fields, integer, keywords, mapping, number, refuse, tensor
 from .directions import probe
-from .evaluate import LossFn, MeanLoss, bar
-from .gradients import Variables
-from .options import above_zero, check_seed, points, result, same_length, samples
-from .options import operator as check_operator
+from .displacement import find_weights
+from .fields import points, result, same_length, samples
+from .gradients import WeightVector
+from .lanczos import Lanczos, Operator
+from .mean_loss import LossFn, MeanLoss
+from .options import Layers, check_positive, check_progress, check_seed
 from .stats import Estimate, standard_error
-from .weights import find_weights
+from .table import progress_bar
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class Operator(Protocol):
-    """A symmetric matrix of size N, known by its products."""
+class HessianKeywords(TypedDict, total=False):
+    """Keywords of `Hessian`, for type checkers."""
 
-    size: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def __matmul__(self, vector: Tensor) -> Tensor:
-        """The product, (N,)."""
+    space: str
+    layers: Layers
+    sizes: Sequence[float] | None
 
 
 class Hessian:
-    """The Hessian of the mean loss over the batches; ``hessian @ v`` is one product, (N,).
+    """The Hessian of the mean loss over batches; ``hessian @ v`` is a Hessian-vector product, (N,).
 
     The model is only read, in evaluation mode, as in `loss_line`. A product costs about four passes over the batches
-    and holds the graph of one batch; products of half-precision models are coarse, so measure in float32.
+    and holds the autograd graph of one batch. Products of half-precision models are inaccurate: use float32.
 
     Args:
-        model, loss_fn, batches, sizes, layers, space: as in `loss_line`.
+        model, loss_fn, batches: see `loss_line`.
+        space, layers, sizes: see `flatlora.analysis.options.Options`.
 
     Attributes:
-        size: N, entries of all chosen weights.
-        names: of the layers, in the order of the vector; each holds its weight row by row, one row per output.
+        size: N, the number of entries of all chosen weights.
+        names: of the layers in the order of the vector, which holds each weight row by row, one row per output.
 
     Example:
         >>> hessian = Hessian(model, loss_fn, batches)
@@ -62,29 +64,30 @@ class Hessian:
         batches: Iterable[Any],
         *,
         space: str = "merged",
-        layers: str | Callable[[str], bool] | None = None,
+        layers: Layers = None,
         sizes: Sequence[float] | None = None,
     ) -> None:
         weights = find_weights(model, layers, space)
-        self._variables = Variables(MeanLoss(model, loss_fn, batches, weights, sizes))
-        self.size, self.dtype, self.device = self._variables.size, self._variables.dtype, self._variables.device
-        self.names = [weight.name for weight in self._variables.unique.values()]
+        self._vector = WeightVector(MeanLoss(model, loss_fn, batches, weights, sizes))
+        self.size, self.dtype, self.device = self._vector.size, self._vector.dtype, self._vector.device
+        self.names = [weight.name for weight in self._vector.unique.values()]
 
     def __matmul__(self, vector: Tensor) -> Tensor:
         tensor("vector", vector, shape=(self.size,))
-        return self._variables.product(vector.to(self.device, self.dtype))
+        return self._vector.product(vector.to(self.device, self.dtype))
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector (N,) as views by layer name, each (m, n)."""
         tensor("vector", vector, shape=(self.size,))
-        return dict(zip(self.names, self._variables.split(vector).values(), strict=True))
+        return dict(zip(self.names, self._vector.split(vector).values(), strict=True))
 
     def to_curvlinops(self) -> Any:
-        """This operator as a `curvlinops.PyTorchLinearOperator`.
+        """Convert to a `curvlinops.PyTorchLinearOperator`.
 
-        curvlinops comes with the `analysis` extra and brings torchvision, which it never imports. PyPI's Linux build of
-        torchvision is for CUDA, and beside a CPU build of torch it breaks transformers: there, install curvlinops and
-        backpack-for-pytorch with `--no-deps`, then scipy, einops, einconv, opt-einsum, unfoldNd and linear_operator.
+        The `analysis` extra installs curvlinops, whose dependencies include torchvision, which it does not import.
+        PyPI's Linux build of torchvision is for CUDA and breaks transformers if torch is a CPU build. In that case
+        install curvlinops and backpack-for-pytorch with `--no-deps`, then scipy, einops, einconv, opt-einsum, unfoldNd
+        and linear_operator.
 
         Raises:
             ImportError: curvlinops is not installed.
@@ -93,13 +96,13 @@ class Hessian:
             from curvlinops._torch_base import PyTorchLinearOperator
         except ImportError as error:
             raise ImportError(
-                "to_curvlinops needs curvlinops: pip install 'flatlora[analysis]', or, beside a CPU build of torch, "
+                "to_curvlinops needs curvlinops: pip install 'flatlora[analysis]', or, with a CPU build of torch, "
                 "curvlinops-for-pytorch and backpack-for-pytorch with --no-deps"
             ) from error
 
         hessian = self
 
-        class Adapter(PyTorchLinearOperator):
+        class Adapter(PyTorchLinearOperator):  # type: ignore[misc]  # curvlinops has no types
             SELF_ADJOINT = True
             device, dtype = property(lambda self: hessian.device), property(lambda self: hessian.dtype)
 
@@ -113,16 +116,29 @@ class Hessian:
 
 
 def hessian_vector_product(
-    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], vectors: dict[str, Tensor], **settings: Any
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    vectors: dict[str, Tensor],
+    **settings: Unpack[HessianKeywords],
 ) -> dict[str, Tensor]:
-    """H v by layer name, each (m, n) like the given vectors; settings as for `Hessian`.
+    """The product H v, by layer name.
+
+    Args:
+        model, loss_fn, batches: see `loss_line`.
+        vectors: v by layer name, each (m, n): one for each chosen layer.
+        settings: `space`, `layers` and `sizes`, see `Hessian`.
+
+    Returns:
+        (m, n) for each layer.
 
     Raises:
-        ValueError: the vectors are not exactly one per chosen layer.
+        ValueError: the names of the vectors are not those of the chosen layers.
     """
+    keywords("hessian_vector_product", settings, HessianKeywords.__annotations__)
     mapping("vectors", vectors, "a mapping of layer names to tensors", empty=True)
     hessian = Hessian(model, loss_fn, batches, **settings)
-    shapes = {weight.name: weight.shape for weight in hessian._variables.unique.values()}
+    shapes = {weight.name: weight.shape for weight in hessian._vector.unique.values()}
     if set(vectors) != set(hessian.names):
         raise ValueError(f"vectors must have the keys {hessian.names}, got {list(vectors)}")
     for name, shape in shapes.items():
@@ -136,9 +152,9 @@ class Eigenvalues:
     """Extreme eigenvalues.
 
     Attributes:
-        values: largest first.
-        residuals: ||H v - lambda v||: an eigenvalue of H lies within this distance of each value.
-        vectors: unit eigenvectors.
+        values: largest first (smallest first for ``smallest=True``).
+        residuals: ||H v - lambda v||. An eigenvalue of H lies within this distance of each value.
+        vectors: eigenvectors of norm 1.
     """
 
     values: Tensor = result(tensor, dims=1)  # (count,)
@@ -151,6 +167,16 @@ class Eigenvalues:
         same_length("vectors", self.vectors, 1, "values", len(self.values))
 
 
+def _check_estimator(operator: Operator, seed: int, progress: bool | None) -> int:
+    """Check the arguments that all estimators take; the seed as an int."""
+    whole = isinstance(getattr(operator, "size", None), int) and not isinstance(operator.size, bool)
+    known = whole and all(hasattr(operator, part) for part in ("dtype", "device", "__matmul__"))
+    if not known or not isinstance(operator.dtype, torch.dtype) or isinstance(operator, type):
+        refuse("operator", "an operator: a Hessian, or an object with size, dtype, device and @", operator, WrongType)
+    check_progress(progress)
+    return check_seed("seed", seed)
+
+
 def top_eigenvalues(
     operator: Operator,
     count: int = 1,
@@ -161,88 +187,90 @@ def top_eigenvalues(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Eigenvalues:
-    """The algebraically largest (or smallest) eigenvalues, by Lanczos with full reorthogonalisation.
+    """The algebraically largest (or smallest) eigenvalues, by Lanczos with full reorthogonalization.
 
     Args:
         operator: symmetric, for instance a `Hessian`.
-        count: of eigenvalues.
-        smallest: the most negative ones instead; they come smallest first.
-        steps: products at most; default min(N, 20 + 10 count). steps vectors of N entries are held: for a large model
-            choose layers or the adapter space.
-        tolerance: stop when every residual is below this times the largest |eigenvalue|; not reaching it is no error,
-            the residuals say how good the values are.
+        count: number of eigenvalues.
+        smallest: compute the most negative ones instead, smallest first.
+        steps: maximal number of products; default min(N, 20 + 10 count). `steps` vectors of N entries are held: for a
+            large model choose layers or the adapter space.
+        tolerance: stop when each residual is below this times the largest |eigenvalue|. Reaching `steps` first is not
+            an error; the residuals then show the accuracy.
         seed: of the start vector.
-        progress: a progress bar; None shows one on a terminal.
+        progress: show a progress bar; None shows one on a terminal.
+
+    Raises:
+        ValueError: an argument out of bounds.
     """
-    check_operator("operator", operator)
+    seed = _check_estimator(operator, seed, progress)
     count = integer("count", count, 1)
     smallest = boolean("smallest", smallest)
     steps = integer("steps", steps, 1, optional=True)
     tolerance = number("tolerance", tolerance, 0, expected="a finite number >= 0")
-    seed = check_seed("seed", seed)
-    boolean("progress", progress, optional=True)
     if count > operator.size:
         raise ValueError(f"count must be at most the operator's size, {operator.size}, got {count}")
     steps = min(operator.size, 20 + 10 * count if steps is None else steps)
     if steps < count:
         raise ValueError(f"steps must be at least count, {count}, got {steps}")
-    with bar(steps, "eigenvalues", progress) as tick:
-        lanczos = Lanczos(operator, probe(operator, seed, 0))
+    lanczos = Lanczos(operator, probe(operator, seed, 0))
+    with progress_bar(steps, "eigenvalues", progress) as bar:
         while lanczos.step():
-            tick.update()
+            bar.update()
             values, small = lanczos.eigen()
             order = torch.argsort(values, descending=not smallest)[:count]
             bounds = lanczos.last_beta * small[-1, order].abs()
-            if len(values) >= steps or (
-                len(values) >= count and (bounds <= 0.1 * tolerance * values.abs().max()).all()
-            ):
+            converged = len(values) >= count and (bounds <= 0.1 * tolerance * values.abs().max()).all()
+            if len(values) >= steps or converged:
                 break
-        values, small = lanczos.eigen()
-        order = torch.argsort(values, descending=not smallest)[:count]
-        vectors = torch.stack(lanczos.basis[: len(values)], dim=1) @ small[:, order].to(operator.device, operator.dtype)
-        vectors = vectors / vectors.norm(dim=0)
+    values, small = lanczos.eigen()
+    order = torch.argsort(values, descending=not smallest)[:count]
+    vectors = torch.stack(lanczos.basis[: len(values)], dim=1) @ small[:, order].to(operator.device, operator.dtype)
+    vectors = vectors / vectors.norm(dim=0)
     products = torch.stack([operator @ v for v in vectors.T], dim=1)
-    kept = (vectors * products).sum(dim=0)
-    return Eigenvalues(kept, (products - kept * vectors).norm(dim=0), vectors)
+    eigenvalues = (vectors * products).sum(dim=0)
+    return Eigenvalues(eigenvalues, (products - eigenvalues * vectors).norm(dim=0), vectors)
 
 
 def trace(operator: Operator, *, samples: int = 16, seed: int = 0, progress: bool | None = None) -> Estimate:
-    r"""The trace by Hutchinson's estimator, mean of v^T H v over random signs v; unbiased, with its standard error.
+    r"""The trace by Hutchinson's estimator, the mean of v^T H v over random signs v; unbiased, with standard error.
 
     Args:
         operator: symmetric.
-        samples: products.
-        seed, progress: as in `top_eigenvalues`.
+        samples: number of products.
+        seed, progress: see `top_eigenvalues`.
+
+    Raises:
+        ValueError: an argument out of bounds.
     """
-    check_operator("operator", operator)
-    samples, seed = integer("samples", samples, 1), check_seed("seed", seed)
-    boolean("progress", progress, optional=True)
+    seed = _check_estimator(operator, seed, progress)
+    samples = integer("samples", samples, 1)
     found = torch.empty(samples, dtype=torch.float64)
-    with bar(samples, "trace", progress) as tick:
+    with progress_bar(samples, "trace", progress) as bar:
         for k in range(samples):
             v = probe(operator, seed, k)
             v = torch.where(v >= 0, 1.0, -1.0).to(operator.dtype)
             found[k] = (v.double() @ (operator @ v).double()).item()
-            tick.update()
+            bar.update()
     return Estimate.of(found)
 
 
 @dataclass(frozen=True, eq=False)
 class SpectralDensity:
-    """The density of eigenvalues, smoothed by a Gaussian.
+    """Density of the eigenvalues, smoothed by a Gaussian.
 
     Attributes:
-        eigenvalues: where it is evaluated.
+        eigenvalues: grid on which the density is evaluated.
         densities: one estimate per random start vector; each integrates to 1.
         width: standard deviation of the smoothing Gaussian.
-        nodes, weights: of the Gauss quadrature of each start vector, for other smoothings.
+        nodes, weights: of the Gauss quadrature of each start vector, for smoothing with another width.
         size: N.
     """
 
     eigenvalues: Tensor = points()  # (points,)
     densities: Tensor = samples()  # (samples, points)
-    width: float = result(above_zero)
-    nodes: Tensor = samples()  # (samples, steps), NaN where Lanczos ended early
+    width: float = result(check_positive)
+    nodes: Tensor = samples()  # (samples, steps), NaN after Lanczos has exhausted the space
     weights: Tensor = samples()  # (samples, steps), 0 there
     size: int = result(integer, 1)
 
@@ -258,7 +286,7 @@ class SpectralDensity:
 
     @property
     def stderr(self) -> Tensor:
-        """Its standard error, (points,)."""
+        """Standard error of `mean`, (points,)."""
         return standard_error(self.densities, dim=0)
 
 
@@ -272,7 +300,7 @@ def spectral_density(
     seed: int = 0,
     progress: bool | None = None,
 ) -> SpectralDensity:
-    r"""The density of eigenvalues by stochastic Lanczos quadrature (Lin, Saad and Yang 2016; Ghorbani et al. 2019,
+    r"""Density of the eigenvalues, by stochastic Lanczos quadrature (Lin, Saad and Yang 2016; Ghorbani et al. 2019,
     arXiv 1901.10159).
 
     .. math::
@@ -280,29 +308,21 @@ def spectral_density(
 
     Args:
         operator: symmetric.
-        samples: random start vectors.
-        steps: Lanczos steps for each; so many vectors of N entries are held.
-        points: of the grid, 10 % wider than the eigenvalues seen.
-        width: of the Gaussian g; default 1 % of the range of the eigenvalues seen.
-        seed, progress: as in `top_eigenvalues`.
+        samples: number of random start vectors.
+        steps: Lanczos steps for each of them; `steps` vectors of N entries are held.
+        points: of the grid, whose range is 10 % wider than that of the eigenvalues found.
+        width: of the Gaussian g; default: 1 % of the range of the eigenvalues found.
+        seed, progress: see `top_eigenvalues`.
+
+    Raises:
+        ValueError: an argument out of bounds.
     """
-    check_operator("operator", operator)
+    seed = _check_estimator(operator, seed, progress)
     samples, steps, points = (
         integer(name, value, 1) for name, value in (("samples", samples), ("steps", steps), ("points", points))
     )
-    width = above_zero("width", width, optional=True)
-    seed = check_seed("seed", seed)
-    boolean("progress", progress, optional=True)
-    steps = min(steps, operator.size)
-    nodes = torch.full((samples, steps), math.nan, dtype=torch.float64)
-    weights = torch.zeros(samples, steps, dtype=torch.float64)
-    with bar(samples * steps, "spectrum", progress) as tick:
-        for k in range(samples):
-            lanczos = Lanczos(operator, probe(operator, seed, k))
-            while len(lanczos.alphas) < steps and lanczos.step():
-                tick.update()
-            values, small = lanczos.eigen()
-            nodes[k, : len(values)], weights[k, : len(values)] = values, small[0].square()
+    width = None if width is None else check_positive("width", width)
+    nodes, weights = _quadrature(operator, samples, min(steps, operator.size), seed, progress)
     seen = nodes[~nodes.isnan()]
     low, high = float(seen.min()), float(seen.max())
     span = max(high - low, 1e-12 * max(abs(high), 1.0))
@@ -312,40 +332,17 @@ def spectral_density(
     return SpectralDensity(grid, (weights[..., None] * bumps).sum(dim=1), width, nodes, weights, operator.size)
 
 
-class Lanczos:
-    """H Q = Q T + beta q e^T, T tridiagonal, the basis Q kept and every new vector orthogonalised against it twice."""
-
-    def __init__(self, operator: Operator, start: Tensor) -> None:
-        self.operator = operator
-        self.basis = [start / start.norm()]
-        self.alphas: list[float] = []
-        self.betas: list[float] = []
-        self.ended = False
-
-    @property
-    def last_beta(self) -> float:
-        """The norm of what is left of the newest product."""
-        return self.betas[-1]
-
-    def step(self) -> bool:
-        """One product; False if the space is exhausted and nothing was done."""
-        if self.ended or len(self.alphas) == self.operator.size:
-            return False
-        product = self.operator @ self.basis[-1]
-        scale = float(product.norm())
-        self.alphas.append(float(product @ self.basis[-1]))
-        for _ in range(2):
-            for q in self.basis:
-                product -= (product @ q) * q
-        beta = float(product.norm())
-        self.betas.append(beta)
-        self.ended = beta <= 100 * torch.finfo(product.dtype).eps * max(scale, abs(self.alphas[0]))
-        if not self.ended:
-            self.basis.append(product / beta)
-        return True
-
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (k,) and eigenvectors (k, k) of T, float64."""
-        off = torch.tensor(self.betas[:-1], dtype=torch.float64)
-        T = torch.diag(torch.tensor(self.alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
-        return torch.linalg.eigh(T)
+def _quadrature(
+    operator: Operator, samples: int, steps: int, seed: int, progress: bool | None
+) -> tuple[Tensor, Tensor]:
+    """Nodes theta and weights omega of the Gauss quadrature of each start vector, (samples, steps) each."""
+    nodes = torch.full((samples, steps), math.nan, dtype=torch.float64)
+    weights = torch.zeros(samples, steps, dtype=torch.float64)
+    with progress_bar(samples * steps, "spectrum", progress) as bar:
+        for k in range(samples):
+            lanczos = Lanczos(operator, probe(operator, seed, k))
+            while len(lanczos.alphas) < steps and lanczos.step():
+                bar.update()
+            values, small = lanczos.eigen()
+            nodes[k, : len(values)], weights[k, : len(values)] = values, small[0].square()
+    return nodes, weights

@@ -1,34 +1,34 @@
-"""The loss along random directions around a solution, after Li et al. 2018 (arXiv 1712.09913)."""
+"""Loss along random directions around a solution, after Li et al. 2018 (arXiv 1712.09913)."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..utils.arguments import boolean, check_fields, integer
-from .directions import Norms
-from .evaluate import LossFn, bar
+from ..utils.arguments import check_fields, integer
+from .fields import how, points, same_length, samples
+from .mean_loss import LossFn
 from .measurement import Measurement
-from .norms import all_row_norms
-from .options import grid, how, points, same_length, samples
+from .options import OptionKeywords, Options, grid, measures
 from .stats import Curve, Estimate
-from .weights import find_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, eq=False)
 class LossLine(Curve):
-    """The loss along several random directions; mean, stderr and interval are over the directions.
+    """Loss along several random directions; mean, stderr and interval are over the directions.
 
     Attributes:
-        distances: t.
-        losses: L(W' + t D_k) for every direction k.
+        distances: t, in units of the row norms.
+        losses: L(W' + t D_k) for each direction k.
         center: L(W').
-        noise, space, seed: what the directions are; lines with the same three can be compared point by point.
+        noise, space, seed: kind of the directions. Lines with the same three can be compared point by point.
     """
 
     GRID, SAMPLES = "distances", "losses"
@@ -40,13 +40,16 @@ class LossLine(Curve):
     seed: int = how("seed")
 
     def rise(self) -> LossLine:
-        """The same line measured from its centre, L(W' + t D) - L(W')."""
+        """The line relative to its center, L(W' + t D) - L(W')."""
         return replace(self, losses=self.losses - self.center, center=0.0)
 
     def curvature(self) -> Estimate:
-        """The mean of d^T H d over the directions, by a least-squares parabola a t^2 / 2 through the rises.
+        """Mean of d^T H d over the directions, from a least-squares parabola a t^2 / 2 through the rises.
 
-        Meaningful where the line is a parabola; ask for small distances.
+        The estimate is meaningful where the line is close to a parabola, so measure it at small distances.
+
+        Raises:
+            ValueError: all distances are 0.
         """
         squares = self.distances.square() / 2
         if not squares.any():
@@ -54,6 +57,7 @@ class LossLine(Curve):
         return Estimate.of((self.losses - self.center) @ squares / squares.square().sum())
 
 
+@measures
 def loss_line(
     model: nn.Module,
     loss_fn: LossFn,
@@ -61,75 +65,50 @@ def loss_line(
     *,
     distances: Sequence[float] | Tensor | None = None,
     directions: int = 3,
-    seed: int = 0,
-    noise: str = "filter_normalised",
-    space: str = "merged",
-    layers: str | Callable[[str], bool] | None = None,
-    norms: Norms | None = None,
-    sizes: Sequence[float] | None = None,
-    progress: bool | None = None,
-    file: str | os.PathLike | None = None,
+    noise: str = "filter_normalized",
+    **options: Unpack[OptionKeywords],
 ) -> LossLine:
-    """The loss L(W' + t D_k) at every distance t along random directions D_1 ... D_directions.
+    """The loss L(W' + t D_k) at each distance t along random directions D_1 ... D_directions.
 
-    The model is only read: nothing is written into a weight, and training mode, gradients and random states are as
-    they were, also after an exception. It is evaluated in evaluation mode. A direction costs a seed; one displaced
-    weight exists at a time.
+    The model is evaluated in evaluation mode and only read: no weight is written, and training mode, gradients and
+    random states are restored, also after an exception. A direction is stored as a seed, and one displaced weight
+    exists at a time. Cost: directions * distances + 1 passes over the batches.
 
     Args:
         model: any module, with or without adapters.
-        loss_fn: ``loss_fn(model, batch)``, the mean loss of the batch as a scalar tensor.
-        batches: run through once and kept as a list.
-        distances: t, in units of the row norms (see `noise`); default 21 points from -1 to 1.
-        directions: how many; the spread over them is the line's uncertainty.
-        seed: of the directions. The same seed gives every model the same directions, layer name by layer name.
-        noise: "filter_normalised" (||D_i|| = ||W'_i||, Li et al.), "filter" (Flat-LoRA's), "layer" or "plain".
-        space: "merged" or "adapter".
-        layers: None (adapted layers, or all where none is), "all", or a function of the layer's name.
-        norms: row norms in place of the model's own, by layer name, from `merged_row_norms`.
-        sizes: weight of each batch in the mean, its number of examples; default equal.
-        progress: a progress bar; None shows one on a terminal.
-        file: keep the losses here as they are measured, and go on from it if it exists.
+        loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch, a scalar tensor.
+        batches: iterated once and kept as a list.
+        distances: t, in units of the row norms (see `noise`); default: 21 points from -1 to 1.
+        directions: number of random directions; the spread over them is the uncertainty of the line.
+        noise: "filter_normalized" (||D_i|| = ||W'_i||, Li et al.), "filter" (Flat-LoRA), "layer" or "plain"; see
+            `flatlora.analysis.directions`.
+        options: `seed`, `space`, `layers`, `norms`, `sizes`, `progress` and `file`, see
+            `flatlora.analysis.options.Options`.
 
     Raises:
-        ValueError: an argument out of bounds; the message names it, its bound and its value.
+        ValueError: an argument out of bounds; the message has its name, bound and value.
 
     Example:
         >>> line = loss_line(model, lambda model, batch: model(**batch).loss, batches)
         >>> plot_loss_line({"Flat-LoRA": line}).savefig("line.png")
     """
-    along = grid("distances", torch.arange(-10, 11).double() / 10 if distances is None else distances)
+    shared = Options.of(loss_line, options)
+    found = grid("distances", torch.arange(-10, 11).double() / 10 if distances is None else distances)
     directions = integer("directions", directions, 1)
-    boolean("progress", progress, optional=True)
-    loss = Measurement(
-        "line", model, loss_fn, batches,
-        seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,
-    )  # fmt: skip
-    losses = torch.empty(directions, len(along), dtype=torch.float64)
-    with bar(losses.numel(), "loss line", progress) as tick:
-        for k in range(directions):
-            for p, t in enumerate(along.tolist()):
-                losses[k, p] = loss.at((t, k))
-                tick.update()
-    return LossLine(along, losses, loss.center, noise, space, seed)
-
-
-def merged_row_norms(
-    model: nn.Module, layers: str | Callable[[str], bool] | None = None, space: str = "merged"
-) -> dict[str, Tensor]:
-    """The row norms ||W'_i|| of every chosen weight, by layer name, each (m,): a shared reference for `norms=`."""
-    return all_row_norms(find_weights(model, layers, space))
+    measured = Measurement("line", model, loss_fn, batches, noise, shared)
+    losses = measured.along(found.tolist(), directions, "loss line")
+    return LossLine(found, losses, measured.center, *measured.how)
 
 
 @dataclass(frozen=True, eq=False)
 class LossSurface:
-    """The loss over the plane of two random directions.
+    """Loss over the plane of two random directions.
 
     Attributes:
-        x, y: distances along the first and the second direction.
+        x, y: distances along the first and the second direction, in units of the row norms.
         losses: L(W' + x D_0 + y D_1).
         center: L(W').
-        noise, space, seed: what the directions are; surfaces with the same three can be compared point by point.
+        noise, space, seed: kind of the directions. Surfaces with the same three can be compared point by point.
     """
 
     x: Tensor = points()  # (columns,), float64
@@ -146,10 +125,11 @@ class LossSurface:
         same_length("losses", self.losses, 1, "x", len(self.x))
 
     def rise(self) -> LossSurface:
-        """The same surface measured from its centre."""
+        """The surface relative to its center."""
         return replace(self, losses=self.losses - self.center, center=0.0)
 
 
+@measures
 def loss_surface(
     model: nn.Module,
     loss_fn: LossFn,
@@ -157,38 +137,24 @@ def loss_surface(
     *,
     x: Sequence[float] | Tensor | None = None,
     y: Sequence[float] | Tensor | None = None,
-    seed: int = 0,
-    noise: str = "filter_normalised",
-    space: str = "merged",
-    layers: str | Callable[[str], bool] | None = None,
-    norms: Norms | None = None,
-    sizes: Sequence[float] | None = None,
-    progress: bool | None = None,
-    file: str | os.PathLike | None = None,
+    noise: str = "filter_normalized",
+    **options: Unpack[OptionKeywords],
 ) -> LossSurface:
     """The loss L(W' + x D_0 + y D_1) over a grid; D_0 and D_1 are the first two directions of `loss_line`.
 
-    One plane is one sample of all planes and carries no interval: look at another seed too, or use `loss_line` to
-    claim a difference.
+    A plane is a single sample of all planes and has no confidence interval: repeat it with another seed, or use
+    `loss_line` to support a claimed difference.
 
     Args:
-        x, y: distances, in units of the row norms; default 15 points each from -1 to 1.
-        The rest: as in `loss_line`.
+        model, loss_fn, batches, noise, options: see `loss_line`.
+        x, y: distances, in units of the row norms; default: 15 points each from -1 to 1.
 
     Raises:
         ValueError: an argument out of bounds.
     """
+    shared = Options.of(loss_surface, options)
     default = torch.arange(-7, 8).double() / 7
     columns, rows = (grid(name, default if values is None else values) for name, values in (("x", x), ("y", y)))
-    boolean("progress", progress, optional=True)
-    loss = Measurement(
-        "surface", model, loss_fn, batches,
-        seed=seed, noise=noise, space=space, layers=layers, norms=norms, sizes=sizes, file=file,
-    )  # fmt: skip
-    losses = torch.empty(len(rows), len(columns), dtype=torch.float64)
-    with bar(losses.numel(), "loss surface", progress) as tick:
-        for i, b in enumerate(rows.tolist()):
-            for j, a in enumerate(columns.tolist()):
-                losses[i, j] = loss.at((a, 0), (b, 1))
-                tick.update()
-    return LossSurface(columns, rows, losses, loss.center, noise, space, seed)
+    measured = Measurement("surface", model, loss_fn, batches, noise, shared)
+    losses = measured.plane(rows.tolist(), columns.tolist(), "loss surface")
+    return LossSurface(columns, rows, losses, measured.center, *measured.how)

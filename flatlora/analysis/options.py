@@ -1,47 +1,56 @@
-"""The checks of arguments and results that are the analysis' own."""
+"""Options shared by the measurements along random directions, and their checks.
+
+The options are declared in `Options`, checked when an `Options` is made, and documented there and nowhere else. A
+measuring function takes them as ``**options``; `measures` puts them into its signature, so that `help` lists all
+keywords with their defaults. Type checkers and editors read the same keywords from `OptionKeywords`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import field
-from numbers import Real
-from typing import Any
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..utils.arguments import SEED, WrongType, checker, choice, integer, number, numbers, refuse, scalar, tensor, text
+from ..utils import arguments
+from ..utils.arguments import SEED, WrongType, checker, choice, integer, keywords, number, numbers, refuse, tensor
 
-NOISES = ("filter", "filter_normalised", "layer", "plain")
+Layers = str | Callable[[str], bool] | None  # None, "all", or a function of the layer's name
+Norms = Mapping[str, Tensor]  # name of a layer -> (m,)
+File = str | os.PathLike[str] | None
+F = TypeVar("F", bound=Callable[..., Any])
+
+NOISES = ("filter", "filter_normalized", "layer", "plain")
+OLD_SPELLINGS = {"filter_normalised": "filter_normalized"}
 SPACES = ("merged", "adapter")
+
+
+# ---- checks: (name, value) -> value in its plain form, or an error that names the argument ----
+
+
+def check_noise(name: str, value: Any) -> str:
+    """One of `NOISES`; the spelling of earlier versions is accepted and replaced."""
+    if isinstance(value, str):
+        value = OLD_SPELLINGS.get(value, value)
+    return choice(name, value, NOISES)
+
+
+def check_space(name: str, value: Any) -> str:
+    """One of `SPACES`."""
+    return choice(name, value, SPACES)
 
 
 def check_seed(name: str, value: Any) -> int:
     """Any 64-bit integer."""
-    return integer(name, value, *SEED, expected="an integer of 64 bits" if _is_whole(value) else "an integer")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return integer(name, value, *SEED, expected="an integer of 64 bits" if whole else "an integer")
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_level(name: str, value: Any) -> float:
-    """The probability of an interval."""
-    return number(name, value, 0, 1, above=True, below=True, expected="in (0, 1)")
-
-
-def strengths(name: str, values: Any) -> Tensor:
-    """One or more strengths, finite and not negative, as float64, (count,)."""
-    return numbers(name, values, low=0)
-
-
-def grid(name: str, values: Any) -> Tensor:
-    """Distances as float64, (points,); the middle of a linspace is the centre."""
-    found = numbers(name, values, expected="at least one finite number")
-    return torch.where(found.abs() < 1e-6 * found.abs().max(), 0.0, found)
-
-
-def check_norms(name: str, value: Any) -> Any:
+def check_norms(name: str, value: Any) -> Norms | None:
     """Row norms by layer name, or None."""
     if value is None:
         return None
@@ -52,73 +61,104 @@ def check_norms(name: str, value: Any) -> Any:
     return value
 
 
-def operator(name: str, value: Any) -> Any:
-    """A symmetric matrix known by its products, not a tensor."""
-    known = all(hasattr(value, part) for part in ("size", "dtype", "device", "__matmul__"))
-    known = known and isinstance(value.dtype, torch.dtype) and not isinstance(value, type)
-    if not known or not _is_whole(value.size):
-        refuse(name, "an operator: a Hessian, or an object with size, dtype, device and @", value, WrongType)
-    return value
+def check_level(name: str, value: Any) -> float:
+    """The probability of a confidence interval."""
+    return number(name, value, 0, 1, above=True, below=True, expected="in (0, 1)")
 
 
-# ---- results ----
+def check_progress(value: Any) -> bool | None:
+    """Whether to show a progress bar; None: on a terminal."""
+    return arguments.boolean("progress", value, optional=True)
 
 
-def real(name: str, value: Any) -> float:
-    """Any real number; the loss of a model that has diverged is NaN."""
-    plain = scalar(value)
-    if isinstance(plain, bool) or not isinstance(plain, Real):
-        refuse(name, "a number", value, WrongType)
-    try:
-        return float(plain)
-    except OverflowError:  # an integer beyond the largest float
-        refuse(name, "a number that a float can hold", value)
-
-
-def result(check: Any, *args: Any, default: Any = ..., **kwargs: Any) -> Any:
-    """A field of a result, checked when the result is made: by a measurement, from a file or by hand."""
-    given = {} if default is ... else {"default": default}
-    return field(**given, metadata={"check": checker(check, *args, **kwargs)})
-
-
-def points() -> Any:
-    return result(_points)
-
-
-def _points(name: str, value: Any) -> Tensor:
-    if not torch.isfinite(tensor(name, value, dims=1)).all() or not len(value):
-        refuse(name, "one or more finite numbers", value)
-    return value
-
-
-def samples() -> Any:
-    return result(_samples)
-
-
-def _samples(name: str, value: Any) -> Tensor:
-    if not tensor(name, value, dims=2).numel():
-        refuse(name, "one or more samples", value)
-    return value
-
-
-def how(name: str) -> Any:
-    """How a result was measured: its noise, space or seed."""
-    return {
-        "noise": result(choice, NOISES),
-        "space": result(choice, SPACES),
-        "seed": result(check_seed),
-        "text": result(text),
-        "number": result(real),
-    }[name]
-
-
-def same_length(name: str, value: Tensor, dim: int, of: str, count: int) -> None:
-    """Raise unless the result `name` has an entry for each of `of` along a dimension."""
-    if value.shape[dim] != count:
-        got = tuple(value.shape)
-        raise ValueError(f"{name} must have {count} entries along dimension {dim}, one for each of {of}, got {got}")
-
-
-def above_zero(name: str, value: Any, optional: bool = False) -> Any:
+def check_positive(name: str, value: Any) -> float:
     """A finite number > 0."""
-    return number(name, value, 0, above=True, optional=optional, expected="a finite number > 0")
+    return number(name, value, 0, above=True, expected="a finite number > 0")
+
+
+def strengths(name: str, values: Any) -> Tensor:
+    """One or more finite strengths >= 0 as float64, (count,)."""
+    return numbers(name, values, low=0)
+
+
+def grid(name: str, values: Any) -> Tensor:
+    """One or more finite distances as float64, (points,). A rounding error at the center of a linspace becomes 0."""
+    found = numbers(name, values, expected="at least one finite number")
+    return torch.where(found.abs() < 1e-6 * found.abs().max(), 0.0, found)
+
+
+# ---- the shared options ----
+
+
+def _option(check: Callable[..., Any], default: Any = None, **settings: Any) -> Any:
+    return field(default=default, metadata={"check": checker(check, **settings)})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `loss_line`, `loss_surface`, `expected_sharpness` and `under_weight_noise`.
+
+    Attributes:
+        seed: of the random directions, any 64-bit integer. The same seed gives every model the same directions, layer
+            name by layer name.
+        space: "merged", the weights W' = W + s B A; or "adapter", the factors A and B of the active adapters.
+        layers: None, the layers with an adapter, or all layers if none has one; "all", every linear, convolution,
+            embedding and attention layer; or a function of the layer's name that selects among these.
+        norms: row norms by layer name that replace the model's own, from `merged_row_norms`: several models are then
+            displaced by identical noise.
+        sizes: weight of each batch in the mean, usually its number of examples; default: equal weights.
+        progress: show a progress bar; None shows one on a terminal.
+        file: journal of the measurement. Losses are appended as they are measured; if the file exists, the measurement
+            is resumed from it.
+    """
+
+    seed: int = _option(check_seed, 0)
+    space: str = _option(check_space, "merged")
+    layers: Layers = _option(arguments.layers)
+    norms: Norms | None = _option(check_norms)
+    sizes: Sequence[float] | None = None  # checked against the number of batches, in `MeanLoss`
+    progress: bool | None = _option(arguments.boolean, optional=True)
+    file: File = _option(arguments.path, optional=True)
+
+    def __post_init__(self) -> None:
+        arguments.check_fields(self)
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], given: OptionKeywords) -> Options:
+        """The checked options of a call of `function`.
+
+        Raises:
+            TypeError: an unknown keyword; the message suggests similar ones.
+            ValueError: an option out of bounds.
+        """
+        keywords(function.__name__, given, _keyword_names(function))
+        return cls(**given)
+
+
+class OptionKeywords(TypedDict, total=False):
+    """The fields of `Options` for type checkers, which take no dataclass for ``**options``."""
+
+    seed: int
+    space: str
+    layers: Layers
+    norms: Norms | None
+    sizes: Sequence[float] | None
+    progress: bool | None
+    file: File
+
+
+def _keyword_names(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def measures(function: F) -> F:
+    """Decorate a measuring function: its signature shows the fields of `Options` in place of ``**options``."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(Options)
+    ]
+    function.__dict__["__signature__"] = signature.replace(parameters=[*own, *shared])
+    return function

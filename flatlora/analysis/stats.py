@@ -1,16 +1,17 @@
-"""Estimates that carry their own uncertainty."""
+"""Estimates with their uncertainty."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..utils.arguments import WrongType, check_fields, refuse, tensor
-from .options import check_level, how, result, same_length
+from .fields import how, result, same_length
+from .options import check_level
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +20,8 @@ class Estimate:
 
     Attributes:
         estimate: the mean.
-        stderr: standard deviation of the samples / sqrt(their number); NaN for a single sample.
-        samples: what was averaged.
+        stderr: standard error of the mean, std / sqrt(count); NaN for a single sample.
+        samples: the samples.
     """
 
     estimate: float = how("number")
@@ -32,14 +33,18 @@ class Estimate:
 
     @classmethod
     def of(cls, samples: Tensor) -> Estimate:
-        """The estimate from independent samples, (count,)."""
+        """The estimate from independent samples, (count,).
+
+        Raises:
+            ValueError: no sample.
+        """
         if not len(tensor("samples", samples, dims=1)):
             refuse("samples", "at least one sample", samples)
         samples = samples.detach().to("cpu", torch.float64)
         return cls(float(samples.mean()), float(standard_error(samples, dim=0)), samples)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Student's interval that holds the truth with probability `level`, for normally distributed samples."""
+        """Student's t interval, which contains the true mean with probability `level` if the samples are normal."""
         half = t_quantile(level, len(self.samples) - 1) * self.stderr
         return self.estimate - half, self.estimate + half
 
@@ -51,10 +56,11 @@ Self = TypeVar("Self", bound="Curve")
 
 
 class Curve:
-    """What a result measured over several samples at several points can do: the base of the frozen dataclasses.
+    """Base class of results with several samples at several points.
 
-    A subclass names its field of points, (points,), and its field of independent samples, (samples, points). Any other
-    field says how it was measured, but for `center`, the value at the undisturbed model.
+    A subclass is a frozen dataclass. Its class attributes `GRID` and `SAMPLES` name its field of points, (points,), and
+    its field of independent samples, (samples, points). `center` is the value at the undisturbed model; the other
+    fields say how the result was measured.
     """
 
     GRID: ClassVar[str]
@@ -63,39 +69,51 @@ class Curve:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        same_length(self.SAMPLES, getattr(self, self.SAMPLES), 1, self.GRID, len(getattr(self, self.GRID)))
+        same_length(self.SAMPLES, self.sampled, 1, self.GRID, len(self.grid))
+
+    @property
+    def grid(self) -> Tensor:
+        """The points at which the result was measured, (points,)."""
+        found: Tensor = getattr(self, self.GRID)
+        return found
+
+    @property
+    def sampled(self) -> Tensor:
+        """The samples, (samples, points)."""
+        found: Tensor = getattr(self, self.SAMPLES)
+        return found
 
     @property
     def mean(self) -> Tensor:
         """Mean over the samples, (points,)."""
-        return getattr(self, self.SAMPLES).mean(dim=0)
+        return self.sampled.mean(dim=0)
 
     @property
     def stderr(self) -> Tensor:
         """Standard error of `mean`, (points,); NaN for one sample."""
-        return standard_error(getattr(self, self.SAMPLES), dim=0)
+        return standard_error(self.sampled, dim=0)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Student's interval for the mean, two times (points,); NaN for one sample."""
-        half = t_quantile(level, len(getattr(self, self.SAMPLES)) - 1) * self.stderr
+        """Lower and upper bound of Student's t interval for the mean, (points,) each; NaN for one sample."""
+        half = t_quantile(level, len(self.sampled) - 1) * self.stderr
         return self.mean - half, self.mean + half
 
     def estimates(self) -> dict[float, Estimate]:
-        """Point -> estimate with its standard error and samples."""
-        samples = getattr(self, self.SAMPLES)
-        return {x: Estimate.of(samples[:, k]) for k, x in enumerate(getattr(self, self.GRID).tolist())}
+        """The estimate at each point, by point."""
+        return {x: Estimate.of(self.sampled[:, k]) for k, x in enumerate(self.grid.tolist())}
 
     def minus(self: Self, other: Self) -> Self:
-        """The paired difference, sample by sample: of two models measured on the same noise, with the interval of the
-        difference, which is narrower than that of either.
+        """The paired difference of two models that were measured on the same noise, sample by sample.
+
+        Its interval is that of the difference, which is narrower than the interval of either model.
 
         Raises:
-            ValueError: the two were not measured at the same points, on the same noise, in the same way.
+            ValueError: the two were not measured at the same points, on the same noise and in the same way.
         """
         if type(other) is not type(self):
             refuse("other", f"another {type(self).__name__}", other, WrongType)
-        skip = (self.SAMPLES, "center")
-        for name in [f.name for f in fields(self) if f.name not in skip]:  # type: ignore[arg-type]
+        result: Any = self  # a subclass is a dataclass
+        for name in [f.name for f in fields(result) if f.name not in (self.SAMPLES, "center")]:
             ours, theirs = getattr(self, name), getattr(other, name, None)
             if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
                 same = torch.equal(ours, theirs)
@@ -103,15 +121,16 @@ class Curve:
                 same = ours == theirs
             if not same:
                 raise ValueError(f"other must have the same {name} as this result, {ours}, got {theirs}")
-        ours, theirs = getattr(self, self.SAMPLES), getattr(other, self.SAMPLES)
-        if ours.shape != theirs.shape:
-            raise ValueError(f"other must have the same number of samples, {len(ours)}, got {len(theirs)}")
-        changes = {self.SAMPLES: ours - theirs, "center": self.center - other.center}
-        return replace(self, **changes)  # type: ignore[type-var]
+        if self.sampled.shape != other.sampled.shape:
+            counts = len(self.sampled), len(other.sampled)
+            raise ValueError(f"other must have the same number of samples, {counts[0]}, got {counts[1]}")
+        changes = {self.SAMPLES: self.sampled - other.sampled, "center": self.center - other.center}
+        difference: Self = replace(result, **changes)
+        return difference
 
 
 def standard_error(samples: Tensor, dim: int) -> Tensor:
-    """Standard error of the mean along `dim`; NaN where there is one sample."""
+    """Standard error of the mean along `dim`; NaN for a single sample."""
     count = samples.shape[dim]
     if count < 2:
         return torch.full_like(samples.sum(dim), math.nan)
@@ -119,10 +138,10 @@ def standard_error(samples: Tensor, dim: int) -> Tensor:
 
 
 def t_quantile(level: float, degrees: int) -> float:
-    """The half-width, in standard errors, of the two-sided Student interval of probability `level`.
+    """Half-width of the two-sided Student's t interval of probability `level`, in standard errors.
 
-    Solves A(t | degrees) = level by bisection, A the finite sum for whole degrees of freedom (Abramowitz and Stegun
-    26.7.3 and 26.7.4). NaN for no degree of freedom.
+    Solves A(t | degrees) = level by bisection, with the finite sum A for integer degrees of freedom (Abramowitz and
+    Stegun 26.7.3 and 26.7.4). NaN for zero degrees of freedom.
 
     Raises:
         ValueError: level outside (0, 1).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import add_noise_
-from ..ops.merged import matrices
+from ..ops.inplace import matrices
 from ..ops.norms import row_norms
 from .flat_layer import FlatLayer
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..ops import merged_row_norms, row_norms_of_sum, squared_row_norms
 from ..ops.blocks import row_blocks
-from ..ops.merged import Rows
+from ..ops.checks import Matrix
 from .supported import FLOATS
 
 
@@ -88,7 +88,7 @@ class EightBitRows:
         return dense
 
 
-def quantized_rows(base: Any) -> Rows | None:
+def quantized_rows(base: Any) -> Matrix | None:
     """The rows of a quantized weight, or None if they are not available."""
     weight: Any = base._parameters.get("weight")
     rows: Tensor | None
@@ -128,7 +128,8 @@ def squared_norms(base: nn.Module, n: int, dtype: torch.dtype) -> Tensor:
         units = torch.zeros(columns.stop - columns.start, n, dtype=dtype, device=device)
         units[:, columns].fill_diagonal_(1)
         total = total + _products(base, units).square().sum(dim=0)
-    return total
+    norms: Tensor = total
+    return norms
 
 
 @torch.no_grad()

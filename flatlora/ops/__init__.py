@@ -1,11 +1,15 @@
-"""The mathematics on tensors; imports torch only."""
+"""Operators on tensors: noise in a weight, products with perturbed weights, row norms of merged weights.
+
+This package imports torch only, and `flatlora.utils`.
+"""
 
 from . import custom_ops  # noqa: F401  (registers the operators)
-from .adapted import RowNoise, lora_linear
-from .merged import add_noise_, rebuilt_linear
+from .convolution import perturbed_conv
+from .fused_lora import RowNoise, lora_linear
+from .inplace import add_noise_
 from .norms import merged_row_norms, row_norms_of_sum, squared_row_norms, sums_merged_rows
 from .perturb import BACKENDS, makes_norms, perturb_weight, resolve_backend, row_noise
-from .products import perturbed_conv, perturbed_linear
+from .products import perturbed_linear, rebuilt_linear
 
 __all__ = [
     "BACKENDS",

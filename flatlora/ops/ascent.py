@@ -1,15 +1,16 @@
-"""The ascent direction of the full weight, carried over to the factor B (FMLoRA, arXiv 2508.00522).
+"""Ascent direction of the full weight, expressed as an offset of the factor B (FMLoRA, arXiv 2508.00522).
 
     G     = 1/2 1/s [ G_B (A^T)^+ + (B^T)^+ G_A ]          estimate of dL/dW from dL/dA and dL/dB (eq. 12)
     E_W   = rho G / ||G||_F                                 (eq. 13)
     E_B   = 1/s E_W A^+                                     (eq. 15)
 
-No m x n matrix is made. With P = (A A^T)^+ and Q = (B^T B)^+, both r x r, (A^T)^+ = P A, (B^T)^+ = B Q, A^+ = A^T P, so
+No m x n matrix is formed. With the r x r matrices P = (A A^T)^+ and Q = (B^T B)^+, (A^T)^+ = P A, (B^T)^+ = B Q and
+A^+ = A^T P, so
 
     G A^+    = 1/(2s) [ G_B P + B Q (G_A A^T) P ]
     ||G||^2  = 1/(4s^2) [ tr(P G_B^T G_B) + tr(Q G_A G_A^T) + 2 tr(P (G_B^T B) Q (G_A A^T)) ]
 
-With B = 0 (or A = 0) one of the two terms is zero and the other alone is the estimate, without the factor 1/2.
+With B = 0 (or A = 0) one of the two terms is zero; the estimate is then the other one without the factor 1/2.
 """
 
 from __future__ import annotations
@@ -28,32 +29,34 @@ def full_weight_ascent(
     rho: float,
     rtol: float | None = None,
 ) -> Tensor:
-    """E_B of the steepest ascent of size rho in the full weight: `rho/s * G/||G||_F * A^+`; see above.
+    """E_B of the steepest ascent of norm rho in the full weight, ``rho/s * G/||G||_F * A^+``.
+
+    Formulas: see `flatlora.ops.ascent`.
 
     Args:
-        A, B, grad_A, grad_B: the factors and their gradients, floating point, with any number of leading dimensions.
+        A, B, grad_A, grad_B: the factors and their gradients, floating-point, with any number of leading dimensions.
         scaling: s of ``W + s B A``.
         rho: Frobenius norm of E_W, in units of the weight.
-        rtol: singular values of A or B below ``rtol`` times the largest count as zero. Default
-            ``sqrt(n eps)`` (for B ``sqrt(m eps)``) with eps = 2^-52: what the Gram matrices, made in float64, resolve.
+        rtol: singular values of A or B below `rtol` times the largest one count as zero. Default: ``sqrt(n eps)`` (for
+            B ``sqrt(m eps)``) with eps = 2^-52, the resolution of Gram matrices in float64.
 
     Returns:
-        (..., m, r), float64 for float64 factors, float32 for others. Zero where the gradient is zero
-        or not finite, and where A or B is not finite.
+        (..., m, r), float64 for float64 factors, else float32. Zero if the gradient is zero or not finite, or if A or B
+        is not finite.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A, B, grad_A, grad_B = (tensor.to(dtype) for tensor in (A, B, grad_A, grad_B))
-    # the result does not depend on the size of the gradient; its square may overflow or vanish
+    # normalize the gradient, whose square may overflow or underflow; the result does not depend on its norm
     size = torch.maximum(_largest(grad_A), _largest(grad_B))
     unit = torch.where((size > 0) & size.isfinite(), 1 / size, 0.0)
     grad_A, grad_B = (torch.where(unit > 0, grad * unit, 0.0) for grad in (grad_A, grad_B))
 
-    # the inverses want float64, and so do the r x r products that they meet
+    # the pseudo-inverses and the r x r products with them need float64
     P, Q = (_inverse_gram(M @ M.mT, M.shape[-1], rtol) for M in (A.double(), B.mT.double()))
     grad_A_A = (grad_A @ A.mT).double()
     squared = _trace(P, (grad_B.mT @ grad_B).double()) + _trace(Q, (grad_A @ grad_A.mT).double())
     squared = squared + 2 * _trace(P @ (grad_B.mT @ B).double(), (Q @ grad_A_A).mT)
-    # the factor 1/(2s) of G cancels; with one term missing so does the missing 1/2
+    # the factor 1/(2s) of G cancels, and so does 1/s if one of the terms is zero
     scale = torch.where(squared > 0, rho / scaling / squared.clamp_min(1e-300).sqrt(), 0.0)
     scale = scale[..., None, None]
     E = grad_B @ (P * scale).to(dtype) + B @ (Q @ grad_A_A @ P * scale).to(dtype)
@@ -62,13 +65,16 @@ def full_weight_ascent(
 
 def _inverse_gram(gram: Tensor, count: int, rtol: float | None) -> Tensor:
     """Pseudo-inverse of a Gram matrix, whose eigenvalues are squared singular values."""
-    gram = torch.where(gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), gram, 0.0)  # else it is an error
+    gram = torch.where(gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), gram, 0.0)  # pinv would raise
     cutoff = count * torch.finfo(torch.float64).eps if rtol is None else rtol**2
-    return torch.linalg.pinv(gram, hermitian=True, rtol=cutoff)
+    inverse: Tensor = torch.linalg.pinv(gram, hermitian=True, rtol=cutoff)
+    return inverse
 
 
 def _largest(grad: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(grad, ord=float("inf"), dim=(-2, -1), keepdim=True)
+    """The largest absolute value of each matrix."""
+    largest: Tensor = torch.linalg.vector_norm(grad, ord=float("inf"), dim=(-2, -1), keepdim=True)
+    return largest
 
 
 def _trace(left: Tensor, right: Tensor) -> Tensor:

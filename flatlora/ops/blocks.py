@@ -1,4 +1,4 @@
-"""How a weight is cut into row blocks, and the one block that W + eps is made in again and again."""
+"""Row blocks of a weight and a reusable scratch buffer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 BLOCK_BYTES = 16 * 2**20
-ROW_MULTIPLE = 64  # the torch backend makes its noise 64 rows at a time
+ROW_MULTIPLE = 64  # the torch backend generates noise 64 rows at a time
 
 
 def row_blocks(rows: int, columns: int, itemsize: int) -> Iterator[slice]:
-    """Slices that cover `rows`, each of at most `BLOCK_BYTES` bytes of an (rows, columns) matrix.
+    """Slices that cover `rows` rows, each of at most `BLOCK_BYTES` bytes of a (rows, columns) matrix.
 
-    A block has a multiple of 64 rows (the last one excepted), and at least 64: a row is never cut.
+    A block has a multiple of 64 rows, except for the last one, and at least 64: rows are not split.
     """
     step = max(ROW_MULTIPLE, BLOCK_BYTES // max(1, columns * itemsize) // ROW_MULTIPLE * ROW_MULTIPLE)
     for start in range(0, rows, step):
@@ -26,24 +26,31 @@ def row_blocks(rows: int, columns: int, itemsize: int) -> Iterator[slice]:
 
 
 def is_watched() -> bool:
-    """Does a mode see each operator? It may keep what is returned, as selective checkpointing does to give it back in
-    the recompute, and then that must not be changed in place."""
+    """Whether a torch dispatch mode is active.
+
+    A mode sees each operator and may keep its result, as selective checkpointing does to return it in the recompute. A
+    tensor that an operator has returned must then not be changed in place.
+    """
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def unwatched() -> AbstractContextManager[Any]:
-    """No mode sees the operators inside: what is computed once and kept is not computed again in a recompute, where
-    selective checkpointing counts the operators."""
+    """Disable the dispatch modes.
+
+    For values that are computed once and cached: they are not computed again in a recompute, where selective
+    checkpointing expects the same sequence of operators.
+    """
     return _disable_current_modes() if is_watched() else nullcontext()
 
 
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """A block to write into on the CPU, the same memory at each call of a thread; None where there is none to share.
+    """A buffer on the CPU that is reused by all calls of a thread; None where it cannot be reused.
 
-    Fresh memory of this size comes from the system page by page, which costs as much as the noise. CUDA's allocator
-    keeps its own. While gradients are recorded (a backward that is itself differentiated) autograd keeps what it is
-    given, so nothing is shared then; nor where a mode may keep it, nor in inference mode, whose tensors are of no use
-    outside of it.
+    The system hands out new memory of this size page by page, which takes as long as generating the noise. CUDA has a
+    caching allocator. The buffer is not shared
+    - while gradients are recorded (a backward that is itself differentiated), since autograd keeps its operands;
+    - under a dispatch mode, which may keep the result of an operator;
+    - in inference mode, whose tensors cannot be used outside of it.
     """
     if device.type != "cpu" or torch.is_grad_enabled() or torch.is_inference_mode_enabled() or is_watched():
         return None

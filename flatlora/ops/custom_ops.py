@@ -13,13 +13,21 @@ an input of the graph and not a constant, so equal layers share one compiled gra
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from torch import Tensor
 
-from .norms import norm_dtype
-from .products import autocast_dtype, linear_forward, linear_grad_bias, linear_grad_weight, linear_grad_x
+from ..utils.dtypes import accumulation_dtype
+from .autograd import Context, Gradients
+from .products import (
+    NoiseSettings,
+    autocast_dtype,
+    linear_forward,
+    linear_grad_bias,
+    linear_grad_weight,
+    linear_grad_x,
+)
 from .registry import LAYERS, backward_began
 
 
@@ -34,7 +42,7 @@ def perturbed_linear(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    return linear_forward(x, weight, bias, row_std, key, int(address[1]), dtype, backend)
+    return linear_forward(x, weight, bias, row_std, key, NoiseSettings(int(address[1]), dtype, backend))
 
 
 @torch.library.custom_op("flatlora::perturbed_linear_grad_x", mutates_args=())
@@ -48,7 +56,7 @@ def perturbed_linear_grad_x(
     backend: str,
 ) -> Tensor:
     backward_began(int(address[0]))
-    return linear_grad_x(grad, weight, row_std, key, int(address[1]), dtype, backend)
+    return linear_grad_x(grad, weight, row_std, key, NoiseSettings(int(address[1]), dtype, backend))
 
 
 @torch.library.custom_op("flatlora::layer_noise", mutates_args=())
@@ -58,27 +66,27 @@ def layer_noise(weight: Tensor, address: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @perturbed_linear.register_fake
-def _(x, weight, bias, row_std, key, address, dtype, backend):
+def _(x: Tensor, weight: Tensor, *_args: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @perturbed_linear_grad_x.register_fake
-def _(grad, weight, row_std, key, address, dtype, backend):
+def _(grad: Tensor, weight: Tensor, *_args: Any) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
 @layer_noise.register_fake
-def _(weight, address):
-    row_std = weight.new_empty(weight.shape[0], dtype=norm_dtype(weight.dtype))
+def _(weight: Tensor, _address: Tensor) -> tuple[Tensor, Tensor]:
+    row_std = weight.new_empty(weight.shape[0], dtype=accumulation_dtype(weight.dtype))
     return row_std, torch.empty(2, dtype=torch.int64, device=weight.device if weight.device.type == "cuda" else "cpu")
 
 
-def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _bias, row_std, key, address, *ctx.settings = inputs
     ctx.save_for_backward(weight, row_std, key, address, x if ctx.needs_input_grad[1] else None)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
+def _backward(ctx: Context, grad: Tensor) -> Gradients:
     weight, row_std, key, address, x = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_x = perturbed_linear_grad_x(grad, weight, row_std, key, address, *ctx.settings) if need_x else None
@@ -87,12 +95,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _setup_grad(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_grad(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
     grad, weight, row_std, key, address, *ctx.settings = inputs
     ctx.save_for_backward(weight, row_std, key, address, grad if ctx.needs_input_grad[1] else None)
 
 
-def _backward_grad(ctx: Any, second: Tensor) -> tuple:
+def _backward_grad(ctx: Context, second: Tensor) -> Gradients:
     weight, row_std, key, address, grad = ctx.saved_tensors
     need_grad, need_weight = ctx.needs_input_grad[:2]
     grad_grad = perturbed_linear(second, weight, None, row_std, key, address, *ctx.settings) if need_grad else None
@@ -111,4 +119,5 @@ def compiled_perturbed_linear(
     dtype = autocast_dtype(x.device.type, weight.dtype)
     if dtype != weight.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    return torch.ops.flatlora.perturbed_linear(x, weight, bias, row_std, key, address, dtype, backend)
+    out = torch.ops.flatlora.perturbed_linear(x, weight, bias, row_std, key, address, dtype, backend)
+    return cast(Tensor, out)

@@ -1,6 +1,7 @@
-"""The C kernel of `csrc/`: found beside this file, called through ctypes (which releases the GIL).
+"""Call the C kernel of `csrc/` through ctypes, which releases the GIL.
 
-It is built by `pip install` where there is a C compiler. `LIBRARY` is None where it was not.
+The kernel is a shared library beside this file, built by `pip install` if there is a C compiler. `LIBRARY` is None if
+it was not built.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operands import (
-    COLUMNS,
+from ..utils.dtypes import accumulation_dtype
+from .checks import (
     INT64,
     INTEGERS,
-    LAYERS,
-    ROWS,
+    MAX_COLUMNS,
+    MAX_LAYERS,
+    MAX_ROWS,
     check_memory,
     check_noise,
     expect,
@@ -34,7 +36,7 @@ KERNELS = ("baseline", "avx2", "avx512", "avx512bf16")  # the order of KERNELS i
 FLOAT32 = frozenset({torch.float32})
 CPU = torch.device("cpu")
 ABI = 1  # flatlora_abi() of noise.c
-SERIAL = 1 << 16  # weights (about 0.06 ms) below which waking other threads costs more than it saves
+SERIAL = 1 << 16  # below this number of weights (about 0.06 ms) starting other threads takes longer than it saves
 
 
 def _load() -> Any:
@@ -43,7 +45,7 @@ def _load() -> Any:
         library = ctypes.CDLL(str(path))
         if library.flatlora_abi() != ABI:
             return None
-    except (OSError, AttributeError):  # not built, for another machine, or left over from another version
+    except (OSError, AttributeError):  # not built, or built for another machine or by another version
         return None
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     operand: list[Any] = [pointer, integer, long, long]
@@ -61,8 +63,8 @@ def _load() -> Any:
     return library
 
 
-# Loaded on import, not on first use: the library remembers the process it was loaded in, so that the children of a fork
-# leave the thread pool of their parent alone.
+# Loaded on import, not on first use: the library records the process in which it was loaded, so that a forked child
+# does not use the thread pool of its parent.
 LIBRARY = _load()
 BEST = LIBRARY.flatlora_best() if LIBRARY is not None else 0
 
@@ -80,24 +82,27 @@ def perturb(
     factors: tuple[Tensor, Tensor, float] | None = None,  # B (m, r), A (r, n), s
     kernel: int | None = None,
 ) -> None:
-    """Writes ``weight + relative * norms[:, None] * z`` into `out`: rows `first_row`, `first_row` + 1, ..., or `rows`.
+    """Write ``weight + relative * norms[:, None] * z`` into `out`.
 
     Args:
-        weight, out: on the CPU, of a dtype in `DTYPES`, any strides.
-        norms: float32, or float64 for a float64 weight. With `factors` its contents are not read but written.
-        factors: B, A and s of an adapter: the norms are to be those of the rows of ``weight + s B A``; for a weight
-            that `has_norms`.
-        kernel: index into `KERNELS`; default the best one that this machine can run.
+        weight, out: (m, n) on the CPU, of a dtype in `DTYPES`, any strides.
+        norms: (m,) float32, or float64 for a float64 weight. With `factors` it is written instead of read.
+        key, layer: see `perturb_weight`.
+        relative: factor of the norms.
+        first_row, rows: index of the first row in the whole weight; or the indices of all rows.
+        factors: B, A and s of an adapter: first write the row norms of ``weight + s B A`` into `norms`. Only if
+            `has_norms(weight)`.
+        kernel: index into `KERNELS`; default: the best one that this machine supports.
 
     Raises:
-        TypeError, ValueError: an argument of a dtype that the kernel does not know, or of another shape, device or
-            memory than it would read and write.
+        TypeError, ValueError: an argument of a dtype that the kernel does not support, or whose shape, device or memory
+            does not fit.
     """
     check_noise(weight, norms, key, layer, out, first_row, rows)
     if weight.dtype not in DTYPES or out.dtype not in DTYPES:
-        _expect_known("weight", weight)
-        _expect_known("out", out)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        _expect_supported("weight", weight)
+        _expect_supported("out", out)
+    wide = accumulation_dtype(weight.dtype)
     if factors is None:
         if norms.dtype != wide or not norms.is_contiguous():
             norms = norms.to(wide).contiguous()
@@ -113,13 +118,17 @@ def perturb(
     _call(weight, norms, factors, kernel, out, relative, key, layer, rows, first_row)
 
 
-def _expect_known(name: str, tensor: Tensor) -> None:
+def _kernel(kernel: int | None) -> int:
+    return BEST if kernel is None else integer("kernel", kernel, 0, BEST + 1)
+
+
+def _expect_supported(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be of one of {list(DTYPES)} for backend 'c', got {tensor.dtype}")
 
 
 def has_norms(weight: Tensor) -> bool:
-    """Can the kernel compute norms of this weight's rows?"""
+    """Whether the kernel can compute the row norms of a merged weight with this base weight."""
     known = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16
     return known and LIBRARY is not None and weight.is_cpu and is_plain(weight) and weight.stride(1) == 1
 
@@ -132,8 +141,13 @@ def merged_row_norms(
     *,
     kernel: int | None = None,
 ) -> Tensor:
-    """``||W_i + s (B A)_i||`` of each row, (m,) float32, for a weight that `has_norms`; summed in float32, and in
-    float64 where a sum of squares leaves the range of float32."""
+    """``||W_i + s (B A)_i||`` of each row, (m,) float32, for a weight with `has_norms(weight)`.
+
+    Squares are summed in float32, and again in float64 if the sum is out of the range of float32.
+
+    Raises:
+        TypeError, ValueError: a weight without `has_norms`, or factors that do not fit it.
+    """
     m, _ = matrix("weight", weight)
     if not has_norms(weight):
         raise ValueError(
@@ -157,7 +171,7 @@ def _call(
     rows: Tensor | None = None,
     first_row: int = 0,
 ) -> None:
-    """Calls the kernel with tensors of the right shape and dtype; all of their memory is looked at here."""
+    """Call the kernel with tensors of checked shapes and dtypes, after checking their memory."""
     m, n = weight.shape
     B = A = None
     scaling, r = 0.0, 0
@@ -166,7 +180,7 @@ def _call(
         expect_factors(B, A, m, n, weight.device)
         B, A, r = B.to(torch.float32).contiguous(), A.to(torch.float32).contiguous(), A.shape[0]
         if A.numel() == 0:
-            A = A.new_empty(1)  # an empty tensor has no address, and no address of A means that the norms are given
+            A = A.new_empty(1)  # an empty tensor has the address NULL, which tells the kernel to read the norms
     if factors is None:
         check_memory(
             [] if out is None else [("out", out)],
@@ -182,12 +196,12 @@ def _call(
         None if rows is None else rows.data_ptr(), first_row, m, n,
         None if B is None else B.data_ptr(), None if A is None else A.data_ptr(), number("scaling", scaling), r,
         torch.get_num_threads() if m * n >= SERIAL else 1,
-        BEST if kernel is None else integer("kernel", kernel, 0, BEST + 1),
+        _kernel(kernel),
     )  # fmt: skip
 
 
 def has_sums(out: Tensor, *factors: Tensor) -> bool:
-    """Can `add_product` add to this tensor, the product of these?"""
+    """Whether `add_product` can add the product of these factors to this tensor."""
     known = out.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return known and LIBRARY is not None and out.is_cpu and out.is_contiguous() and all(map(is_plain, (out, *factors)))
 
@@ -199,12 +213,20 @@ def add_product(
     *,
     kernel: int | None = None,
 ) -> None:
-    """``out += left @ right`` for a small r: summed in float32, rounded once to `out`'s dtype, without a temporary.
+    """``out += left @ right`` for a small r: summed in float32 and rounded once to the dtype of `out`.
 
-    torch makes three passes over float32 copies of a bfloat16 `out` of this. `left` and `right`: float32.
+    It needs no temporary, whereas torch makes three passes over float32 copies of a bfloat16 `out`.
+
+    Args:
+        out: (t, n) on the CPU, of a dtype in `DTYPES`, with contiguous rows.
+        left, right: (t, r) and (r, n), float32.
+        kernel: see `perturb`.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other.
     """
     t, n = matrix("out", out)
-    _expect_known("out", out)
+    _expect_supported("out", out)
     r = right.shape[0]
     expect("left", left, (t, r), FLOAT32, out.device)
     expect("right", right, (r, n), FLOAT32, out.device)
@@ -218,34 +240,33 @@ def add_product(
     LIBRARY.flatlora_add_product(
         out.data_ptr(), DTYPES[out.dtype], out.stride(0), left.data_ptr(), right.data_ptr(), t, n, r,
         torch.get_num_threads() if t * n >= SERIAL else 1,
-        BEST if kernel is None else integer("kernel", kernel, 0, BEST + 1),
+        _kernel(kernel),
     )  # fmt: skip
 
 
 def words(
     rows: Tensor, columns: int, key: Tensor, layer: int, *, first_block: int = 0, kernel: int | None = None
 ) -> Tensor:
-    """The words that the kernel makes its normals of, as `philox.words` gives them: (m, blocks, 4) int64."""
+    """The words from which the kernel computes normals, for tests: (m, blocks, 4) int64, as `philox.words`."""
     expect("rows", rows, (rows.numel(),), INTEGERS, CPU)
     expect("key", key, (2,), INT64, CPU)
     rows, key = rows.to(torch.int64).contiguous(), key.contiguous()
-    blocks = 16 * -(-integer("columns", columns, 0, COLUMNS + 1) // 64)
+    blocks = 16 * -(-integer("columns", columns, 0, MAX_COLUMNS + 1) // 64)
     out = torch.empty(len(rows), blocks, 4, dtype=torch.int32, device="cpu")
     check_memory([("out", out)], [("rows", rows), ("key", key)])
     LIBRARY.flatlora_words(
-        out.data_ptr(), rows.data_ptr(), len(rows), integer("first_block", first_block, 0, ROWS), blocks,
-        key.data_ptr(), integer("layer", layer, -LAYERS, LAYERS),
-        BEST if kernel is None else integer("kernel", kernel, 0, BEST + 1),
+        out.data_ptr(), rows.data_ptr(), len(rows), integer("first_block", first_block, 0, MAX_ROWS), blocks,
+        key.data_ptr(), integer("layer", layer, -MAX_LAYERS, MAX_LAYERS),
+        _kernel(kernel),
     )  # fmt: skip
     return out.to(torch.int64) & 0xFFFFFFFF
 
 
 def normals(words: Tensor, *, kernel: int | None = None) -> Tensor:
-    """The normals (blocks, 4) float32 that the kernel makes of words (blocks, 4) int64."""
+    """The normals (blocks, 4) float32 that the kernel computes from words (blocks, 4) int64, for tests."""
     expect("words", words, (words.numel() // 4, 4), INT64, CPU)
     words = words.to(torch.int32).contiguous()
     out = torch.empty(words.shape, dtype=torch.float32, device="cpu")
     check_memory([("out", out)], [("words", words)])
-    best = BEST if kernel is None else integer("kernel", kernel, 0, BEST + 1)
-    LIBRARY.flatlora_normals(out.data_ptr(), words.data_ptr(), len(words), best)
+    LIBRARY.flatlora_normals(out.data_ptr(), words.data_ptr(), len(words), _kernel(kernel))
     return out

@@ -1,16 +1,16 @@
-"""W + eps: one signature, several backends, one place that chooses.
+"""Generate a perturbed weight W + eps, with one of several backends.
 
     (W + eps)_ij = W_ij + row_std_i * z(seed, sample, layer, first_row + i, j)
 
-| backend     | noise                                                      | devices |
-|-------------|------------------------------------------------------------|---------|
-| `reference` | the contract of `philox.py` in plain torch; slow           | any     |
-| `c`         | the contract, in one pass over W (`csrc/`)                 | CPU     |
-| `triton`    | the contract, in one kernel (`triton_kernel.py`)           | GPU     |
-| `torch`     | torch's own generators, a stream of its own (see below)    | any     |
+| backend     | noise                                                            | devices |
+|-------------|------------------------------------------------------------------|---------|
+| `reference` | noise contract of `philox.py`, in plain torch; slow              | any     |
+| `c`         | noise contract, in one pass over W (`csrc/`)                     | CPU     |
+| `triton`    | noise contract, in one kernel (`triton_kernel.py`)               | GPU     |
+| `torch`     | torch's generators; another stream than that of the contract     | any     |
 
-The stream of `torch` is a function of (seed, sample, layer, block of 64 rows): each block seeds a fresh generator of
-the weight's device with a Philox hash of those four. It differs from the contract, and between device types.
+The stream of `torch` is a function of (seed, sample, layer, block of 64 rows): a hash of these four seeds a new
+generator of the weight's device for each block. It differs from the contract, and between device types.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..utils.arguments import shown
+from ..utils.dtypes import accumulation_dtype
 from . import native, philox
-from .operands import (
-    COLUMNS,
+from .checks import (
     INTEGERS,
-    ROWS,
+    MAX_COLUMNS,
+    MAX_ROWS,
     check_memory,
     check_noise,
     expect,
@@ -41,7 +43,7 @@ from .operands import (
 
 logger = logging.getLogger(__name__)
 
-Factors = tuple[Tensor, Tensor, float]  # B (m, r), A (r, n) and s of an adapter s B A
+ScaledFactors = tuple[Tensor, Tensor, float]  # B (m, r), A (r, n) and s of an adapter s B A
 ROW_BLOCK = 64  # rows that share one generator in the `torch` backend
 
 
@@ -56,30 +58,30 @@ def perturb_weight(
     backend: str = "auto",
     out: Tensor | None = None,  # (m, n)
     relative: float = 1.0,
-    factors: Factors | None = None,
+    factors: ScaledFactors | None = None,
 ) -> Tensor:
     """The perturbed weight ``W + relative * row_std[:, None] * z`` of a block of rows.
 
-    The sum is made in float32 (float64 for a float64 weight) and rounded once. The weight is only read.
+    The sum is computed in float32 (float64 for a float64 weight) and rounded once. The weight is only read.
 
     Args:
-        weight: (m, n) floating point, any strides.
+        weight: (m, n) floating-point, any strides.
         row_std: (m,) standard deviation of each row, float32, or float64 for a float64 weight.
-        key: (2,) int64 on the weight's device: the seed (rank mixed in) and the sample.
+        key: (2,) int64 on the weight's device: the seed (with the rank mixed in) and the sample.
         layer: index of the layer in the noise stream.
-        first_row: index of `weight[0]` in the whole weight.
-        dtype: of the result; default the weight's.
+        first_row: index of ``weight[0]`` in the whole weight.
+        dtype: of the result; default: that of the weight.
         backend: one of `BACKENDS`, or "auto".
-        out: where to write the result, any strides; it must not overlap the weight. Its dtype is that of the result.
-        relative: what `row_std` is a multiple of.
+        out: tensor for the result, any strides; it must not overlap the weight. Its dtype is that of the result.
+        relative: factor of `row_std`.
         factors: ``(B, A, s)`` with B (m, r) and A (r, n): first write ``||W_i + s (B A)_i||`` into `row_std`, in the
-            same pass over W. For a weight and a backend that `makes_norms`.
+            same pass over W. Only if `makes_norms` returns True.
 
     Returns:
         `out`, or a new (m, n) contiguous tensor of `dtype`.
 
     Raises:
-        TypeError, ValueError: a backend that is unknown or that cannot serve the weight's device; arguments that do not
+        TypeError, ValueError: a backend that is unknown or does not support the weight's device; arguments that do not
             fit each other; an `out` that overlaps itself or the weight.
     """
     if dtype is not None:
@@ -111,7 +113,15 @@ def perturb_weight(
 
 
 def makes_norms(weight: Tensor, backend: str) -> bool:
-    """Can `perturb_weight` compute the row norms of W + s B A on its way?"""
+    """Whether `perturb_weight` can compute the row norms of W + s B A in its pass over W (its argument `factors`).
+
+    Args:
+        weight: (m, n).
+        backend: one of `BACKENDS`, or "auto".
+
+    Raises:
+        TypeError, ValueError: `weight` is no tensor, or the backend does not support its device.
+    """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor of shape (m, n), got {type(weight).__name__}")
     return weight.ndim == 2 and resolve_backend(backend, weight.device) == "c" and native.has_norms(weight)
@@ -127,35 +137,35 @@ def row_noise(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The noise of arbitrary rows, ``row_std[:, None] * z[rows]``: what an embedding adds to the rows it looks up.
+    """The noise of arbitrary rows, ``row_std[:, None] * z[rows]``, for the rows that an embedding looks up.
 
-    Row by row it is the noise of `perturb_weight` with the same key, layer and backend.
+    Each row has the same noise as in `perturb_weight` with the same key, layer and backend.
 
     Args:
-        rows: (k,) row indices of the whole weight, in any order, repeats allowed.
-        row_std: (k,) standard deviation of each of those rows, float32 or float64.
-        key: (2,) int64 on the rows' device: the seed (rank mixed in) and the sample.
+        rows: (k,) row indices of the whole weight, in any order, with repetitions.
+        row_std: (k,) standard deviation of each of these rows, float32 or float64.
+        key: (2,) int64 on the rows' device: the seed (with the rank mixed in) and the sample.
         layer: index of the layer in the noise stream.
         columns: n.
-        dtype: of the result; default that of `row_std`.
+        dtype: of the result; default: that of `row_std`.
         backend: one of `BACKENDS`, or "auto".
 
     Returns:
         (k, n) contiguous tensor of `dtype`.
 
     Raises:
-        TypeError, ValueError: as `perturb_weight`.
+        TypeError, ValueError: see `perturb_weight`.
     """
     k = rows.numel() if isinstance(rows, Tensor) else 0
     expect("rows", rows, (k,), INTEGERS, None)
     expect("row_std", row_std, (k,), None, rows.device)
     floating_dtype("dtype", dtype)
-    integer("columns", columns, 0, min(COLUMNS, (1 << 60) // max(1, k)) + 1)
-    if rows.is_cpu and k and is_plain(rows):  # on a GPU it would have to be waited for
+    integer("columns", columns, 0, min(MAX_COLUMNS, (1 << 60) // max(1, k)) + 1)
+    if rows.is_cpu and k and is_plain(rows):  # on a GPU this would synchronize
         low, high = rows.aminmax()
-        integer("rows", int(low), 0, ROWS), integer("rows", int(high), 0, ROWS)
+        integer("rows", int(low), 0, MAX_ROWS), integer("rows", int(high), 0, MAX_ROWS)
     out = torch.empty(k, columns, dtype=dtype or row_std.dtype, device=rows.device)
-    zero = torch.zeros((), dtype=row_std.dtype, device=rows.device).expand(out.shape)  # W = 0 without its memory
+    zero = torch.zeros((), dtype=row_std.dtype, device=rows.device).expand(out.shape)  # W = 0, one element
     check_noise(zero, row_std, key, layer, out, rows=rows)
     rows = rows.to(torch.int64)
     ROW_BACKENDS[resolve_backend(backend, rows.device)](zero, rows, row_std, key, layer, out)
@@ -163,10 +173,17 @@ def row_noise(
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that "auto" means on this device; an explicit choice is checked and kept.
+    """Resolve "auto" to a backend for this device; any other name is checked and returned.
+
+    Args:
+        backend: one of `BACKENDS`, or "auto".
+        device: of the weight.
+
+    Returns:
+        A key of `BACKENDS`. "auto" means "c" on a CPU and "triton" on a GPU if available, else "torch".
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot serve the device.
+        ValueError: an unknown name, or a backend that does not support the device.
     """
     if not isinstance(device, torch.device):
         raise TypeError(f"device must be a torch.device, got {type(device).__name__}")
@@ -193,24 +210,24 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache  # so that it says what it chose once
+@functools.cache  # logs its choice once
 def _auto(device_type: str) -> str:
     if device_type == "cpu" and native.LIBRARY is not None:
         return "c"
     if device_type == "cuda" and _has_triton():
         return "triton"
     if device_type == "meta":
-        raise ValueError("a tensor on the device 'meta' has no memory to make noise from: give it some (to_empty)")
+        raise ValueError("a tensor on the device 'meta' has no memory: allocate it first, for instance with to_empty()")
     if device_type == "cpu":
         logger.warning(
-            "flatlora's C kernel was not built (no C compiler at install time): the noise comes from torch's "
-            "generator instead, about five times slower and with a stream of its own."
+            "flatlora's C kernel was not built (no C compiler at install time): torch's generator is used instead, "
+            "which is about five times slower and has another noise stream."
         )
     return "torch"
 
 
 def _add(weight: Tensor, row_std: Tensor, z: Tensor) -> Tensor:
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(weight.dtype)
     return torch.addcmul(weight.to(wide), row_std[:, None].to(wide), z.to(wide))
 
 
@@ -251,17 +268,17 @@ def _torch(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: 
     for start in range(first_row - first_row % ROW_BLOCK, first_row + m, ROW_BLOCK):
         z = _generator_normals(seed, sample, layer, start // ROW_BLOCK, n, weight.device)
         a, b = max(start, first_row), min(start + ROW_BLOCK, first_row + m)
-        here = slice(a - first_row, b - first_row)
-        out[here] = _add(weight[here], row_std[here], z[a - start : b - start])
+        part = slice(a - first_row, b - first_row)
+        out[part] = _add(weight[part], row_std[part], z[a - start : b - start])
 
 
 def _torch_rows(zero: Tensor, rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
     seed, sample = key.tolist()
     blocks = rows // ROW_BLOCK
-    for block in blocks.unique().tolist():
+    for block in torch.unique(blocks).tolist():
         z = _generator_normals(seed, sample, layer, block, out.shape[1], rows.device)
-        (here,) = torch.where(blocks == block)
-        out[here] = (row_std[here, None] * z[rows[here] % ROW_BLOCK]).to(out.dtype)
+        (part,) = torch.where(blocks == block)
+        out[part] = (row_std[part, None] * z[rows[part] % ROW_BLOCK]).to(out.dtype)
 
 
 def _generator_normals(seed: int, sample: int, layer: int, block: int, n: int, device: torch.device) -> Tensor:
@@ -272,5 +289,12 @@ def _generator_normals(seed: int, sample: int, layer: int, block: int, n: int, d
     return torch.empty(ROW_BLOCK, n, dtype=torch.float32, device=device).normal_(generator=generator)
 
 
-BACKENDS = {"reference": _reference, "torch": _torch, "c": _c, "triton": _triton}
-ROW_BACKENDS = {"reference": _reference_rows, "torch": _torch_rows, "c": _c_rows, "triton": _triton_rows}
+Perturb = Callable[[Tensor, Tensor, Tensor, int, int, Tensor], None]  # weight, row_std, key, layer, first_row, out
+PerturbRows = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor], None]  # zero, rows, row_std, key, layer, out
+BACKENDS: dict[str, Perturb] = {"reference": _reference, "torch": _torch, "c": _c, "triton": _triton}
+ROW_BACKENDS: dict[str, PerturbRows] = {
+    "reference": _reference_rows,
+    "torch": _torch_rows,
+    "c": _c_rows,
+    "triton": _triton_rows,
+}

@@ -1,9 +1,9 @@
-"""The noise contract, and its reference in plain torch.
+"""The noise contract and its reference implementation in plain torch.
 
-z = N(seed, sample, layer, i, j) is a pure function of five integers. It is made by the counter-based generator
+z = N(seed, sample, layer, i, j) is a pure function of five integers, computed with the counter-based generator
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) and the Box-Muller transform:
 
-    key      = (low word, high word) of the 64-bit seed, the data-parallel rank mixed in (`mix_rank`)
+    key      = (low word, high word) of the 64-bit seed, with the data-parallel rank mixed in (`mix_rank`)
     counter  = (column block, row i, layer, sample)                 four 32-bit words
     words    = Philox4x32-10(counter, key) = (w0, w1, w2, w3)
     u_k      = ((w_k >> 8) + 1/2) * 2^-24      in (0, 1)            k = 0, 2
@@ -11,15 +11,16 @@ Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'
     z_0, z_1 = sqrt(-2 ln u_0) * (cos t_1, sin t_1)
     z_2, z_3 = sqrt(-2 ln u_2) * (cos t_3, sin t_3)
 
-Columns are dealt out in tiles of 64 so that a vector unit of up to 16 lanes stores what it has just made next to each
-other: column j = 64*tile + 16*q + lane takes z_q of column block 16*tile + lane.
+Columns are assigned in tiles of 64, so that a vector unit of up to 16 lanes stores its results contiguously: column
+j = 64*tile + 16*q + lane takes z_q of column block 16*tile + lane.
 
-Every backend that follows the contract gives the same words bit for bit and the same normals within 1e-5.
+All backends that follow the contract produce the same words bit for bit and the same normals within 1e-5.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,25 +32,31 @@ LANES, TILE = 16, 64  # lanes of a column block group, columns of a tile
 WORD = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
 
+Words4 = tuple[Any, Any, Any, Any]  # Any: ints and int64 tensors, also mixed
+
 
 def mix_rank(seed: int, rank: int) -> int:
     """The seed of one data-parallel rank: ``seed XOR rank * golden ratio`` modulo 2^64, as a signed 64-bit integer.
 
-    Rank 0 keeps the seed; for a given seed different ranks get different keys.
+    Rank 0 has the seed itself; for one seed, different ranks have different keys.
     """
     mixed = (seed ^ (rank * 0x9E3779B97F4A7C15)) & MASK64
     return mixed - (1 << 64) if mixed >> 63 else mixed
 
 
-def philox4x32(counter: tuple, key: tuple) -> tuple:
-    """Philox4x32-10 of four counter words and two key words; Python ints or int64 tensors that broadcast.
+def philox4x32(counter: Words4, key: tuple[Any, Any]) -> Words4:
+    """Philox4x32-10 of four counter words and two key words.
 
-    Returns the four output words, each in [0, 2^32), of the broadcast shape.
+    Args:
+        counter, key: ints, or int64 tensors that broadcast.
+
+    Returns:
+        Four output words, each in [0, 2^32), of the broadcast shape.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # int64 wraps modulo 2^64, so the low word is right, and the mask takes away the sign that >> drags in
+        # int64 wraps modulo 2^64, so the low word is correct, and the mask removes the sign bits that >> shifts in
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
         k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
@@ -57,10 +64,10 @@ def philox4x32(counter: tuple, key: tuple) -> tuple:
 
 
 def words(seed: int, sample: int, layer: int, rows: Tensor, columns: int) -> Tensor:
-    """The words behind the normals of the given rows.
+    """The random words from which the normals of the given rows are computed.
 
     Args:
-        seed, sample, layer: the stream; the sample and the layer are taken modulo 2^32.
+        seed, sample, layer: of the noise stream; sample and layer are taken modulo 2^32.
         rows: (m,) int64, row indices of the whole weight.
         columns: n.
 
@@ -70,11 +77,15 @@ def words(seed: int, sample: int, layer: int, rows: Tensor, columns: int) -> Ten
     blocks = torch.arange(LANES * math.ceil(columns / TILE), dtype=torch.int64, device=rows.device)
     counter = (blocks[None, :], rows[:, None].to(torch.int64) & WORD, layer & WORD, sample & WORD)
     key = (seed & WORD, (seed >> 32) & WORD)
-    return torch.stack(torch.broadcast_tensors(*philox4x32(counter, key)), dim=-1)
+    found = torch.broadcast_tensors(*philox4x32(counter, key))  # type: ignore[no-untyped-call]  # torch's
+    return torch.stack(found, dim=-1)
 
 
 def normals(seed: int, sample: int, layer: int, rows: Tensor, columns: int) -> Tensor:
-    """The standard normals of the given rows by the definition, computed in float64 and rounded once.
+    """The standard normals of the given rows, computed in float64 by definition and rounded once.
+
+    Args:
+        seed, sample, layer, rows, columns: see `words`.
 
     Returns:
         (m, n) float32.
@@ -84,5 +95,5 @@ def normals(seed: int, sample: int, layer: int, rows: Tensor, columns: int) -> T
     angle = (2 * math.pi * 2.0**-24) * bits[..., 1::2]
     z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)  # (m, blocks, pair, cos/sin)
     z = z.reshape(len(rows), math.ceil(columns / TILE), LANES, 4)
-    tiles = z.transpose(2, 3)  # (m, tile, q, lane): the order of the columns
+    tiles = z.transpose(2, 3)  # (m, tile, q, lane), the order of the columns
     return tiles.flatten(1)[:, :columns].float().contiguous()

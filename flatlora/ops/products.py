@@ -1,17 +1,16 @@
-"""Products with the perturbed weight, W + eps, that save neither it nor anything of its size.
+"""Linear products with the perturbed weight W + eps, without storing W + eps for the backward.
 
-    linear:       y = x (W + eps)^T + b            dL/dx = dL/dy (W + eps)
-    convolution:  y = conv(x, W + eps) + b         dL/dx = conv_transpose(dL/dy, W + eps)
+    y = x (W + eps)^T + b            dL/dx = dL/dy (W + eps)
 
-eps_ij = row_std_i * z_ij is a constant for autograd. W + eps is made one block of rows at a time in forward, made again
-in backward from the same key, and has the same bits then. What is saved beyond the frozen weight itself is `row_std`,
+eps_ij = row_std_i * z_ij is a constant for autograd. W + eps is generated one block of rows at a time in the forward,
+and again in the backward from the same key, with the same bits. Beyond the frozen weight, autograd saves `row_std`,
 O(m), and the two integers of the key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +18,30 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import blocks
+from .autograd import Context, Gradients, apply
 from .blocks import row_blocks, scratch
-from .operands import LAYERS, expect, expect_columns, expect_factors, integer, matrix
-from .perturb import Factors, perturb_weight
+from .checks import MAX_LAYERS, Matrix, expect, expect_columns, expect_factors, integer, matrix
+from .norms import no_autocast
+from .perturb import ScaledFactors, perturb_weight
 from .registry import backward_began
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+class NoiseSettings(NamedTuple):
+    """How the noise of a product is generated.
+
+    Attributes:
+        layer: index of the layer in the noise stream.
+        dtype: of W + eps.
+        backend: see `perturb_weight`.
+        relative: factor of the standard deviations of the rows.
+    """
+
+    layer: int
+    dtype: torch.dtype
+    backend: str
+    relative: float = 1.0
 
 
 def perturbed_linear(
@@ -40,15 +57,15 @@ def perturbed_linear(
 ) -> Tensor:
     """``x (W + eps)^T + b`` with ``eps_ij = row_std_i * z(key, layer, i, j)``.
 
-    Under autocast x and b are cast as `F.linear` would cast them, and W + eps is rounded once, from W's own precision
-    into the autocast dtype.
+    Under autocast x and b are cast as in `F.linear`, and W + eps is rounded once, from the precision of W to the
+    autocast dtype. The gradients are those of the expression with constant eps.
 
     Args:
-        x: (..., n) of the weight's dtype (any floating dtype under autocast).
-        weight: (m, n), any strides; read, never written. If it requires a gradient it gets the one of the expression.
+        x: (..., n) of the weight's dtype (any floating-point dtype under autocast).
+        weight: (m, n), any strides; read, never written. It may require a gradient.
         bias: (m,) or None.
-        row_std: (m,) float32, float64 for a float64 weight.
-        key: (2,) int64, the seed with the data-parallel rank mixed in, and the sample.
+        row_std: (m,) float32, or float64 for a float64 weight: standard deviation of each row of eps.
+        key: (2,) int64, the seed (with the data-parallel rank mixed in) and the sample.
         layer: index of the layer in the noise stream.
         backend: see `perturb_weight`.
         owner: number of the layer in `registry.LAYERS` whose `on_backward` is called when the backward of this product
@@ -56,72 +73,129 @@ def perturbed_linear(
 
     Returns:
         (..., m).
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other.
     """
     if not torch.compiler.is_compiling():
         m, n = matrix("weight", weight)
         expect_columns("x", x, n)
         if bias is not None:
             expect("bias", bias, (m,), None, weight.device)
-        owner = integer("owner", owner, 0, LAYERS)
+        owner = integer("owner", owner, 0, MAX_LAYERS)
     x, bias, dtype = cast_inputs(x, bias, weight.dtype)
-    if torch.compiler.is_compiling():  # the registered operator; eager calls are spared its overhead
+    if torch.compiler.is_compiling():  # a custom operator, whose overhead eager calls avoid
         address = torch.tensor([owner, layer], dtype=torch.int64, device="cpu")
-        return torch.ops.flatlora.perturbed_linear(x, weight, bias, row_std, key, address, dtype, backend)
-    return _PerturbedLinear.apply(x, weight, bias, row_std, key, layer, dtype, backend, owner)
+        out = torch.ops.flatlora.perturbed_linear(x, weight, bias, row_std, key, address, dtype, backend)
+        return cast(Tensor, out)
+    return apply(_PerturbedLinear, x, weight, bias, row_std, key, NoiseSettings(layer, dtype, backend), owner)
 
 
-def perturbed_conv(
-    x: Tensor,  # (batch, in, *spatial)
-    weight: Tensor,  # (m, in / groups, *kernel)
+class _PerturbedLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Context,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row_std: Tensor,
+        key: Tensor,
+        settings: NoiseSettings,
+        owner: int,
+    ) -> Tensor:
+        # only the gradient of W needs x, and W is usually frozen
+        ctx.save_for_backward(weight, row_std, key, x if ctx.needs_input_grad[1] else None)
+        ctx.settings, ctx.owner = settings, owner
+        return linear_forward(x, weight, bias, row_std, key, settings)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
+        backward_began(ctx.owner)
+        weight, row_std, key, x = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_x = linear_grad_x(grad, weight, row_std, key, ctx.settings) if need_x else None
+        grad_weight = linear_grad_weight(grad, x, weight) if need_weight else None
+        grad_bias = linear_grad_bias(grad) if need_bias else None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def rebuilt_linear(
+    x: Tensor,  # (..., n)
+    weight: Matrix,  # (m, n)
     bias: Tensor | None,  # (m,)
     row_std: Tensor,  # (m,)
     key: Tensor,  # (2,) int64
     layer: int,
     *,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
     backend: str = "auto",
 ) -> Tensor:
-    """``conv(x, W + eps) + b`` in one, two or three dimensions; row i of W is output channel i, flattened.
+    """``x (W + eps)^T + b`` for a weight that is stored in another form, such as a quantized weight.
 
-    Arguments as in `perturbed_linear` and `torch.nn.functional.conv1d/2d/3d`; the padding is of zeros.
+    The weight is rebuilt a block of rows at a time, in the forward and again in the backward. W + eps is rounded once,
+    to the dtype of x, which is the dtype of the product, also under autocast.
+
+    Args:
+        x: (..., n).
+        weight: (m, n), frozen; ``weight[rows]`` returns a block of its rows.
+        bias: (m,) of x's dtype, or None.
+        row_std, key, layer, backend: see `perturbed_linear`.
 
     Returns:
-        (batch, m, *spatial).
+        (..., m) of x's dtype.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other.
     """
-    _check_conv(x, weight, bias, groups)
-    x, bias, dtype = cast_inputs(x, bias, weight.dtype)
-    batched = x.ndim == weight.ndim
-    x = x if batched else x.unsqueeze(0)
-    geometry = (stride, padding, dilation)
-    out = _PerturbedConv.apply(x, weight, bias, row_std, key, layer, dtype, backend, geometry, groups)
-    return out if batched else out.squeeze(0)
-
-
-def _check_conv(x: Any, weight: Any, bias: Any, groups: Any) -> None:
-    integer("groups", groups, 1, 1 << 32)
-    for name, tensor, dims in (("weight", weight, (3, 4, 5)), ("x", x, None)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {what}")
-        if tensor.ndim not in (dims or (weight.ndim - 1, weight.ndim)):
-            wanted = "3 to 5" if dims else f"{weight.ndim}, or {weight.ndim - 1} without a batch,"
-            raise ValueError(f"{name} must have {wanted} dimensions, got shape {tuple(tensor.shape)}")
+    m, n = matrix("weight", weight)
+    expect_columns("x", x, n)
     if bias is not None:
-        expect("bias", bias, (weight.shape[0],), None, weight.device)
+        expect("bias", bias, (m,), None, None)
+    with no_autocast(x.device.type):
+        return apply(_RebuiltLinear, x, bias, weight, row_std, key, NoiseSettings(layer, x.dtype, backend))
+
+
+class _RebuiltLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Context,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Matrix,
+        row_std: Tensor,
+        key: Tensor,
+        settings: NoiseSettings,
+    ) -> Tensor:
+        ctx.save_for_backward(row_std, key)
+        ctx.weight, ctx.settings = weight, settings
+        return linear_forward(x, _as_tensor_if_small(weight, x.dtype), bias, row_std, key, settings)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
+        row_std, key = ctx.saved_tensors
+        need_x, need_bias = ctx.needs_input_grad[:2]
+        weight = _as_tensor_if_small(ctx.weight, grad.dtype)
+        grad_x = linear_grad_x(grad, weight, row_std, key, ctx.settings) if need_x else None
+        return grad_x, linear_grad_bias(grad) if need_bias else None, None, None, None, None
+
+
+def _as_tensor_if_small(weight: Matrix, dtype: torch.dtype) -> Matrix:
+    """Rebuild a weight that fits into one block."""
+    m, n = weight.shape
+    return weight[:m] if m * n * dtype.itemsize <= blocks.BLOCK_BYTES else weight
+
+
+# ---- autocast ----
 
 
 def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a product with a weight of this dtype is made: autocast leaves float64 alone."""
+    """The dtype of a product with a weight of this dtype. Autocast does not change float64."""
     if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return dtype
 
 
 def cast_inputs(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, torch.dtype]:
-    """x, b and the dtype in which their product with a weight of `dtype` is made, as autocast has it."""
+    """x and b cast as by autocast, and the dtype of their product with a weight of this dtype."""
     device = x.device.type
     if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x, bias, dtype
@@ -129,25 +203,23 @@ def cast_inputs(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Ten
     return x.to(dtype), None if bias is None else bias.to(dtype), dtype
 
 
-def linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_std: Tensor,
-    key: Tensor,
-    *settings: Any,
-    factors: Factors | None = None,
-) -> Tensor:
-    """``x (W + eps)^T + b``, a block of rows at a time.
+# ---- forward and gradients, block by block ----
 
-    Args:
-        settings: layer, dtype, backend, and what `row_std` is a multiple of if it is not 1.
-        factors: see `perturb_weight`.
-    """
+
+def linear_forward(
+    x: Tensor,  # (..., n)
+    weight: Matrix,  # (m, n)
+    bias: Tensor | None,  # (m,)
+    row_std: Tensor,  # (m,)
+    key: Tensor,  # (2,) int64
+    settings: NoiseSettings,
+    factors: ScaledFactors | None = None,
+) -> Tensor:
+    """``x (W + eps)^T + b``, a block of rows at a time; `factors`: see `perturb_weight`."""
     out = None
     if bias is not None:
-        expect("bias", bias, (weight.shape[0],), None, x.device)  # a stored weight has no device
-    for rows, block in _blocks(weight, row_std, key, *settings, factors=factors):
+        expect("bias", bias, (weight.shape[0],), None, x.device)  # a weight in another form has no device
+    for rows, block in _perturbed_blocks(weight, row_std, key, settings, factors):
         part = F.linear(x, block, None if bias is None else bias[rows])
         if len(block) == len(weight):
             return owned(part)
@@ -158,16 +230,19 @@ def linear_forward(
 
 
 def owned(out: Tensor) -> Tensor:
-    """A result of `F.linear`, which may be a view of one of two dimensions: what a Function returns must be none, or
-    it could not be changed in place (``nn.ReLU(inplace=True)``)."""
-    return _unsafe_view(out, out.shape) if out._is_view() else out
+    """Return a tensor that is no view.
+
+    The result of `F.linear` may be a view of a matrix. Autograd does not allow to change a view in place
+    (``nn.ReLU(inplace=True)``) if an autograd function has returned it.
+    """
+    return cast(Tensor, _unsafe_view(out, out.shape)) if out._is_view() else out
 
 
-def linear_grad_x(grad: Tensor, weight: Tensor, row_std: Tensor, key: Tensor, *settings: Any) -> Tensor:
+def linear_grad_x(grad: Tensor, weight: Matrix, row_std: Tensor, key: Tensor, settings: NoiseSettings) -> Tensor:
     """``dL/dy (W + eps)``, a block of rows at a time."""
-    return _sum(
+    return sum_parts(
         (grad if len(block) == len(weight) else grad[..., rows]) @ block
-        for rows, block in _blocks(weight, row_std, key, *settings)
+        for rows, block in _perturbed_blocks(weight, row_std, key, settings)
     )
 
 
@@ -177,129 +252,48 @@ def linear_grad_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_grad_bias(grad: Tensor) -> Tensor:
-    """``dL/dy`` summed over all but the last dimension."""
+    """``dL/dy`` summed over all dimensions but the last."""
     return grad.reshape(-1, grad.shape[-1]).sum(dim=0)
 
 
-def _blocks(
-    weight: Tensor,
-    row_std: Tensor,
-    key: Tensor,
-    layer: int,
-    dtype: torch.dtype,
-    backend: str,
-    relative: float = 1.0,
-    *,
-    factors: Factors | None = None,
+def _perturbed_blocks(
+    weight: Matrix, row_std: Tensor, key: Tensor, settings: NoiseSettings, factors: ScaledFactors | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Row blocks of W + eps, (rows, n) each, one alive at a time."""
     m, n = matrix("weight", weight)
-    if m * n * dtype.itemsize <= blocks.BLOCK_BYTES:  # the usual case, without slices
-        out = scratch(weight.shape, dtype, weight.device)
-        yield (
-            slice(0, m),
-            perturb_weight(
-                weight, row_std, key, layer, dtype=dtype, backend=backend, out=out, relative=relative, factors=factors
-            ),
-        )
+    itemsize = settings.dtype.itemsize
+    if m * n * itemsize <= blocks.BLOCK_BYTES:  # the usual case, without slices
+        yield slice(0, m), perturbed_block(cast(Tensor, weight), row_std, key, 0, settings, factors)
         return
-    expect("row_std", row_std, (m,), None, None)  # as a whole: a part of what is too long would do
+    expect("row_std", row_std, (m,), None, None)  # a slice of one that is too long would pass the check of a block
     if factors is not None:
         expect_factors(factors[0], factors[1], m, n, None)
-    for rows in row_blocks(m, n, dtype.itemsize):
-        part = weight[rows]
-        out, here = scratch(part.shape, dtype, part.device), factors and (factors[0][rows], *factors[1:])
-        yield rows, perturb_weight(
-            part, row_std[rows], key, layer, rows.start,
-            dtype=dtype, backend=backend, out=out, relative=relative, factors=here,
-        )  # fmt: skip
+    for rows in row_blocks(m, n, itemsize):
+        part = None if factors is None else (factors[0][rows], factors[1], factors[2])
+        yield rows, perturbed_block(weight[rows], row_std[rows], key, rows.start, settings, part)
 
 
-class _PerturbedLinear(Function):
-    @staticmethod
-    def forward(ctx: Any, x, weight, bias, row_std, key, layer, dtype, backend, owner):
-        # x is needed for the gradient of W alone, and W is frozen unless the user says otherwise
-        ctx.save_for_backward(weight, row_std, key, x if ctx.needs_input_grad[1] else None)
-        ctx.settings, ctx.owner = (layer, dtype, backend), owner
-        return linear_forward(x, weight, bias, row_std, key, *ctx.settings)
-
-    @staticmethod
-    def backward(ctx: Any, grad):
-        backward_began(ctx.owner)
-        weight, row_std, key, x = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_x = linear_grad_x(grad, weight, row_std, key, *ctx.settings) if need_x else None
-        grad_weight = linear_grad_weight(grad, x, weight) if need_weight else None
-        grad_bias = linear_grad_bias(grad) if need_bias else None
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
+def perturbed_block(
+    block: Tensor,  # (rows, n)
+    row_std: Tensor,  # (rows,)
+    key: Tensor,  # (2,) int64
+    first_row: int,
+    settings: NoiseSettings,
+    factors: ScaledFactors | None = None,
+) -> Tensor:
+    """W + eps of a block of rows, in the scratch buffer if there is one."""
+    layer, dtype, backend, relative = settings
+    out = scratch(block.shape, dtype, block.device)
+    return perturb_weight(
+        block, row_std, key, layer, first_row, dtype=dtype, backend=backend, out=out, relative=relative, factors=factors
+    )
 
 
-class _PerturbedConv(Function):
-    @staticmethod
-    def forward(ctx: Any, x, weight, bias, row_std, key, layer, dtype, backend, geometry, groups):
-        ctx.save_for_backward(weight, row_std, key, x if ctx.needs_input_grad[1] else None)
-        ctx.settings, ctx.geometry, ctx.groups, ctx.shape = (layer, dtype, backend), geometry, groups, x.shape
-        convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
-        parts = []
-        for rows, channels, count, block in _channel_blocks(weight, row_std, key, groups, *ctx.settings):
-            here = None if bias is None else bias[rows]
-            parts.append(convolution(x[:, channels], block, here, *geometry, count))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, grad):
-        weight, row_std, key, x = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_x = grad_weight = grad_bias = None
-        if need_x:
-            parts: dict[int, list[Tensor]] = {}  # by first input channel: without groups all blocks share one
-            for rows, channels, count, block in _channel_blocks(weight, row_std, key, ctx.groups, *ctx.settings):
-                shape = (ctx.shape[0], channels.stop - channels.start, *ctx.shape[2:])
-                part = _conv_gradients(grad[:, rows], grad.new_empty(1).expand(shape), block, ctx.geometry, count, 0)
-                parts.setdefault(channels.start, []).append(part)
-            grad_x = torch.cat([_sum(iter(same)) for same in parts.values()], dim=1)
-        if need_weight:
-            grad_weight = _conv_gradients(grad, x, weight.to(grad.dtype), ctx.geometry, ctx.groups, 1).to(weight.dtype)
-        if need_bias:
-            grad_bias = grad.sum(dim=[0, *range(2, grad.ndim)])
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None, None
-
-
-def _channel_blocks(
-    weight: Tensor, row_std: Tensor, key: Tensor, groups: int, layer: int, dtype: torch.dtype, backend: str
-) -> Iterator[tuple[slice, slice, int, Tensor]]:
-    """(output channels, input channels, groups, block of W + eps) of blocks that each hold whole groups.
-
-    Without groups any run of output channels will do, and each of them reads all input channels.
-    """
-    m, per_group, kernel = weight.shape[0], weight.shape[1], weight.shape[2:]
-    size, flat = m // groups, weight.flatten(1)
-    expect("row_std", row_std, (m,), None, weight.device)
-    for rows in _whole_groups(m, flat.shape[1], dtype.itemsize, 1 if groups == 1 else size):
-        out = scratch(flat[rows].shape, dtype, flat.device)
-        block = perturb_weight(flat[rows], row_std[rows], key, layer, rows.start, dtype=dtype, backend=backend, out=out)
-        first, last = rows.start // size, -(-rows.stop // size)
-        channels = slice(first * per_group, last * per_group)
-        yield rows, channels, last - first, block.view(len(block), per_group, *kernel)
-
-
-def _whole_groups(rows: int, columns: int, itemsize: int, size: int) -> Iterator[slice]:
-    for groups in row_blocks(rows // size, columns * size, itemsize):
-        yield slice(groups.start * size, groups.stop * size)
-
-
-def _conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, groups: int, which: int) -> Tensor:
-    """Gradient of a convolution with respect to x (which = 0) or to the weight (which = 1)."""
-    mask = [which == 0, which == 1, False]
-    not_transposed = (False, [0] * len(geometry[0]))
-    backward = torch.ops.aten.convolution_backward
-    return backward(grad, x, weight, None, *geometry, *not_transposed, groups, mask)[which]
-
-
-def _sum(parts: Iterator[Tensor]) -> Tensor:
-    """The sum over row blocks; of several in low precision, in float32, rounded once."""
-    total, dtype = next(parts), None
-    for part in parts:
+def sum_parts(parts: Iterable[Tensor]) -> Tensor:
+    """Sum over row blocks. Several parts in low precision are summed in float32 and rounded once."""
+    iterator = iter(parts)
+    total, dtype = next(iterator), None
+    for part in iterator:
         if dtype is None and total.dtype.itemsize < 4:
             dtype, total = total.dtype, total.float()
         total = total + part

@@ -1,22 +1,25 @@
 """The noise contract in Triton, for CUDA and ROCm: out = W + std * z in one kernel.
 
-Traffic: W is read once and W + eps is written once, in the dtype that the product wants, and that is the least there
-can be: 4 bytes a weight for bf16, 6 for an fp32 master under bf16 autocast (W + eps in fp32 and a separate cast: 14),
-8 for fp32. To that come 4 bytes a row and tile for the standard deviation (0.06 bytes a weight, from the cache after
-the first tile) and 16 bytes for the key. At the 3.35 TB/s of an H100 SXM the limit is 1.2 ps a weight in bf16.
-Work: a Philox call (20 wide products, 20 three-way xors) and two Box-Muller pairs for four weights. Compiled for sm_90
-that is about 46 instructions a weight. At one instruction of 32 lanes per cycle in each of the four parts of the 132
-processors and 1.7 GHz that takes 1.6 ps: computed, not measured, a bf16 W + eps is bound by instructions, an fp32 one
-(2.4 ps of traffic) by memory.
+Memory traffic: W is read once and W + eps is written once, in the dtype of the product, which is the minimum: 4 bytes
+per weight for bf16, 6 for an fp32 weight under bf16 autocast (14 with W + eps in fp32 and a separate cast), 8 for fp32.
+In addition, 4 bytes per row and tile for the standard deviation (0.06 bytes per weight, cached after the first tile)
+and 16 bytes for the key. At the 3.35 TB/s of an H100 SXM the lower bound is 1.2 ps per weight in bf16.
+Computation: one Philox call (20 wide products, 20 three-way xors) and two Box-Muller pairs for four weights, compiled
+for sm_90 about 46 instructions per weight. At one instruction of 32 lanes per cycle in each of the four partitions of
+132 multiprocessors and 1.7 GHz this takes 1.6 ps. By this estimate (not a measurement) a bf16 W + eps is bound by
+instructions and an fp32 one (2.4 ps of traffic) by memory.
 
-Seed and sample are read from device memory: a step costs no synchronisation and no compilation, and a CUDA graph that
-captured the kernel draws the sample that is in `key` when it is replayed. Layer, first row and m are not specialised
-on; n and the strides are, but only for what decides how memory is accessed (1, and multiples of 16), so layers share
-the compiled kernels. Addresses are 64 bits wide.
+Seed and sample are read from device memory: a step needs no synchronization and no compilation, and a CUDA graph that
+captured the kernel uses the sample that is in `key` at replay. Layer, first row and m are not specialized; n and the
+strides are specialized only on 1 and on multiples of 16, which decide how memory is accessed, so layers share the
+compiled kernels. Addresses have 64 bits.
 
-Logarithm, sine and cosine are polynomials (those of `csrc/noise_kernel.h`): the fast ones of the hardware miss the
-contract's 1e-5 where u is close to 1, and the polynomials give the same result in Triton's interpreter.
+Logarithm, sine and cosine are the polynomials of `csrc/noise_kernel.h`: the fast hardware functions exceed the error of
+1e-5 that the contract allows where u is close to 1, and the polynomials give the same result in Triton's interpreter.
 """
+
+# The functions under @triton.jit are compiled, not run: their parameters are values of Triton, which have no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -25,17 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operands import check_memory, check_noise
+from ..utils.dtypes import accumulation_dtype
+from .checks import check_memory, check_noise
 
 LANES, TILE = tl.constexpr(16), tl.constexpr(64)
-ROWS = 32  # rows of a program; it makes one tile of each
+ROWS = 32  # rows of a program, which computes one tile of each
 WARPS = 4
-MOST = (1 << 31) - 64  # a row's and a column's index within the weight is a signed word
+MAX_SIZE = (1 << 31) - 64  # row and column indices within the weight are signed 32-bit integers
 
 
 @triton.jit
 def _philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 of uint32 words. A 64-bit product is one instruction where a low and a high half are two."""
+    """Philox4x32-10 of uint32 words. A 64-bit product is one instruction; its low and high halves would be two."""
     for _ in tl.static_range(10):
         p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -47,7 +51,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def _normals(radius_word, angle_word):
-    """sqrt(-2 ln u) (cos t, sin t) of two words; the steps are explained in csrc/noise_kernel.h."""
+    """sqrt(-2 ln u) (cos t, sin t) of two words; the steps are explained in `csrc/noise_kernel.h`."""
     k = (radius_word >> 8).to(tl.int32)
     bits = (k.to(tl.float32) + 0.5).to(tl.int32, bitcast=True) - 0x3F3504F3
     e = (bits >> 23) - 24
@@ -91,7 +95,7 @@ def _store(out, weight, offset_out, offset_weight, std, z, mask):
 def perturb_kernel(
     out, weight, row_std, key, index, layer, first_row, m, n, o0, o1, w0, w1, GATHER: tl.constexpr, ROWS: tl.constexpr
 ):
-    """One program: ROWS rows of one tile. `index` holds the rows where GATHER; it is not read otherwise."""
+    """One program: ROWS rows of one tile. `index` holds the row indices if GATHER, and is not read otherwise."""
     tiles = tl.cdiv(n, TILE)
     i = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(0) % tiles
@@ -134,19 +138,24 @@ def perturb(
     first_row: int = 0,
     rows: Tensor | None = None,  # (m,) int64
 ) -> None:
-    """Writes ``weight + row_std[:, None] * z`` into `out`, for rows `first_row`, `first_row` + 1, ..., or `rows`."""
+    """Write ``weight + row_std[:, None] * z`` into `out`, for the rows from `first_row` on, or for `rows`.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other, or a weight that is too large.
+    """
     check_noise(weight, row_std, key, layer, out, first_row, rows)
     m, n = weight.shape
     if m == 0 or n == 0:
         return
-    if max(m, n) >= MOST:
-        raise ValueError(f"weight must have less than {MOST} rows and columns for backend 'triton', got {(m, n)}")
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if max(m, n) >= MAX_SIZE:
+        raise ValueError(f"weight must have less than {MAX_SIZE} rows and columns for backend 'triton', got {(m, n)}")
+    wide = accumulation_dtype(weight.dtype)
     row_std, key = row_std.to(wide).contiguous(), key.contiguous()
     index = key if rows is None else rows.to(torch.int64).contiguous()
     check_memory([("out", out)], [("weight", weight), ("row_std", row_std), ("key", key), ("rows", rows)])
     grid = (triton.cdiv(m, ROWS) * triton.cdiv(n, TILE.value),)
-    with torch.cuda.device_of(weight):  # Triton launches on the current device
+    # Triton launches on the current device
+    with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]  # torch's
         perturb_kernel[grid](
             out, weight, row_std, key, index, _int32(layer), _int32(first_row), m, n, *out.stride(), *weight.stride(),
             GATHER=rows is not None, ROWS=ROWS, num_warps=WARPS,
@@ -154,5 +163,5 @@ def perturb(
 
 
 def _int32(value: int) -> int:
-    """The value modulo 2^32 as a signed word: one argument type for all values, so one compiled kernel."""
+    """The value modulo 2^32 as a signed 32-bit integer: one argument type, so one compiled kernel, for all values."""
     return (value + (1 << 31)) % (1 << 32) - (1 << 31)

@@ -1,24 +1,25 @@
-"""Figures of curves: loss lines, sharpness, degradation, spectra, training."""
+"""Figures of curves: loss lines, sharpness, degradation, spectra and training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.options import check_level, real
-from ..utils.arguments import WrongType, boolean, mapping, refuse
+from ..analysis.options import check_level
+from ..utils.arguments import WrongType, boolean, mapping, real, refuse
 from .style import THEMES, every, finish, first_of, look, new_figure, zero
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from flatlora.analysis import Degradation, ExpectedSharpness, LossLine, SamSharpness, SpectralDensity
 
 CURVES = ("loss", "eval_loss", "flat_rho")
 NOISE_UNITS = {
     "filter": r"noise strength $\rho$ (noise norm / row norm)",
-    "filter_normalised": r"noise strength $\rho$ (noise norm / row norm)",
+    "filter_normalized": r"noise strength $\rho$ (noise norm / row norm)",
     "layer": r"noise strength $\rho$ (noise norm / layer norm)",
     "plain": r"noise strength $\sigma$ (standard deviation of an entry)",
 }
@@ -33,21 +34,22 @@ def plot_loss_line(
     theme: str = "light",
     size: tuple[float, float] = (6.0, 3.8),
 ) -> Figure:
-    """The loss along random directions: their mean with its interval; one or two lines show each direction too.
+    """The loss along random directions: the mean with its interval. With one or two lines, each direction is drawn too.
 
-    The axis holds every direction. Few directions far from the centre have an interval that is much wider; it then runs
-    out of the axis.
+    The range of the axis covers all directions. The interval of a few directions may be much wider far from the center;
+    it is then clipped.
 
     Args:
         lines: label -> line.
-        level: of the interval.
-        relative: show the rise from each centre, L(W' + t D) - L(W'): shapes, with heights taken out.
+        level: probability of the interval.
+        relative: show the rise above each center, L(W' + t D) - L(W'), to compare shapes.
         title: above the axes.
         theme: "light" or "dark".
         size: width and height in inches.
 
     Raises:
         ValueError: no line, or an unknown theme.
+        ImportError: matplotlib is not installed.
     """
     first = first_of("lines", lines, "LossLine")
     boolean("relative", relative)
@@ -79,11 +81,15 @@ def plot_sharpness(
     theme: str = "light",
     size: tuple[float, float] = (6.0, 3.8),
 ) -> Figure:
-    """The expected sharpness against the strength of the noise, or SAM's against its radius, with intervals.
+    """The expected sharpness over the strength of the noise, or SAM's sharpness over its radius, with intervals.
 
     Args:
         results: label -> result, all of one kind.
-        level, title, theme, size: as in `plot_loss_line`.
+        level, title, theme, size: see `plot_loss_line`.
+
+    Raises:
+        ValueError: no result, results of both kinds, or an unknown theme.
+        ImportError: matplotlib is not installed.
     """
     first = first_of("results", results, "ExpectedSharpness", "SamSharpness")
     check_level("level", level)
@@ -111,13 +117,17 @@ def plot_degradation(
     theme: str = "light",
     size: tuple[float, float] = (6.0, 3.8),
 ) -> Figure:
-    """A score against the strength of a disturbance, with intervals; thin lines are the undisturbed scores.
+    """A score over the strength of a disturbance, with intervals; thin lines show the undisturbed scores.
 
-    The axis holds every sample; the interval of few samples may run out of it.
+    The range of the axis covers all samples; the interval of a few samples may be clipped.
 
     Args:
-        results: label -> result, all under one disturbance.
-        level, title, theme, size: as in `plot_loss_line`.
+        results: label -> result, all of one score under one disturbance.
+        level, title, theme, size: see `plot_loss_line`.
+
+    Raises:
+        ValueError: no result, results of different disturbances or scores, or an unknown theme.
+        ImportError: matplotlib is not installed.
     """
     first = first_of("results", results, "Degradation")
     check_level("level", level)
@@ -153,12 +163,16 @@ def plot_spectrum(
 ) -> Figure:
     """The density of the Hessian's eigenvalues on a logarithmic scale, with a band of two standard errors.
 
-    Give `spectral_density` one `width` for all models that are compared: their peaks are as wide as that. The axis
+    To compare models, compute their `spectral_density` with the same `width`, which is the width of the peaks. The axis
     ends at a tenth of the height of a single eigenvalue.
 
     Args:
         spectra: label -> spectral density.
-        title, theme, size: as in `plot_loss_line`.
+        title, theme, size: see `plot_loss_line`.
+
+    Raises:
+        ValueError: no spectrum, or an unknown theme.
+        ImportError: matplotlib is not installed.
     """
     first_of("spectra", spectra, "SpectralDensity")
     with new_figure(theme, size, title) as (figure, axes):
@@ -187,14 +201,15 @@ def plot_training(
     theme: str = "light",
     size: tuple[float, float] = (6.0, 4.6),
 ) -> Figure:
-    """Training loss, evaluation loss where there is one, and the strength of the noise, against the step.
+    """Training loss, evaluation loss (if logged) and strength of the noise over the optimizer step.
 
     Args:
         histories: label -> `trainer.state.log_history`: dicts with "step" and some of "loss", "eval_loss", "flat_rho".
-        title, theme, size: as in `plot_loss_line`.
+        title, theme, size: see `plot_loss_line`.
 
     Raises:
-        ValueError: a history without any of these.
+        ValueError: no history, or a history without any of these curves.
+        ImportError: matplotlib is not installed.
     """
     mapping("histories", histories, "a mapping of at least one label to a history")
     for label, history in histories.items():
@@ -227,7 +242,7 @@ def plot_training(
 
 
 def check_history(name: str, history: Any) -> None:
-    """Raise unless this is a log history: a list of dicts whose "step" and curves are numbers."""
+    """Raise a ValueError unless this is a log history: a list of dicts whose "step" and curves are numbers."""
     if not isinstance(history, Sequence) or not all(isinstance(row, Mapping) for row in history):
         refuse(name, "a list of dicts, as trainer.state.log_history is", history, WrongType)
     for k, row in enumerate(history):
@@ -242,14 +257,17 @@ def _curve(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float],
 
 
 def _hold(axes: Axes, samples: Sequence[Any], more: Sequence[float] = ()) -> None:
-    """Limits that hold all finite samples, with a margin."""
+    """Set the limits of the axis to the range of all finite samples, with a margin."""
     values = [*more, *(x for part in samples for x in part[part.isfinite()].tolist())] or [0.0]
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 1e-3 * max(abs(high), 1.0)
     axes.set_ylim(low - margin, high + margin)
 
 
-def _band(axes: Axes, x, mean, interval, label: str, style: dict[str, Any]) -> None:
-    x, mean, (low, high) = x.numpy(), mean.numpy(), interval
-    axes.fill_between(x, low.numpy(), high.numpy(), color=style["color"], alpha=0.18, linewidth=0)
-    axes.plot(x, mean, label=label, markevery=every(len(x)), **style)
+def _band(
+    axes: Axes, x: Tensor, mean: Tensor, interval: tuple[Tensor, Tensor], label: str, style: dict[str, Any]
+) -> None:
+    """Draw a mean with its interval."""
+    low, high = interval
+    axes.fill_between(x.numpy(), low.numpy(), high.numpy(), color=style["color"], alpha=0.18, linewidth=0)
+    axes.plot(x.numpy(), mean.numpy(), label=label, markevery=every(len(x)), **style)

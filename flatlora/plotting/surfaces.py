@@ -23,19 +23,20 @@ def plot_surface(
     theme: str = "light",
     size: tuple[float, float] | None = None,
 ) -> Figure:
-    """Loss surfaces beside each other on one scale, as filled contours or in three dimensions.
+    """Loss surfaces beside each other on a common scale, as filled contours or in three dimensions.
 
-    Colours run from dark to light with the loss (cividis, readable by the colour-blind and in grey); levels are
-    spaced so that each holds about as much of the plane, because a loss rises steeply.
+    The color map is cividis, from dark to light with the loss, which is readable for color-blind readers and in
+    grayscale. Since a loss rises steeply, the contour levels are spaced so that each band covers a similar area.
 
     Args:
         surfaces: label -> surface.
         kind: "contour" or "3d".
-        title, theme: as in `plot_loss_line`.
-        size: width and height in inches; default about 3.4 x 3.5 for each.
+        title, theme: see `plot_loss_line`.
+        size: width and height in inches; default: about 3.4 x 3.5 for each surface.
 
     Raises:
-        ValueError: an unknown kind, or a surface of less than two points a side.
+        ValueError: no surface, an unknown kind or theme, or a surface with less than two points along a side.
+        ImportError: matplotlib is not installed.
     """
     first_of("surfaces", surfaces, "LossSurface")
     choice("kind", kind, ("contour", "3d"), "'contour' or '3d'")
@@ -63,7 +64,7 @@ def _contours(figure: Figure, axes: list[Axes], surfaces: Mapping[str, LossSurfa
         axis.grid(False)
     axes[0].set_ylabel("distance along direction 2")
     layout: Any = figure.get_layout_engine()
-    layout.set(wspace=0.06)  # outer ticks of neighbours do not touch
+    layout.set(wspace=0.06)  # keeps the outer tick labels of neighbors apart
     figure.colorbar(filled, ax=axes, label="loss", shrink=0.9, format="%.2g", ticks=levels[::2])
 
 
@@ -92,7 +93,7 @@ def _hills(figure: Figure, axes: list[Any], surfaces: Mapping[str, LossSurface],
 
 
 def _levels(surfaces: Mapping[str, LossSurface]) -> list[float]:
-    """Contour levels shared by all surfaces: even steps of the quantiles, so that steep walls do not eat the valley."""
+    """Contour levels for all surfaces: means of even steps and quantiles, to resolve the valley beside steep walls."""
     import numpy
 
     values = numpy.concatenate([surface.losses.numpy().ravel() for surface in surfaces.values()])

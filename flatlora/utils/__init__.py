@@ -1,1 +1,1 @@
-"""Helpers that know nothing of LoRA: checks of arguments, JSON files."""
+"""Helpers that are independent of LoRA: argument checks, JSON files, dtypes."""

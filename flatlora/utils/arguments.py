@@ -1,9 +1,10 @@
-"""One checker for each kind of argument. It returns the value in its plain form, or raises.
+"""Check arguments: one function for each kind of argument, which returns its plain value or raises.
 
     rho = number("rho", rho, low=0)
 
-Every message has the name of the argument, what is expected, and the value that came. Scalars of NumPy and torch are
-numbers like Python's own; a bool is not.
+Each message has the name of the argument, the expected kind or bounds, and the value. NumPy and torch scalars are
+accepted as numbers, a bool is not. Errors are `WrongType` for a value of the wrong type, ValueError for a value out of
+bounds.
 """
 
 from __future__ import annotations
@@ -14,39 +15,72 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 INT64 = 2**63 - 1
-SEED = (-(2**63), 2**64 - 1)  # bounds of a seed: any 64-bit integer, signed or not
-SHOWN = 120  # characters of a value in a message
+SEED = (-(2**63), 2**64 - 1)  # bounds of a seed: any 64-bit integer, signed or unsigned
+MAX_SHOWN = 120  # characters of a value in a message
+
+Check = Callable[..., Any]  # (name, value, ...) -> plain value
+T = TypeVar("T")
 
 
 class WrongType(TypeError, ValueError):
-    """A value of the wrong type; a ValueError too, for those who catch only that."""
+    """A value of the wrong type; also a ValueError, for callers that catch only that."""
 
 
 def shown(value: Any) -> str:
-    """`repr`, shortened."""
+    """Shortened `repr` of a value, for messages."""
     try:
         text = repr(value)
     except Exception:  # an integer of more than 4300 digits, a class whose own repr fails
         text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else object.__repr__(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 4 :]}"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 4 :]}"
 
 
 def refuse(name: str, expected: str, value: Any, kind: type[Exception] = ValueError, hint: str = "") -> NoReturn:
-    """Raise: `name` must be `expected`."""
+    """Raise an error of this kind: `name` must be `expected`, got `value`."""
     of_type = f" of type {type(value).__name__}" if issubclass(kind, TypeError) else ""
     raise kind(f"{name} must be {expected}, got {shown(value)}{of_type}{hint}")
 
 
 def scalar(value: Any) -> Any:
-    """What is in an array or tensor without dimensions, as Python's own number."""
+    """The Python number in an array or tensor without dimensions; any other value unchanged."""
     is_array = isinstance(value, Tensor) or type(value).__module__ == "numpy"
     return value.item() if is_array and value.shape == () and not getattr(value, "is_meta", False) else value
+
+
+@overload
+def number(
+    name: str,
+    value: Any,
+    low: float = ...,
+    high: float = ...,
+    *,
+    expected: str = ...,
+    above: bool = ...,
+    below: bool = ...,
+    optional: Literal[False] = ...,
+    hint: str = ...,
+) -> float: ...
+
+
+@overload
+def number(
+    name: str,
+    value: Any,
+    low: float = ...,
+    high: float = ...,
+    *,
+    expected: str = ...,
+    above: bool = ...,
+    below: bool = ...,
+    optional: bool,
+    hint: str = ...,
+) -> float | None: ...
 
 
 def number(
@@ -60,8 +94,8 @@ def number(
     below: bool = False,
     optional: bool = False,
     hint: str = "",
-) -> Any:
-    """A finite real number in [low, high] as a float; `above` and `below` leave the bound itself out."""
+) -> float | None:
+    """A finite real number in [low, high] as a float; `above` and `below` exclude the bound itself."""
     if value is None and optional:
         return None
     plain: Any = scalar(value)
@@ -82,14 +116,37 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
+def real(name: str, value: Any, expected: str = "a number") -> float:
+    """Any real number that a float can hold, infinities and NaN included, as a float."""
+    plain: Any = scalar(value)
+    if isinstance(plain, bool) or not isinstance(plain, (Real, torch.SymFloat, torch.SymInt)):
+        refuse(name, expected, value, WrongType)
+    try:
+        return float(cast(Any, plain))
+    except OverflowError:  # an integer beyond the largest float
+        refuse(name, "a number that a float can hold", value)
+
+
+@overload
+def integer(
+    name: str, value: Any, low: int, high: int | None = ..., *, optional: Literal[False] = ..., expected: str = ...
+) -> int: ...
+
+
+@overload
+def integer(
+    name: str, value: Any, low: int, high: int | None = ..., *, optional: bool, expected: str = ...
+) -> int | None: ...
+
+
 def integer(
     name: str, value: Any, low: int, high: int | None = None, *, optional: bool = False, expected: str = ""
-) -> Any:
-    """An integer in [low, high] as an int, or None where it is optional."""
+) -> int | None:
+    """An integer in [low, high] as an int, or None if it is optional."""
     if value is None and optional:
         return None
     plain = scalar(value)
-    whole = isinstance(plain, Integral) and not isinstance(plain, bool)
+    whole = isinstance(plain, (Integral, torch.SymInt)) and not isinstance(plain, bool)
     if whole and low <= int(plain) <= (INT64 if high is None else high):
         return int(plain)
     if not expected and (high is not None or (whole and int(plain) > low)):
@@ -103,7 +160,7 @@ def integer(
 def numbers(
     name: str, value: Any, low: float = -math.inf, *, above: bool = False, expected: str = "", count: int | None = None
 ) -> Tensor:
-    """One number or several (a sequence, an array, a tensor), as float64, (count,)."""
+    """One number or several (a sequence, an array, a tensor) as float64, (count,)."""
     expected = expected or "one or more finite numbers" + (f" >= {low:g}" if low > -math.inf else "")
     found = [_one_of(number, name, value, expected, x, low, above=above) for x in _items(name, value, expected)]
     if not found or count not in (None, len(found)):
@@ -112,7 +169,7 @@ def numbers(
 
 
 def integers(name: str, value: Any, low: int, high: int, *, expected: str, empty: bool = False) -> list[int]:
-    """A sequence of integers."""
+    """One integer or several as a list."""
     found = [_one_of(integer, name, value, expected, x, low, high) for x in _items(name, value, expected)]
     if not found and not empty:
         refuse(name, expected, value)
@@ -122,9 +179,9 @@ def integers(name: str, value: Any, low: int, high: int, *, expected: str, empty
 def _items(name: str, value: Any, expected: str) -> list[Any]:
     plain = scalar(value)
     if isinstance(plain, Tensor) and not plain.is_meta:
-        return plain.detach().flatten().tolist()
+        return list(plain.detach().flatten().tolist())
     if type(plain).__module__ == "numpy":
-        return plain.flatten().tolist()
+        return list(plain.flatten().tolist())
     if isinstance(plain, Real):
         return [plain]
     if isinstance(plain, Sequence) and not isinstance(plain, (str, bytes, bytearray)):
@@ -132,40 +189,59 @@ def _items(name: str, value: Any, expected: str) -> list[Any]:
     refuse(name, expected, value, WrongType)
 
 
-def _one_of(check: Callable, name: str, whole: Any, expected: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-    """One item, or an error that shows them all."""
+def _one_of(check: Check, name: str, whole: Any, expected: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Check one item; the error shows all of them."""
     try:
         return check(name, value, *args, **kwargs)
     except ValueError as error:
         refuse(name, expected, whole, WrongType if isinstance(error, TypeError) else ValueError)
 
 
-def choice(name: str, value: Any, choices: Sequence[str], either: str = "") -> Any:
-    """One of some words."""
+def choice(name: str, value: Any, choices: Sequence[str], expected: str = "") -> str:
+    """One of several words."""
     if not isinstance(value, str) or value not in choices:
-        refuse(name, either or f"one of {list(choices)}", value, ValueError if isinstance(value, str) else WrongType)
+        kind = ValueError if isinstance(value, str) else WrongType
+        refuse(name, expected or f"one of {list(choices)}", value, kind)
     return value
 
 
-def boolean(name: str, value: Any, *, optional: bool = False) -> Any:
-    """True or False."""
+@overload
+def boolean(name: str, value: Any, *, optional: Literal[False] = ...) -> bool: ...
+
+
+@overload
+def boolean(name: str, value: Any, *, optional: bool) -> bool | None: ...
+
+
+def boolean(name: str, value: Any, *, optional: bool = False) -> bool | None:
+    """True or False, or None if it is optional."""
     plain = scalar(value)
-    if not (isinstance(plain, bool) or (plain is None and optional)):
-        refuse(name, "True, False or None" if optional else "True or False", value, WrongType)
-    return plain
+    if isinstance(plain, bool) or (plain is None and optional):
+        return plain
+    refuse(name, "True, False or None" if optional else "True or False", value, WrongType)
 
 
-def text(name: str, value: Any, *, optional: bool = False, empty: bool = True) -> Any:
-    """A string."""
-    if not isinstance(value, str) and not (value is None and optional):
+@overload
+def text(name: str, value: Any, *, optional: Literal[False] = ..., empty: bool = ...) -> str: ...
+
+
+@overload
+def text(name: str, value: Any, *, optional: bool, empty: bool = ...) -> str | None: ...
+
+
+def text(name: str, value: Any, *, optional: bool = False, empty: bool = True) -> str | None:
+    """A string, or None if it is optional."""
+    if value is None and optional:
+        return None
+    if not isinstance(value, str):
         refuse(name, "a string" + (" or None" if optional else ""), value, WrongType)
     if value == "" and not empty:
         refuse(name, "a string that is not empty", value)
     return value
 
 
-def texts(name: str, value: Any, expected: str = "a list of strings", *, optional: bool = False) -> Any:
-    """A collection of strings, which a string is not, as a list."""
+def texts(name: str, value: Any, expected: str = "a list of strings", *, optional: bool = False) -> list[str] | None:
+    """A collection of strings (not a single string) as a list, or None if it is optional."""
     if value is None and optional:
         return None
     if isinstance(value, str):
@@ -178,7 +254,7 @@ def texts(name: str, value: Any, expected: str = "a list of strings", *, optiona
 
 
 def path(name: str, value: Any, *, optional: bool = False) -> Any:
-    """A path, as it came."""
+    """A path (str or os.PathLike), unchanged."""
     if value is None and optional:
         return None
     if not isinstance(value, (str, os.PathLike)):
@@ -190,26 +266,26 @@ def path(name: str, value: Any, *, optional: bool = False) -> Any:
 
 
 def function(name: str, value: Any, *, expected: str = "a function", optional: bool = False) -> Any:
-    """Something that can be called."""
+    """A callable."""
     if not callable(value) and not (value is None and optional):
         refuse(name, expected + (" or None" if optional else ""), value, WrongType)
     return value
 
 
-def instance(name: str, value: Any, kind: type | tuple[type, ...], expected: str, hint: str = "") -> Any:
-    """An object of a class."""
+def instance(name: str, value: Any, kind: type[T] | tuple[type[T], ...], expected: str, hint: str = "") -> T:
+    """An instance of a class, or of one of several."""
     if not isinstance(value, kind):
         refuse(name, expected, value, WrongType, hint)
     return value
 
 
 def module(name: str, value: Any) -> nn.Module:
-    """A model."""
+    """A torch module."""
     return instance(name, value, nn.Module, "a torch.nn.Module")
 
 
 def batches(name: str, value: Any) -> list[Any]:
-    """Batches, run through once and kept as a list."""
+    """An iterable of at least one batch, as a list."""
     try:
         if isinstance(value, (str, bytes, bytearray, Mapping, nn.Module)):
             raise TypeError("one batch")
@@ -224,7 +300,7 @@ def batches(name: str, value: Any) -> list[Any]:
 
 
 def tensor(name: str, value: Any, dims: int | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
-    """A real floating-point tensor of so many dimensions, or of this shape."""
+    """A floating-point tensor of this shape, or with this number of dimensions."""
     what = "a floating-point tensor"
     expected = f"{what} of shape {shape}" if shape else what if dims is None else f"{what} of {dims} dimensions"
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -235,7 +311,7 @@ def tensor(name: str, value: Any, dims: int | None = None, shape: tuple[int, ...
 
 
 def mapping(name: str, value: Any, expected: str, *, empty: bool = False) -> Any:
-    """A mapping whose keys are strings, with at least one entry."""
+    """A mapping with string keys and, unless `empty`, at least one entry."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         refuse(name, expected, value, WrongType)
     if not value and not empty:
@@ -244,7 +320,7 @@ def mapping(name: str, value: Any, expected: str, *, empty: bool = False) -> Any
 
 
 def layers(name: str, value: Any) -> Any:
-    """Which layers of a model: None, "all" or a function of the name."""
+    """A selection of layers: None, "all" or a function of the layer's name."""
     if not (value is None or (isinstance(value, str) and value == "all") or callable(value)):
         kind = ValueError if isinstance(value, str) else WrongType
         refuse(name, "None, 'all' or a function of the layer's name", value, kind)
@@ -252,10 +328,10 @@ def layers(name: str, value: Any) -> Any:
 
 
 def keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Refuse keywords that nobody takes, each with those that look like it.
+    """Check the keywords of a call of `function`.
 
     Raises:
-        TypeError: there is one.
+        TypeError: an unknown keyword; the message suggests similar ones.
     """
     for name in given:
         if name not in known:
@@ -265,16 +341,16 @@ def keywords(function: str, given: Iterable[str], known: Collection[str]) -> Non
             )
 
 
-# ---- checks that belong to an attribute ----
+# ---- checks of attributes ----
 
 
-def checker(check: Callable, *args: Any, **kwargs: Any) -> Callable[[str, Any], Any]:
-    """The check of one attribute, ``(name, value) -> value``: under "check" in the metadata of a dataclass field."""
+def checker(check: Check, *args: Any, **kwargs: Any) -> Callable[[str, Any], Any]:
+    """A check ``(name, value) -> plain value``, for the metadata entry "check" of a dataclass field."""
     return lambda name, value: check(name, value, *args, **kwargs)
 
 
 def check_fields(instance: Any) -> None:
-    """Check the fields of a dataclass, a frozen one too, and put their plain values in place."""
+    """Check the fields of a dataclass instance, frozen or not, and set them to their plain values."""
     for f in fields(instance):
         check = f.metadata.get("check")
         if check is not None:
@@ -282,9 +358,9 @@ def check_fields(instance: Any) -> None:
 
 
 class _Checked:
-    """See `Checked`. Reading it is reading the instance's own `__dict__`."""
+    """Data descriptor without `__get__`: the attribute is read from the `__dict__` of the instance."""
 
-    def __init__(self, check: Callable, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, check: Check, *args: Any, **kwargs: Any) -> None:
         self.check = checker(check, *args, **kwargs)
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -294,6 +370,6 @@ class _Checked:
         owner.__dict__[self.name] = self.check(self.name, value)
 
 
-def Checked(check: Callable, *args: Any, **kwargs: Any) -> Any:  # Any: read as the value's own type
-    """An attribute that is checked when it is set."""
+def Checked(check: Check, *args: Any, **kwargs: Any) -> Any:  # Any: the attribute has the type of its value
+    """A class attribute whose values are checked when they are set."""
     return _Checked(check, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""JSON files that may be damaged, and are never left half-written."""
+"""Read JSON files that may be damaged, and write files atomically."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-def read(path: str | os.PathLike, way_out: str, *, strict: bool = True) -> dict[str, Any]:
-    """The object in a file.
+def read(path: str | os.PathLike[str], hint: str, *, strict: bool = True) -> dict[str, Any]:
+    """Read the JSON object in a file.
 
     Args:
         path: of the file.
-        way_out: what to do about a damaged file, a sentence without its full stop.
-        strict: refuse NaN, Infinity and a name that is there twice.
+        hint: what to do about a damaged file, a sentence without its full stop.
+        strict: refuse NaN, Infinity and duplicate names.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read or does not hold a JSON object; the message names it.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read or holds no JSON object; the message has its path.
     """
     try:
         return loads(Path(path).read_bytes(), strict=strict)
@@ -27,18 +27,22 @@ def read(path: str | os.PathLike, way_out: str, *, strict: bool = True) -> dict[
         raise
     except (OSError, ValueError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        raise ValueError(f"{os.fspath(path)} cannot be used: {reason}. {way_out}.") from None
+        raise ValueError(f"{os.fspath(path)} cannot be used: {reason}. {hint}.") from None
 
 
 def loads(content: bytes, *, strict: bool = True) -> dict[str, Any]:
-    """The JSON object in these bytes.
+    """Parse a JSON object.
+
+    Args:
+        content: UTF-8 text.
+        strict: see `read`.
 
     Raises:
-        ValueError: there is none, and why.
+        ValueError: the content is no JSON object; the message says why.
     """
     if not content.strip(b" \t\r\n\0"):
         raise ValueError("it is empty, as a full disk leaves a file")
-    hooks: dict[str, Any] = {"object_pairs_hook": _once, "parse_constant": _refuse_constant} if strict else {}
+    hooks: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _refuse_constant} if strict else {}
     try:
         found = json.loads(content.decode("utf-8"), **hooks)
     except UnicodeDecodeError as error:
@@ -52,9 +56,13 @@ def loads(content: bytes, *, strict: bool = True) -> dict[str, Any]:
     return found
 
 
-def write(path: str | os.PathLike, text: str) -> None:
-    """Write a whole file or nothing: what was there stays until the new one is complete."""
-    target = Path(os.path.realpath(path))  # a link stays a link
+def write(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file atomically: the previous content stays until the new content is complete.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    target = Path(os.path.realpath(path))  # keeps a symbolic link
     mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -75,7 +83,7 @@ def _umask() -> int:
     return mask
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flatlora.analysis import Hessian, hessian_vector_product, spectral_density, top_eigenvalues, trace
-from flatlora.analysis.weights import find_weights
+from flatlora.analysis.displacement import find_weights
 
 
 class Dense:

@@ -11,11 +11,11 @@ from helpers.memory import allocations
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from flatlora.analysis import displacement as weights_module
 from flatlora.analysis import loss_line, merged_row_norms
-from flatlora.analysis import weights as weights_module
 from flatlora.analysis.directions import Directions
-from flatlora.analysis.norms import all_row_norms
-from flatlora.analysis.weights import find_weights
+from flatlora.analysis.displacement import find_weights
+from flatlora.analysis.merged_norms import all_row_norms
 
 
 def test_line_of_a_quadratic_is_a_parabola(dense_noise):

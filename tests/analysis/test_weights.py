@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flatlora.analysis.norms import all_row_norms
-from flatlora.analysis.weights import displaced, find_weights
+from flatlora.analysis.displacement import displaced, find_weights
+from flatlora.analysis.merged_norms import all_row_norms
 
 
 def random_shift(weights):

@@ -265,7 +265,7 @@ OF_REPORT = {
     "main": case(report.main, arguments="None [] () set ['x'] np.empty"),
 }
 OF_OPS = {
-    "RowNoise": case(ops.RowNoise, ROW_NOISE, call=with_noise, norms=OTHER, stale=BOOL),
+    "RowNoise": case(ops.RowNoise, ROW_NOISE, call=with_noise, norms=OTHER, compute_norms=BOOL, stale=OPTIONAL_BOOL),
     "lora_linear": case(ops.lora_linear, LORA_LINEAR, noise=NONE, dropped=NONE, owner=INDEX),
     "perturbed_linear": case(ops.perturbed_linear, {**LINEAR, **NOISY}, owner=INDEX),
     "rebuilt_linear": case(ops.rebuilt_linear, {**LINEAR, **NOISY}),

@@ -10,7 +10,7 @@ from helpers import tiny
 from helpers.runs import RHO, trainer
 
 STEPS = 4
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 FLAT = {"rho": RHO, "seed": 7, "schedule": "constant"}
 LENGTH = 4  # generated tokens
 GENERATES = {

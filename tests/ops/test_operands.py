@@ -21,7 +21,7 @@ from flatlora.ops import (
     row_norms_of_sum,
     squared_row_norms,
 )
-from flatlora.ops.operands import overlaps_itself
+from flatlora.ops.checks import overlaps_itself
 
 needs_c = pytest.mark.skipif(native.LIBRARY is None, reason="the C kernel was not built")
 BACKENDS = ["reference", "torch", pytest.param("c", marks=needs_c)]

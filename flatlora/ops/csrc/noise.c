@@ -1,8 +1,8 @@
-/* out = W + std * z in one pass over W, with the z of the noise contract (see ../philox.py). Before it, if asked for, the
- * row norms of W + s B A, which std is relative to. And the sum of a product and a low-rank one.
+/* out = W + std * z in one pass over W, with the z of the noise contract (see ../philox.py). Optionally, the row norms of
+ * W + s B A, to which std is relative, are computed first. A second function adds a low-rank product to a matrix.
  *
- * A plain shared library, called from Python through ctypes (see ../native.py): no Python.h, no torch headers, no
- * libraries beyond libc, libm and the threads. The kernel is compiled once per instruction set and chosen at run time.
+ * A plain shared library, called from Python through ctypes (see ../native.py): it uses no Python.h, no torch headers and
+ * no libraries except libc, libm and threads. The kernel is compiled once for each instruction set and selected at run time.
  */
 #define _GNU_SOURCE /* RTLD_DEFAULT */
 #include <float.h>
@@ -46,19 +46,19 @@ typedef struct {
     int64_t o0, o1;       /* strides of out, in bytes */
     int64_t w0, w1;       /* strides of W, in bytes */
     int o_type, w_type;
-    void *norms;          /* (m,) double where W is, else float */
+    void *norms;          /* (m,) double if W is double, else float */
     double relative;      /* std_i = relative norm_i */
     const int64_t *index; /* (m,) rows of the whole weight, or NULL: first_row, first_row + 1, ... */
     int64_t first_row, m, n;
     stream s;
-    const float *b, *a;   /* (m, r) and (r, n): the norms are those of W + s B A, and written; NULL: they are given */
+    const float *b, *a;   /* (m, r) and (r, n): write the row norms of W + s B A to norms. NULL: read norms */
     float scaling;        /* s */
     int64_t r;
     int kernel;
 } job;
 
 typedef struct {
-    char *out;            /* (t, n), the elements of a row next to each other */
+    char *out;            /* (t, n) with contiguous rows */
     int64_t o0;           /* row stride of out, in bytes */
     int o_type;
     const float *left;    /* (t, r) */
@@ -85,7 +85,7 @@ static inline double std_of(const job *j, int64_t i) {
     return j->relative * (j->w_type == FLOAT64 ? ((const double *)j->norms)[i] : ((const float *)j->norms)[i]);
 }
 
-/* Squares of the elements c, c + 1, ... of row i of W + s B A. */
+/* Sum of squares of the elements c, c + 1, ... of row i of W + s B A. */
 static float rest_of_row(const job *j, int64_t i, int64_t c) {
     const char *row = j->weight + i * j->w0;
     float sum = 0;
@@ -97,7 +97,7 @@ static float rest_of_row(const job *j, int64_t i, int64_t c) {
     return sum;
 }
 
-/* The norm of row i of W + s B A, in double. */
+/* The norm of row i of W + s B A, computed in double. */
 static float wide_norm(const job *j, int64_t i) {
     const char *row = j->weight + i * j->w0;
     double sum = 0;
@@ -116,13 +116,13 @@ static float wide_norm(const job *j, int64_t i) {
     return (float)sqrt(sum);
 }
 
-/* The norm of row i from its sum of squares, which is made again where it left the range of float: where it is so small
- * that squares may have vanished beside it (the smallest normal number over 2^-24, for each column), or infinite. */
+/* The norm of row i from its sum of squares. The sum is computed again in double if it is infinite, or so small that
+ * squares may have underflowed (below the smallest normal number / 2^-24 for each column). */
 static float norm_of(const job *j, int64_t i, float sum) {
     return sum >= (float)j->n * 0x1p-102f && sum <= FLT_MAX ? sqrtf(sum) : wide_norm(j, i);
 }
 
-/* A block of elements from one layout to another: down the columns where those are the contiguous side. */
+/* Copy a block of elements between two layouts, along the columns if these are contiguous. */
 #define COPY(T)                                                                                     \
     for (int a = 0; a < outer; a++) {                                                               \
         char *d = to + a * to_outer;                                                                \
@@ -208,10 +208,10 @@ static const struct {
 #endif
 };
 
-/* Of the functions below: counted up with each change of their arguments, here and in ../native.py. */
+/* Version of the functions below: increment it when their arguments change, here and in ../native.py. */
 EXPORT int flatlora_abi(void) { return 1; }
 
-/* The last of KERNELS that this machine can run. */
+/* Index of the best of KERNELS that this machine supports. */
 EXPORT int flatlora_best(void) {
 #ifdef DISPATCH
     __builtin_cpu_init();
@@ -225,7 +225,7 @@ EXPORT int flatlora_best(void) {
     return 0;
 }
 
-/* Threads: thread t of T does the rows m t / T ... m (t + 1) / T - 1. A row is the same whoever makes it. */
+/* Threads: thread t of T computes the rows m t / T ... m (t + 1) / T - 1. A row does not depend on the thread. */
 typedef struct {
     void (*work)(const void *, int64_t, int64_t); /* rows begin ... end - 1 of the job */
     const void *job;
@@ -237,7 +237,7 @@ static void share(team *t, int which) { t->work(t->job, t->m * which / t->thread
 
 static void perturb(const void *arg, int64_t begin, int64_t end) {
     const job *j = arg;
-    int64_t step = j->a ? PANEL : end - begin; /* after its norm a row of W comes from the cache */
+    int64_t step = j->a ? PANEL : end - begin; /* the row is in the cache after its norm */
     for (int64_t i = begin; i < end; i += step) {
         int64_t stop = i + step < end ? i + step : end;
         if (j->a) KERNELS[j->kernel].norms(j, i, stop);
@@ -270,15 +270,15 @@ typedef void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
 static gomp_parallel pool;
 static pid_t home;
 
-/* The OpenMP pool that torch's own operators run on, if it is libgomp (or libomp, which has the same entry point): a
- * second pool would compete with the first one, whose threads go on spinning for milliseconds after each operator. */
+/* The OpenMP thread pool of torch's operators, if it is libgomp (or libomp, which has the same entry point). A second pool
+ * would compete with it, since its threads keep spinning for milliseconds after each operator. */
 __attribute__((constructor)) static void find_pool(void) {
     home = getpid();
     pool = (gomp_parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
 }
 
 static void run(team *t) {
-    if (pool && getpid() == home) { /* the threads of the pool do not exist in the child of a fork */
+    if (pool && getpid() == home) { /* a forked child does not have the threads of the pool */
         pool(member, t, t->threads, 0);
         return;
     }
@@ -298,8 +298,8 @@ static void start(team *t, int threads) {
     else share(t, 0);
 }
 
-/* out = W + relative norm z, after norm_i = ||W_i + s (B A)_i|| if A is not NULL (then W is float32 or bfloat16, its rows
- * contiguous). Nothing but the norms if out is NULL. Strides in elements; key: (2,) seed and sample. */
+/* out = W + relative norm z. If A is not NULL, first norm_i = ||W_i + s (B A)_i||; W is then float32 or bfloat16 with
+ * contiguous rows. If out is NULL, only the norms. Strides are in elements; key: (2,) seed and sample. */
 EXPORT void flatlora_perturb(void *out, int out_type, int64_t o0, int64_t o1, const void *weight, int weight_type,
                              int64_t w0, int64_t w1, void *norms, double relative, const int64_t *key, int64_t layer,
                              const int64_t *index, int64_t first_row, int64_t m, int64_t n, const float *b, const float *a,
@@ -314,7 +314,7 @@ EXPORT void flatlora_perturb(void *out, int out_type, int64_t o0, int64_t o1, co
     start(&t, threads);
 }
 
-/* out += left right, the sum in float32 and rounded once. out: (t, n), left: (t, r), right: (r, n). */
+/* out += left right, summed in float32 and rounded once. out: (t, n), left: (t, r), right: (r, n). */
 EXPORT void flatlora_add_product(void *out, int out_type, int64_t o0, const float *left, const float *right, int64_t rows,
                                  int64_t n, int64_t r, int threads, int kernel) {
     product_job j = {out, o0 * SIZE[out_type], out_type, left, right, n, r, kernel};

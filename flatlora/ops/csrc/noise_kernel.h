@@ -1,16 +1,16 @@
-/* The kernel for one instruction set. noise.c includes this file once per set, with
- *   NAME(x)   x with a suffix of the set,
- *   TARGET    the function attribute that turns the set on,
- *   AT_ONCE   rows whose norms are made at the same time,
- * and where the compiler alone does not find the best code for it
- *   VECTOR    bytes of a vector of 64-bit lanes,
- *   MULTIPLY  the product of the low 32 bits of each lane with a constant,
- *   TOGETHER  pairs of vectors that go through the rounds at the same time, to hide their latency,
- *   INTERLEAVE  the low 32 bits of the lanes of two vectors, in turn,
- *   BOX_MULLER  sixteen times the two normals of two words,
- *   HALF_TO_FLOAT, FLOAT_TO_HALF    sixteen conversions between pointers,
- *   FLOAT_TO_BFLOAT                 64 of them; 0 if they are to be made again, in the ordinary way.
- * The loops over lanes are written for the compiler to vectorise: fixed lengths, no branches, no calls.
+/* The kernel for one instruction set. noise.c includes this file once for each set and defines
+ *   NAME(x)   x with a suffix for the set,
+ *   TARGET    the function attribute that enables the set,
+ *   AT_ONCE   number of rows whose norms are computed together,
+ * and, if the compiler does not generate the best code itself,
+ *   VECTOR    size of a vector of 64-bit lanes in bytes,
+ *   MULTIPLY  product of the low 32 bits of each lane with a constant,
+ *   TOGETHER  number of pairs of vectors that are processed together, to hide latency,
+ *   INTERLEAVE  low 32 bits of the lanes of two vectors, alternating,
+ *   BOX_MULLER  the two normals of two words, for sixteen pairs,
+ *   HALF_TO_FLOAT, FLOAT_TO_HALF    conversion of sixteen numbers from one pointer to another,
+ *   FLOAT_TO_BFLOAT                 conversion of 64 numbers; 0 if the generic code must convert them.
+ * The loops over lanes are written so that the compiler vectorizes them: fixed lengths, no branches, no calls.
  */
 
 /* words[k][lane] of the column blocks first, first + 1, ..., first + SPAN - 1. */
@@ -25,9 +25,9 @@ static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, 
     NAME(lanes) step = {0};
     for (int i = 0; i < WIDTH; i++) step[i] = 2 * i;
     for (int start = 0; start < SPAN; start += 2 * WIDTH * TOGETHER) {
-        /* A counter word sits in the low half of a 64-bit lane. The multiplication does not read the high half, so it
-         * may hold anything until the end: the low half of a product needs no mask. Vectors 2p and 2p + 1 hold the
-         * even and the odd blocks of a pair. */
+        /* A counter word is the low half of a 64-bit lane. The multiplication does not read the high half, which may hold
+         * any bits until the end: the low half of a product needs no mask. Vectors 2p and 2p + 1 hold the even and the
+         * odd blocks of a pair. */
         NAME(lanes) c0[2 * TOGETHER], c1[2 * TOGETHER], c2[2 * TOGETHER], c3[2 * TOGETHER];
         for (int v = 0; v < 2 * TOGETHER; v++) {
             c0[v] = step + (first + start + v / 2 * 2 * WIDTH + v % 2);
@@ -73,7 +73,7 @@ static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, 
 }
 #endif
 
-/* z[TILE] of one tile: sqrt(-2 ln u) times the cosine and the sine of t. */
+/* z[TILE] of one tile: sqrt(-2 ln u) times cosine and sine of t. */
 static inline TARGET void NAME(box_muller)(float *restrict z, uint32_t words[4][SPAN], int at) {
 #ifdef BOX_MULLER
     for (int pair = 0; pair < 2; pair++)
@@ -83,13 +83,13 @@ static inline TARGET void NAME(box_muller)(float *restrict z, uint32_t words[4][
         for (int i = 0; i < LANES; i++) {
             /* u = (k + 1/2) / 2^24 = m 2^e with m in [sqrt(1/2), sqrt(2)), f = m - 1, -2 ln u = -2 ln(2) e - 2 ln(1 + f) */
             int32_t k = words[2 * pair][at + i] >> 8;
-            int32_t bits = as_int((float)k + 0.5f) - 0x3F3504F3; /* less the bits of sqrt(1/2) */
+            int32_t bits = as_int((float)k + 0.5f) - 0x3F3504F3; /* minus the bits of sqrt(1/2) */
             int32_t e = (bits >> 23) - 24;
             float f = as_float((bits & 0x7FFFFF) + 0x3F3504F3) - 1.0f;
-            /* k + 1/2 has 25 bits where u > 1/2. So where e = 0, f = u - 1 is made from 2^24 - k, without rounding. */
+            /* k + 1/2 has 25 bits if u > 1/2. If e = 0, f = u - 1 is computed from 2^24 - k, without rounding. */
             float exact = (float)(k - (1 << 24)) * 0x1p-24f + 0x1p-25f;
             f = e == 0 ? exact : f;
-            /* -2 ln(1 + f) / f, minimax in relative error: 1.7e-7 */
+            /* -2 ln(1 + f) / f, minimax polynomial, relative error 1.7e-7 */
             float p = 0.2075742684974607f;
             p = p * f - 0.32676289599598524f;
             p = p * f + 0.34424853034065217f;
@@ -105,7 +105,7 @@ static inline TARGET void NAME(box_muller)(float *restrict z, uint32_t words[4][
             int32_t quarter = (turn + (1 << 21)) >> 22;
             float x = (float)(turn - (quarter << 22)) * 0x1p-21f;
             float y = x * x;
-            /* sin(pi/4 x) and cos(pi/4 x), minimax: 1e-9 and 3e-8 */
+            /* sin(pi/4 x) and cos(pi/4 x), minimax polynomials, errors 1e-9 and 3e-8 */
             float sine = -3.587725839827414e-05f;
             sine = sine * y + 0.002489871967804031f;
             sine = sine * y - 0.08074536727091274f;
@@ -115,7 +115,7 @@ static inline TARGET void NAME(box_muller)(float *restrict z, uint32_t words[4][
             cosine = cosine * y + 0.015849915256947688f;
             cosine = cosine * y - 0.3084242535619725f;
             cosine = cosine * y + 0.9999999724233218f;
-            /* an odd quarter swaps the two, the second bit of the quarter is the sign of the sine */
+            /* an odd quarter swaps them; the second bit of the quarter is the sign of the sine */
             float a = quarter & 1 ? sine : cosine, b = quarter & 1 ? cosine : sine;
             z[32 * pair + i] = radius * as_float(as_int(a) ^ (uint32_t)((quarter + 1) & 2) << 30);
             z[32 * pair + 16 + i] = radius * as_float(as_int(b) ^ (uint32_t)(quarter & 2) << 30);
@@ -136,7 +136,7 @@ static inline TARGET void NAME(load)(float *restrict x, const void *weight, int 
         for (int j = 0; j < TILE; j += 16) HALF_TO_FLOAT(x + j, w + j);
 #else
         for (int j = 0; j < TILE; j++) {
-            /* The exponent moves up by 112; the product also makes normal numbers of the subnormal ones. */
+            /* The product adds 112 to the exponent, and normalizes subnormal numbers. */
             uint32_t sign = (uint32_t)(w[j] & 0x8000) << 16, magnitude = (uint32_t)(w[j] & 0x7FFF) << 13;
             float finite = as_float(magnitude) * 0x1p112f;
             x[j] = as_float(sign | (magnitude >= 0x0F800000 ? magnitude | 0x7F800000 : (uint32_t)as_int(finite)));
@@ -169,7 +169,7 @@ static inline TARGET void NAME(store)(void *out, const float *restrict x, int ty
         for (int j = 0; j < TILE; j++) {
             uint32_t bits = as_int(x[j]), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
             uint32_t normal = (magnitude + 0xFFF + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
-            /* half a unit of a half's subnormals is half a unit of 0.5: the addition does the rounding */
+            /* the addition of 0.5 rounds to the spacing of a half's subnormal numbers */
             uint32_t subnormal = as_int(as_float(magnitude) + 0.5f) - 0x3F000000;
             uint32_t h = magnitude < 0x38800000 ? subnormal : normal;
             h = magnitude >= 0x477FF000 ? 0x7C00 : h; /* from 65520 on: infinity */
@@ -198,9 +198,9 @@ static inline TARGET void NAME(add)(
     NAME(store)(out, x, out_type);
 }
 
-/* Rows begin ... end - 1 of the job, in blocks of rows x COLUMNS. Where elements of a row lie next to each other, a block
- * is a part of one row, read and written in place. Where they are apart, it has PANEL rows and goes through buffers, so
- * that a cache line of a column is fetched once, and blocks follow each other down the columns, so that a page is. */
+/* Rows begin ... end - 1 of the job, in blocks of rows x COLUMNS. If the rows are contiguous, a block is a part of one row,
+ * read and written in place. Otherwise a block has PANEL rows and is copied through buffers, so that each cache line of a
+ * column is fetched once; blocks proceed along the columns, so that each page is fetched once. */
 static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
     enum { COLUMNS = SPAN / LANES * TILE };
     ALIGNED char weight_buffer[PANEL * COLUMNS * 8], out_buffer[PANEL * COLUMNS * 8];
@@ -234,14 +234,14 @@ static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
     }
 }
 
-/* norm_i = || W_i + s sum_k B_ik A_k || of the rows begin ... end - 1, the merged row in registers only: AT_ONCE rows and
- * two vectors of columns at a time, so that there are enough sums to hide the latency of one. */
+/* norm_i = || W_i + s sum_k B_ik A_k || of the rows begin ... end - 1, with the merged row in registers only: AT_ONCE rows
+ * and two vectors of columns at a time, which are enough independent sums to hide the latency of one. */
 #if defined(__GNUC__)
 typedef float NAME(floats) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t NAME(ints) __attribute__((vector_size(4 * LANES)));
 typedef uint16_t NAME(halves) __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-/* Adds the squares of AT_ONCE rows to the sums, from column c on in steps of `vectors` vectors; returns where it ends. */
+/* Add the squares of AT_ONCE rows to the sums, from column c on in steps of `vectors` vectors; returns the next column. */
 static inline __attribute__((always_inline)) TARGET int64_t NAME(squares)(
     const job *j, const int64_t *i, int64_t c, const int vectors, const int type, NAME(floats) sum[AT_ONCE]) {
     const float *b[AT_ONCE];
@@ -268,7 +268,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(norms_of)(
     const job *j, int64_t begin, int64_t end, const int type) {
     for (int64_t first = begin; first < end; first += AT_ONCE) {
         NAME(floats) sum[AT_ONCE] = {{0}};
-        int64_t i[AT_ONCE]; /* the last row is done again where there are not enough */
+        int64_t i[AT_ONCE]; /* the last row is repeated if there are fewer rows */
         for (int p = 0; p < AT_ONCE; p++) i[p] = first + p < end ? first + p : end - 1;
         int64_t c = NAME(squares)(j, i, 0, 2, type, sum);
         c = NAME(squares)(j, i, c, 1, type, sum);
@@ -292,7 +292,7 @@ static void NAME(norms)(const job *j, int64_t begin, int64_t end) {
 }
 #endif
 
-/* out + left right, two rows of a tile, for which there must be registers enough. */
+/* out + left right, two rows of a tile; enabled if there are enough registers. */
 #if VECTOR == 64
 static inline __attribute__((always_inline)) TARGET void NAME(add_tile)(
     const product_job *j, int64_t i, int64_t c) {
@@ -317,7 +317,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_tile)(
 }
 #endif
 
-/* Up to a tile of one row. */
+/* out + left right, a tile or less of one row. */
 static TARGET void NAME(add_rest)(const product_job *j, int64_t i, int64_t c) {
     ALIGNED float x[TILE];
     ALIGNED char buffer[TILE * 8] = {0};
@@ -348,8 +348,8 @@ static TARGET void NAME(add_product)(const product_job *j, int64_t begin, int64_
     }
 }
 
-/* For tests: words of column blocks first, first + 1, ... of a row, the four of a block together; and the normals of
- * given words. */
+/* For tests: the words of column blocks first, first + 1, ... of a row, four for each block; and the normals of given
+ * words. */
 static TARGET void NAME(words)(uint32_t *out, uint32_t row, int64_t first, int64_t blocks, const stream *s) {
     for (int64_t start = 0; start < blocks; start += SPAN) {
         ALIGNED uint32_t words[4][SPAN];

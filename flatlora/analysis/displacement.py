@@ -1,16 +1,16 @@
-"""Which weights are displaced, and how, without a weight being written.
+"""Find the weights of a model and evaluate it at displaced weights, without writing a parameter.
 
-A chosen layer's forward is swapped for the length of a ``with`` block. The swapped forward builds the displaced weight
-of this one layer, runs the layer's own forward on it (`torch.func.functional_call`) and lets it go: one displaced
-weight exists at a time, whatever the size of the model. Because out = x (W + s B A)^T + b, adding D to the frozen W
-adds D to the merged weight W' = W + s B A.
+The forward of a chosen layer is replaced inside a ``with`` block. The replacement builds the displaced weight of this
+layer, runs the layer's own forward with it (`torch.func.functional_call`) and frees it: one displaced weight exists at
+a time, whatever the size of the model. Since out = x (W + s B A)^T + b, adding D to the frozen W adds D to the merged
+weight W' = W + s B A.
 
-A LoRA layer whose base weight cannot take D in its place (quantised; DoRA, which rescales the sum) gets D additively,
-its layer's operation with D alone, out + x D^T. LoRA layers are recognised by what they offer (`get_base_layer`,
-`get_delta_weight`, `active_adapters`), so nothing here imports peft.
+If D cannot be added to the base weight of a LoRA layer (a quantized weight; DoRA, which rescales the sum), the layer's
+operation with D alone is added to its output, out + x D^T. LoRA layers are recognized by their methods
+(`get_base_layer`, `get_delta_weight`, `active_adapters`), so this module does not import peft.
 
-Row form: every weight is seen as (m, n), one row per output filter. GPT-2's Conv1D stores the transpose; the trailing
-axes of a convolution are flattened.
+Row form: each weight is viewed as (m, n), one row per output. The Conv1D of GPT-2 stores the transpose; the trailing
+dimensions of a convolution are flattened.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..utils import arguments
-from .options import SPACES
+from .options import Layers, check_space
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
-CHUNK = 1 << 20  # entries of a temporary block
+CHUNK = 1 << 20  # number of entries of a temporary block
 
 At = Callable[["Weight", Tensor], Tensor]  # (weight, its values in row form) -> displaced values in row form
+Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +41,13 @@ class Weight:
     """One weight that can be displaced.
 
     Attributes:
-        name: of the layer, the same for a plain model and for a model that peft wrapped.
-        owner: the module whose forward is swapped.
-        path: of the parameter below `owner`; None where D is added to the output instead.
-        index: of the weight in the noise stream, a hash of `name`: it does not depend on which others are chosen.
-        transposed: the parameter is stored (n, m).
+        name: of the layer, the same with and without the wrapper of peft.
+        owner: the module whose forward is replaced.
+        path: of the parameter, relative to `owner`; None if the displacement is added to the output instead.
+        index: of the weight in the noise stream, a hash of `name`. It does not depend on the other chosen weights.
+        transposed: the parameter is stored as (n, m).
         shape: (m, n), row form.
-        full_shape: in which the parameter is stored.
+        full_shape: shape of the stored parameter.
     """
 
     name: str
@@ -63,10 +64,11 @@ class Weight:
             return None
         *parents, leaf = self.path.split(".")
         module: Any = self.owner.get_submodule(".".join(parents))
-        return module[leaf] if isinstance(module, nn.ParameterDict) else getattr(module, leaf)
+        held = module[leaf] if isinstance(module, nn.ParameterDict) else getattr(module, leaf)
+        return cast("Tensor | None", held)
 
     def values(self) -> Tensor:
-        """The values in row form, (m, n), a view of the parameter; zeros for an additive weight."""
+        """The values in row form, (m, n): a view of the parameter; zeros for an additive weight."""
         parameter = self.parameter()
         if parameter is None:
             like = next((p for p in self.owner.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -75,27 +77,25 @@ class Weight:
         return parameter.T if self.transposed else parameter.flatten(1)
 
     def stored(self, rows: Tensor) -> Tensor:
-        """Row form back to the shape in which the parameter is stored."""
+        """Convert (m, n) rows to the shape of the stored parameter."""
         return rows.T if self.transposed else rows.view(self.full_shape)
 
 
-def find_weights(
-    model: nn.Module, layers: str | Callable[[str], bool] | None = None, space: str = "merged"
-) -> list[Weight]:
-    """The weights that are displaced together.
+def find_weights(model: nn.Module, layers: Layers = None, space: str = "merged") -> list[Weight]:
+    """The weights to displace together.
 
     Args:
         model: any module.
-        layers: None, the layers that carry an adapter, or all of them where none does; "all", every `nn.Linear`,
+        layers: None, the layers with an adapter, or all layers if none has one; "all", each `nn.Linear`,
             `nn.Conv1d/2d/3d`, `nn.Embedding`, `nn.MultiheadAttention` and Conv1D, adapted or not; or a function of
-            the layer's name that says which of these. Biases and normalisation are never displaced (Li et al. 2018,
-            arXiv 1712.09913, section 4).
-        space: "merged", the weight the layer acts with; or "adapter", the factors A and B of the active adapters.
+            the layer's name that selects among these. Biases and normalization layers are never displaced (Li et al.
+            2018, arXiv 1712.09913, section 4).
+        space: "merged", the weight W' of the layer; or "adapter", the factors A and B of the active adapters.
 
     Raises:
         ValueError: an unknown space or `layers`, no layer matched, or a layer whose weight cannot be displaced.
     """
-    arguments.choice("space", space, SPACES)
+    check_space("space", space)
     arguments.layers("layers", layers)
     modules = list(_layers(arguments.module("model", model)))
     adapted = [(name, module) for name, module in modules if is_adapted(module)]
@@ -103,7 +103,7 @@ def find_weights(
         modules = adapted
     if callable(layers):
         modules = [(name, module) for name, module in modules if layers(name)]
-    make = _factors if space == "adapter" else _merged
+    make = _factor_weights if space == "adapter" else _merged_weights
     found = [weight for name, module in modules for weight in make(name, module)]
     if not found:
         raise ValueError(
@@ -114,12 +114,12 @@ def find_weights(
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether this is an adapter layer: it wraps a base layer and knows the update it adds to its weight."""
+    """Whether this is an adapter layer of peft, with a base layer and an update of its weight."""
     return all(hasattr(module, name) for name in ("get_base_layer", "get_delta_weight", "active_adapters"))
 
 
 def active(module: Any) -> list[str]:
-    """The adapters that act in this layer's forward beside its base weight; none when disabled or merged."""
+    """Names of the adapters that this layer's forward applies; none if they are disabled or merged."""
     if not is_adapted(module) or module.disable_adapters or module.merged:
         return []
     held = [d for d in (getattr(module, n, {}) for n in getattr(module, "adapter_layer_names", ())) if len(d)]
@@ -128,13 +128,13 @@ def active(module: Any) -> list[str]:
 
 @contextlib.contextmanager
 def displaced(weights: list[Weight], at: At) -> Iterator[set[str]]:
-    """Inside, every forward of the chosen layers acts with ``at(weight, W)`` in place of W (both in row form).
+    """Run each forward of the chosen layers with ``at(weight, W)`` in place of W, both in row form.
 
-    Nothing is written: a parameter is replaced for one call of its layer, the layer's forward for the length of the
-    block. Whatever `at` returns is in the graph, so gradients with respect to it can be taken.
+    No parameter is written: it is replaced during one call of its layer, and the layer's forward inside the block. The
+    tensor that `at` returns is part of the autograd graph, so gradients with respect to it can be taken.
 
     Yields:
-        The names of the weights that were used so far.
+        The names of the weights used so far.
     """
     groups: dict[nn.Module, list[Weight]] = {}
     for weight in weights:
@@ -153,21 +153,21 @@ def displaced(weights: list[Weight], at: At) -> Iterator[set[str]]:
 
 
 class _Call(nn.Module):
-    """A layer with the forward it had before it was swapped."""
+    """A layer with its original forward."""
 
-    def __init__(self, layer: nn.Module, run: Callable) -> None:
+    def __init__(self, layer: nn.Module, run: Forward) -> None:
         super().__init__()
         self.layer, self.run = layer, run
         self.training = layer.training
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
 
 
-def _displaced_forward(run: Callable, owner: nn.Module, group: list[Weight], at: At, used: set[str]) -> Callable:
+def _displaced_forward(run: Forward, owner: nn.Module, group: list[Weight], at: At, used: set[str]) -> Forward:
     call = _Call(owner, run)
 
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         used.update(weight.name for weight in group)
         if group[0].path is None:
             (weight,) = group
@@ -181,17 +181,18 @@ def _displaced_forward(run: Callable, owner: nn.Module, group: list[Weight], at:
 
 
 def _shift(owner: Any, x: Tensor, D: Tensor) -> Tensor:
-    """What the layer adds to its output when D, in the shape of its weight, is added to the weight."""
+    """The change of the layer's output if D, of the shape of the stored weight, is added to the weight."""
     base = owner.get_base_layer()
     if isinstance(base, nn.Embedding):
         return nn.functional.embedding(x, D) * getattr(base, "embed_scale", 1)
     if isinstance(base, CONVOLUTIONS):
-        return base._conv_forward(x, D.to(x.dtype), None)  # type: ignore[arg-type]
+        out: Tensor = base._conv_forward(x, D.to(x.dtype), None)
+        return out
     return nn.functional.linear(x, (D.T if is_transposed(base) else D).to(x.dtype))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every layer that can be displaced; what an adapter layer wraps is its own business."""
+    """(name, layer) of each layer that can be displaced, without the layers inside an adapter layer."""
     inside: list[str] = []
     for name, module in model.named_modules():
         if name.endswith("original_module") or any(name.startswith(outer) for outer in inside):
@@ -204,13 +205,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _canonical(name: str) -> str:
-    """The layer's name without the prefixes that wrappers put before it."""
+    """The layer's name without the prefixes of wrappers."""
     for prefix in ("module.", "_orig_mod.", "base_model.model."):
         name = name.removeprefix(prefix)
     return name.split(".modules_to_save.")[0]
 
 
-def is_transposed(module: Any) -> bool:
+def is_transposed(module: nn.Module) -> bool:
+    """Whether this is a Conv1D of transformers, which stores its weight as (n, m)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -227,7 +229,7 @@ def _weight(name: str, owner: nn.Module, path: str, transposed: bool) -> Weight:
     return replace(made, shape=(rows.shape[0], rows.shape[1]), full_shape=tuple(parameter.shape))
 
 
-def _merged(name: str, module: Any) -> list[Weight]:
+def _merged_weights(name: str, module: Any) -> list[Weight]:
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is None:
             raise ValueError(f"layer {name!r}: MultiheadAttention must have one in_proj_weight; leave it out (layers=)")
@@ -244,7 +246,7 @@ def _merged(name: str, module: Any) -> list[Weight]:
         weight = _weight(name, module, "base_layer.weight", is_transposed(base))
         return [weight if added else replace(weight, path=None)]
     m, n = getattr(base, "out_features", None), getattr(base, "in_features", None)
-    if isinstance(m, int) and isinstance(n, int):  # the weight is out of reach: quantised, or itself wrapped
+    if isinstance(m, int) and isinstance(n, int):  # the weight is not available: quantized, or wrapped itself
         return [Weight(name, module, None, zlib.crc32(name.encode()), False, (m, n), (m, n))]
     raise ValueError(
         f"layer {name!r}: a {type(module).__name__} over {type(base).__name__} cannot be displaced in the merged "
@@ -253,15 +255,15 @@ def _merged(name: str, module: Any) -> list[Weight]:
 
 
 def _variants(module: nn.Module) -> set[str]:
-    """Adapters whose update is not simply added to the base weight."""
+    """Adapters whose update is not just added to the base weight."""
     dora = {name for name, on in getattr(module, "use_dora", {}).items() if on}
     return dora | set(getattr(module, "lora_variant", {}))
 
 
-def _factors(name: str, module: nn.Module) -> list[Weight]:
+def _factor_weights(name: str, module: nn.Module) -> list[Weight]:
     found = []
     for position, adapter in enumerate(active(module)):
-        tag = f".{position}" if position else ""  # several at once: the first is named as one alone would be
+        tag = f".{position}" if position else ""  # the first of several has the name of a single one
         for factor in ("A", "B"):
             if adapter in getattr(module, f"lora_{factor}", {}):
                 held = getattr(module, f"lora_{factor}")
@@ -275,7 +277,7 @@ def _factors(name: str, module: nn.Module) -> list[Weight]:
 
 
 def _share_tied(weights: list[Weight]) -> list[Weight]:
-    """Tied weights are one weight: they get the noise of the first. Two names with one hash get two indices."""
+    """Give tied weights the index of the first of them, and two names with the same hash different indices."""
     taken: dict[int, str] = {}
     tied: dict[int, int] = {}
     out = []

@@ -1,4 +1,4 @@
-"""Results to JSON files and back, so that figures and reports need no model."""
+"""Save results to JSON files and load them, so that figures and reports need no model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ from .hessian import SpectralDensity
 from .landscape import LossLine, LossSurface
 from .sharpness import ExpectedSharpness, SamSharpness
 
-WAY_OUT = "Measure again, or take the file from a backup"
-RESULTS: dict[str, Any] = {
+Result = LossLine | LossSurface | ExpectedSharpness | SamSharpness | SpectralDensity | Degradation
+HINT = "Measure again, or take the file from a backup"
+RESULTS: dict[str, type[Result]] = {
     kind.__name__: kind
     for kind in (LossLine, LossSurface, ExpectedSharpness, SamSharpness, SpectralDensity, Degradation)
 }
 
 
-def save(result: Any, path: str | os.PathLike) -> None:
-    """Write one result.
+def save(result: Result, path: str | os.PathLike[str]) -> None:
+    """Save one result to a JSON file.
+
+    Args:
+        result: a `LossLine`, `LossSurface`, `ExpectedSharpness`, `SamSharpness`, `SpectralDensity` or `Degradation`.
+        path: of the file. Missing folders are created.
 
     Raises:
-        ValueError: it is not one of the results that have a file format, or the file cannot be written.
+        ValueError: a result of another class, or the file cannot be written.
     """
     kind = type(result).__name__
     if kind not in RESULTS:
@@ -45,14 +50,14 @@ def save(result: Any, path: str | os.PathLike) -> None:
         raise ValueError(f"path {path} cannot be written: {error.strerror}. Give another path.") from error
 
 
-def load(path: str | os.PathLike) -> Any:
-    """Read what `save` wrote; numbers come back as they were, tensors as float64.
+def load(path: str | os.PathLike[str]) -> Any:
+    """Load a result that `save` has written. Numbers are restored exactly, tensors as float64.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or holds something else.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or holds no result.
     """
-    content = jsonfiles.read(check_path("path", path), WAY_OUT, strict=False)
+    content = jsonfiles.read(check_path("path", path), HINT, strict=False)
     kind = result_kind(content)
     content.pop("result", None)
     if kind is None or set(content) != {f.name for f in fields(kind)}:
@@ -60,11 +65,11 @@ def load(path: str | os.PathLike) -> Any:
     try:
         return kind(**{name: _from_json(name, value) for name, value in content.items()})
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} cannot be used: {error}. {WAY_OUT}.") from None
+        raise ValueError(f"{os.fspath(path)} cannot be used: {error}. {HINT}.") from None
 
 
-def result_kind(content: dict[str, Any]) -> Any:
-    """The class of the result that an object from a file is, or None."""
+def result_kind(content: dict[str, Any]) -> type[Result] | None:
+    """The class of the result in the JSON object of a file, or None."""
     name = content.get("result")
     return RESULTS.get(name) if isinstance(name, str) else None
 

@@ -1,37 +1,54 @@
-"""Checks in front of the kernels, which read and write memory as they are told.
+"""Argument checks of the operators: shapes, dtypes, devices and memory.
 
-Every check raises a ValueError or TypeError with the argument, what was expected, and what came. They run at each call,
-for each layer: a right call takes about two microseconds.
+The kernels read and write memory without any check of their own. A failed check raises a ValueError or TypeError with
+the name of the argument, what was expected and what was given. The checks run at each call of each layer, so they are
+fast: valid arguments take about two microseconds.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from numbers import Real
-from typing import Any, NoReturn
+from collections.abc import Collection
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
-from ..utils.arguments import scalar, shown
+from ..utils import arguments
+from ..utils.arguments import real, shown
 
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 INT64 = frozenset({torch.int64})
-ROWS = 1 << 32  # rows of a whole weight that the noise contract can tell apart
-COLUMNS = 1 << 34  # columns: four to a block, whose index is a word of 32 bits
-LAYERS = 1 << 63  # a layer is taken modulo 2^32
+MAX_ROWS = 1 << 32  # rows of a whole weight in the noise contract: the row index is a 32-bit word
+MAX_COLUMNS = 1 << 34  # columns: the index of a block of four columns is a 32-bit word
+MAX_LAYERS = 1 << 63  # layers are taken modulo 2^32
 
 _not_dispatched = Tensor.__torch_dispatch__
 
 
+class Matrix(Protocol):
+    """A matrix that returns blocks of its rows as tensors: a tensor, or a weight that is stored in another form."""
+
+    @property
+    def shape(self) -> torch.Size: ...  # (m, n)
+
+    @property
+    def dtype(self) -> torch.dtype: ...  # of the blocks
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
 class WrongShape(ValueError, RuntimeError):
-    """An input that does not fit the weight; a RuntimeError too, as torch's own products raise."""
+    """An input whose shape does not fit the weight; also a RuntimeError, which torch's own products raise."""
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Are the numbers of this tensor in memory of its own? Those of a quantized tensor, a FakeTensor, a DTensor, a
-    sparse tensor, or a tensor inside of a transform are elsewhere."""
+    """Whether the elements of this tensor are in memory of its own.
+
+    False for quantized, fake, distributed and sparse tensors and for tensors inside a functorch transform.
+    """
     return (
         type(tensor).__torch_dispatch__ is _not_dispatched
         and tensor.layout is torch.strided
@@ -41,27 +58,27 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def memory(name: str, tensor: Tensor) -> tuple[int, int]:
-    """The addresses between which the elements of a tensor lie: its first byte, and one past its last byte.
+    """The address range of the elements of a tensor: of its first byte, and one past its last byte.
 
     Raises:
-        TypeError: its numbers are not in memory of its own.
-        ValueError: that memory was freed, or is too short for its shape and strides.
+        TypeError: the tensor has no memory of its own.
+        ValueError: the memory was freed, or is too small for the shape and strides.
     """
     try:
         if type(tensor).__torch_dispatch__ is _not_dispatched:
             start, size = tensor.data_ptr(), tensor.itemsize
-            # a view with a negative bit, complex.conj().imag, takes every other number
+            # a view with a negative bit, complex.conj().imag, is strided: `_span` finds the bit
             span = tensor.nbytes if tensor.is_contiguous() else _span(tensor)
             held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * size
             if 0 <= span <= held and start % size == 0 and (start or not span):
                 return start, start + span
-    except RuntimeError:  # of a layout, or inside of a transform, that has no address
+    except RuntimeError:  # a layout without address, or a tensor inside a transform
         pass
     _refuse_memory(name, tensor)
 
 
 def _span(tensor: Tensor) -> int:
-    """Bytes from the first to the end of the last element; -1 where they are to be taken with another sign."""
+    """Bytes from the first to the end of the last element; -1 for a tensor with a negative bit."""
     if tensor.is_neg():
         return -1
     if 0 in tensor.shape:
@@ -83,8 +100,14 @@ def _refuse_memory(name: str, tensor: Tensor) -> NoReturn:
     )
 
 
-def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: Any, device: torch.device | None) -> None:
-    """A tensor of this shape, on this device (None: on any), of one of these dtypes (None: of any floating point)."""
+def expect(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtypes: Collection[torch.dtype] | None,
+    device: torch.device | None,
+) -> None:
+    """Check shape, dtype (None: any floating-point dtype) and device (None: any device) of a tensor."""
     if (
         isinstance(tensor, Tensor)
         and tensor.shape == shape
@@ -95,7 +118,13 @@ def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: Any, devic
     _refuse(name, tensor, shape, dtypes, device)
 
 
-def _refuse(name: str, tensor: Any, shape: tuple[int, ...], dtypes: Any, device: torch.device | None) -> NoReturn:
+def _refuse(
+    name: str,
+    tensor: Any,
+    shape: tuple[int, ...],
+    dtypes: Collection[torch.dtype] | None,
+    device: torch.device | None,
+) -> NoReturn:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {tuple(shape)}, got {type(tensor).__name__}")
     if not (tensor.is_floating_point() if dtypes is None else tensor.dtype in dtypes):
@@ -106,17 +135,18 @@ def _refuse(name: str, tensor: Any, shape: tuple[int, ...], dtypes: Any, device:
 
 
 def matrix(name: str, tensor: Any) -> tuple[int, int]:
-    """The (m, n) of a floating-point matrix: a tensor, or anything with its shape and dtype."""
+    """The shape (m, n) of a floating-point matrix, a tensor or another `Matrix`."""
     shape, dtype = getattr(tensor, "shape", None), getattr(tensor, "dtype", None)
     if shape is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point matrix, got {dtype or type(tensor).__name__}")
     if len(shape) != 2 or shape[0] * shape[1] >= 1 << 60:
         raise ValueError(f"{name} must be of shape (m, n) with m n < 2^60, got {tuple(shape)}")
-    return shape
+    m, n = shape
+    return m, n
 
 
 def expect_factors(B: Tensor, A: Tensor, m: int, n: int, device: torch.device | None) -> None:
-    """B (m, r) and A (r, n), floating point."""
+    """Check the factors B (m, r) and A (r, n), of any floating-point dtype."""
     r = A.shape[0] if isinstance(A, Tensor) and A.ndim > 0 else 0
     expect("A", A, (r, n), None, device)
     expect("B", B, (m, r), None, device)
@@ -124,45 +154,24 @@ def expect_factors(B: Tensor, A: Tensor, m: int, n: int, device: torch.device | 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
     """An integer in [low, high)."""
-    if type(value) is not int:  # of NumPy, say
-        try:
-            if isinstance(value, bool):
-                raise TypeError
-            value = operator.index(value)
-        except (TypeError, RuntimeError):  # RuntimeError: of a tensor without memory
-            raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
-    if not low <= value < high:
-        raise ValueError(f"{name} must be an integer in [{low}, {high}), got {shown(value)}")
-    return value
+    if type(value) is int and low <= value < high:
+        return value
+    return arguments.integer(name, value, low, high - 1, expected=f"an integer in [{low}, {high})")
 
 
 def number(name: str, value: Any) -> float:
     """A real number as a float."""
-    if type(value) is float:
-        return value
-    plain = scalar(value)
-    try:
-        if isinstance(plain, bool) or not isinstance(plain, (Real, torch.SymFloat, torch.SymInt)):
-            raise TypeError
-        return float(plain)
-    except (TypeError, OverflowError):
-        raise TypeError(f"{name} must be a real number that a float can hold, got {shown(value)}") from None
-
-
-def boolean(name: str, value: Any) -> None:
-    """True or False."""
-    if value is not True and value is not False:
-        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return value if type(value) is float else real(name, value)
 
 
 def floating_dtype(name: str, value: Any) -> None:
-    """A floating-point dtype or None."""
+    """Check for a floating-point dtype or None."""
     if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
         raise TypeError(f"{name} must be a floating-point dtype or None, got {shown(value)}")
 
 
 def expect_columns(name: str, tensor: Tensor, n: int) -> None:
-    """Floating point, (..., n)."""
+    """Check for a floating-point tensor of shape (..., n)."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {what}")
@@ -179,28 +188,28 @@ def check_noise(
     first_row: int = 0,
     rows: Tensor | None = None,  # (m,)
 ) -> None:
-    """What `perturb_weight` asks of its arguments, the memory of which is looked at elsewhere."""
+    """Check the arguments of `perturb_weight`, but not their memory."""
     if not _fits(weight, row_std, key, out):
         m, n = matrix("weight", weight)
         expect("row_std", row_std, (m,), None, weight.device)
         expect("key", key, (2,), INT64, weight.device)
         expect("out", out, (m, n), None, weight.device)
     m, n = weight.shape
-    if type(layer) is not int or not -LAYERS <= layer < LAYERS:
-        integer("layer", layer, -LAYERS, LAYERS)
+    if type(layer) is not int or not -MAX_LAYERS <= layer < MAX_LAYERS:
+        integer("layer", layer, -MAX_LAYERS, MAX_LAYERS)
     if rows is None:
-        if type(first_row) is not int or not 0 <= first_row <= ROWS - m:
-            integer("first_row", first_row, 0, max(1, ROWS - m + 1))
+        if type(first_row) is not int or not 0 <= first_row <= MAX_ROWS - m:
+            integer("first_row", first_row, 0, max(1, MAX_ROWS - m + 1))
     else:
         expect("rows", rows, (m,), INTEGERS, weight.device)
-    if n > COLUMNS or m > ROWS:
+    if n > MAX_COLUMNS or m > MAX_ROWS:
         raise ValueError(f"weight must have at most 2^32 rows and 2^34 columns, got {(m, n)}")
     if not out.is_contiguous() and overlaps_itself(out):
         raise ValueError(f"out must not overlap itself, got shape {tuple(out.shape)} and strides {out.stride()}")
 
 
 def _fits(weight: Tensor, row_std: Tensor, key: Tensor, out: Tensor) -> bool:
-    """All at once, which is quicker than one by one."""
+    """All checks of shape, dtype and device in one expression, which is faster than one by one."""
     device, shape = weight.device, weight.shape
     try:
         return (
@@ -221,9 +230,9 @@ def _fits(weight: Tensor, row_std: Tensor, key: Tensor, out: Tensor) -> bool:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Do two elements of a matrix share their memory?"""
+    """Whether two elements of a matrix share memory."""
     (m, n), (down, right) = tensor.shape, tensor.stride()
-    # i down + j right = i' down + j' right: the smallest i - i' and j - j' for which it holds
+    # smallest i - i' and j - j' with i down + j right = i' down + j' right
     divisor = math.gcd(down, right)
     if divisor == 0:
         return m * n > 1
@@ -231,7 +240,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def check_memory(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor | None]]) -> None:
-    """All of them have memory, and what is written shares none with what is read, or written otherwise."""
+    """Check that all tensors have memory, and that a written tensor shares none with any other."""
     spans: list[tuple[int, int, str, Tensor]] = []
     for name, tensor in written:
         start, end = memory(name, tensor)
@@ -252,17 +261,18 @@ def _check_apart(spans: list[tuple[int, int, str, Tensor]], start: int, end: int
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Have two tensors a byte in common? Exact: they may be slices side by side."""
+    """Whether two tensors have a byte in common; exact, also for interleaved slices."""
     starts, length = _segments(a)
     others, other_length = _segments(b)
     starts = starts.sort().values
-    first_after = torch.searchsorted(starts, others + other_length)  # segments of a that begin before b's ends,
-    first_inside = torch.searchsorted(starts, others - length + 1)  # less those that end before it begins
+    # segments of a that begin before a segment of b ends, minus those that end before it begins
+    first_after = torch.searchsorted(starts, others + other_length)
+    first_inside = torch.searchsorted(starts, others - length + 1)
     return bool((first_after > first_inside).any())
 
 
 def _segments(tensor: Tensor) -> tuple[Tensor, int]:
-    """Addresses of the runs of bytes that a tensor is made of, and their length."""
+    """Addresses of the contiguous segments of a tensor, and their common length in bytes."""
     size, length = tensor.itemsize, tensor.itemsize
     starts = torch.tensor([tensor.data_ptr()], dtype=torch.int64, device="cpu")
     for count, stride in reversed(list(zip(tensor.shape, tensor.stride(), strict=True))):

@@ -1,0 +1,120 @@
+"""Mean loss of a model at displaced weights; model, gradients and random states are left unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..utils import arguments
+from .displacement import At, Weight, displaced
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restore the random states of torch (all devices in use), NumPy and Python on exit, bit for bit."""
+    devices = range(torch.cuda.device_count()) if _is_cuda_in_use() else []
+    numpy = sys.modules.get("numpy")
+    own, arrays = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(own)
+        if numpy:
+            numpy.random.set_state(arrays)
+
+
+def _is_cuda_in_use() -> bool:
+    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch's
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with torch's fused transformer path off, since it reads weights without calling their layers.
+
+    On exit the training mode of every module, this switch and the random states are restored.
+    """
+    training = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with preserved_rng():
+        try:
+            model.eval()
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for module, mode in training.items():
+                module.training = mode
+
+
+class MeanLoss:
+    """Weighted mean of ``loss_fn(model, batch)`` over batches, at displaced weights.
+
+    Each evaluation starts from the same random states, so a loss that draws random numbers draws the same ones.
+
+    Args:
+        model: read, never written.
+        loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch, a scalar tensor.
+        batches: iterated once and kept as a list.
+        weights: the weights to displace.
+        sizes: weight of each batch in the mean, usually its number of examples; default: equal weights.
+
+    Raises:
+        ValueError: no batch, or `sizes` of another length.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Any],
+        weights: list[Weight],
+        sizes: Sequence[float] | None = None,
+    ) -> None:
+        self.model = arguments.module("model", model)
+        self.loss_fn = arguments.function("loss_fn", loss_fn, expected="loss_fn(model, batch)")
+        with preserved_rng():
+            self.batches = arguments.batches("batches", batches)
+        count = len(self.batches)
+        expected = f"{count} positive numbers, one per batch"
+        given = [1.0] * count if sizes is None else sizes
+        counted = arguments.numbers("sizes", given, 0, above=True, expected=expected, count=count).tolist()
+        self.shares = [size / sum(counted) for size in counted]
+        self.weights = weights
+        self._checked = False
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of one batch, checked to be a scalar."""
+        loss = self.loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must return a scalar tensor, the mean over the batch, got {got}")
+        return loss.reshape(())
+
+    def __call__(self, at: At | None = None) -> float:
+        """The mean loss at the model's own weights, or displaced by `at`."""
+        with evaluation_mode(self.model), torch.no_grad():
+            with displaced(self.weights, at) if at is not None else contextlib.nullcontext() as used:
+                total = sum(share * self.loss(b).item() for share, b in zip(self.shares, self.batches, strict=True))
+        if used is not None and not self._checked:
+            self._warn_unused(used)
+        return float(total)
+
+    def _warn_unused(self, used: set[str]) -> None:
+        self._checked = True
+        unused = [weight.name for weight in self.weights if weight.name not in used]
+        if unused:
+            warnings.warn(
+                f"{len(unused)} chosen layers never ran, so displacing them changes nothing: {', '.join(unused[:5])}"
+                f"{' ...' if len(unused) > 5 else ''}; leave them out through layers=",
+                stacklevel=4,
+            )

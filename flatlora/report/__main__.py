@@ -1,0 +1,5 @@
+"""Run the command line: ``python -m flatlora.report RUN ...``."""
+
+from . import main
+
+main()

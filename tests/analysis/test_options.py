@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from analysis.cases import Quadratic, value
+from helpers.landscapes import Quadratic, value
 
 from flatlora import analysis
 from flatlora.analysis import LossLine, load, loss_line, save

@@ -1,6 +1,6 @@
-"""Labelled sentences and their prompts: text classification as prediction of the next word.
+r"""Labelled sentences and their prompts: text classification as prediction of the next word.
 
-A sentence becomes ``Review: <text>\\nSentiment:``, and its label is the word that should follow (" positive").
+A sentence becomes ``Review: <text>\nSentiment:``, and its label is the word that should follow (" positive").
 The packaged data are 23.7k sentences from four domains, each rated by a crowd of people, published with C.J. Hutto and
 E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014. The movie
 reviews among them go back to Pang and Lee (2004), the Amazon reviews to Hu and Liu (2004).

@@ -159,8 +159,10 @@ def run(method: str, seed: int, encode: Encoder, task: Task, args: Arguments) ->
 
 
 def summary(rows: list[dict], methods: list[str]) -> list[dict]:
-    """Per method and domain, and for the mean over the domains: the mean accuracy over seeds, and the difference to the
-    first method, paired by seed, with Student's 95 % interval over the seeds that both have."""
+    """Mean accuracy over seeds per method and domain, and its difference to the first method.
+
+    The difference is paired by seed, with Student's 95 % interval over the seeds that both methods have.
+    """
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     accuracy = {(row["method"], row["seed"], row["domain"]): row["accuracy"] for row in rows}
     lines = []
@@ -192,9 +194,10 @@ def show(lines: list[dict]) -> None:
 
 
 def check(args: Arguments) -> None:
-    """
+    """Check the methods and seeds.
+
     Raises:
-        ValueError: a method that is not known, or one or a seed given twice.
+        ValueError: a method is unknown, or a method or seed is given twice.
     """
     for name in ("methods", "seeds"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):

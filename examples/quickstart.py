@@ -1,4 +1,4 @@
-"""Fine-tune a small language model with LoRA and with Flat-LoRA, and compare them.
+r"""Fine-tune a small language model with LoRA and with Flat-LoRA, and compare them.
 
     python examples/quickstart.py
 
@@ -10,7 +10,7 @@ and the merged model; answer again from a fresh process with stock peft; draw th
 Any causal language model and any labelled texts will do:
 
     python examples/quickstart.py --model Qwen/Qwen3-0.6B --dataset cornell-movie-review-data/rotten_tomatoes
-    python examples/quickstart.py --dataset reviews.csv --other_domains tickets.csv --prompt "Review: {text}\\nMood:"
+    python examples/quickstart.py --dataset reviews.csv --other_domains tickets.csv --prompt "Review: {text}\nMood:"
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def layer_case(case, dtype):
 
 
 def quantized_case(case):
-    model, layer = quantized_cases.flat_model(case)
+    model, _layer = quantized_cases.flat_model(case)
     x = torch.randn(4, quantized_cases.N)
     return train(model, lambda step: mean_square(model(x)))
 

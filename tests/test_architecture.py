@@ -92,9 +92,10 @@ def test_old_module_names_are_importable():
     for old, new in _moved.MOVED.items():
         assert new
         __import__(f"flatlora.{old}")
-    from flatlora.config import FlatLoraConfig
     from flatlora.layer import flat_layers
     from flatlora.state import Perturbation, Record
+
+    from flatlora.config import FlatLoraConfig
 
     assert FlatLoraConfig is flatlora.FlatLoraConfig
     assert Perturbation is flatlora.Perturbation

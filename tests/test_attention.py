@@ -171,7 +171,7 @@ def test_lora_sam_and_efmlora_move_the_factors_of_both():
     model, attention = flat_attention(LoraSamConfig, rho=0.1)
     with ascent(model):
         model(x).square().sum().backward()
-    first, second = merged_weights(attention)
+    _first, _second = merged_weights(attention)
     moved = []
     for (weight, layer), twice in zip(parts(attention), (1, 2), strict=True):
         A, B = (getattr(layer, f)["default"].weight + layer.offsets[f, "default"] for f in ("lora_A", "lora_B"))

@@ -51,7 +51,7 @@ def test_loss_and_gradients_equal_autograd_on_the_dense_expression(case):
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("case", CASES, **names)
 def test_with_dropout_and_dora_the_noise_is_added_to_what_peft_computes(case, dropout):
-    model, layer, x, bias = prepare(case, lora_dropout=dropout)
+    model, layer, x, _bias = prepare(case, lora_dropout=dropout)
     torch.manual_seed(5)
     out = model(x)
     torch.manual_seed(5)
@@ -64,7 +64,7 @@ def test_with_dropout_and_dora_the_noise_is_added_to_what_peft_computes(case, dr
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.06)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", CASES, **names)
 def test_lower_precisions_agree_within_rounding(case, dtype, tolerance):
-    model, layer, x, bias = prepare(case, dtype=dtype)
+    model, layer, x, _bias = prepare(case, dtype=dtype)
     out = model(x)
     target = torch.zeros_like(out)
     got = gradients(out, layer, x, target)
@@ -82,7 +82,7 @@ def test_lower_precisions_agree_within_rounding(case, dtype, tolerance):
 def test_convolutions_with_other_paddings(options):
     # peft's lora_A keeps zero padding, so the expression is written with peft's own clean output
     case = Case("conv2d", lambda: nn.Conv2d(4, 8, 3, **options), (2, 4, 6, 6))
-    model, layer, x, bias = prepare(case)
+    model, layer, x, _bias = prepare(case)
     base = layer.get_base_layer()
     padded = F.pad(x, (1, 1, 1, 1), mode="constant" if base.padding_mode == "zeros" else base.padding_mode)
     expected = clean_forward(model, x) + F.conv2d(padded, dense_noise(layer))
@@ -161,7 +161,7 @@ def test_the_gradient_can_be_differentiated_again():
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.tokens], **names)
 def test_autocast_runs_in_the_autocast_dtype_with_the_same_noise(case):
-    model, layer, x, _ = prepare(case, dtype=torch.float32)
+    model, _layer, x, _ = prepare(case, dtype=torch.float32)
     full = model(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = model(x)

@@ -85,8 +85,7 @@ def is_fsdp1(accelerator: Accelerator) -> bool:
 
 
 def make_state(model: torch.nn.Module, optimizer: Any) -> None:
-    """accelerate loads what an optimizer of FSDP1 has a place for, and a new AdamW has none: asking for its state makes
-    one."""
+    """Create the state of a new AdamW, because accelerate loads only what an optimizer of FSDP1 has a place for."""
     get_optimizer_state_dict(model, optimizer)
 
 

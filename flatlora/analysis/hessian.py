@@ -300,8 +300,9 @@ def spectral_density(
     seed: int = 0,
     progress: bool | None = None,
 ) -> SpectralDensity:
-    r"""Density of the eigenvalues, by stochastic Lanczos quadrature (Lin, Saad and Yang 2016; Ghorbani et al. 2019,
-    arXiv 1901.10159).
+    r"""Density of the eigenvalues, by stochastic Lanczos quadrature.
+
+    Source: Lin, Saad and Yang 2016; Ghorbani et al. 2019, arXiv 1901.10159.
 
     .. math::
         \phi(t) = \frac{1}{N} \sum_i g(t - \lambda_i) \approx \sum_k \omega_k\, g(t - \theta_k)

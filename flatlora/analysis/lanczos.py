@@ -20,8 +20,9 @@ class Operator(Protocol):
 
 
 class Lanczos:
-    """H Q = Q T + beta q e^T with T tridiagonal. The basis Q is kept, and each new vector orthogonalized against it
-    twice.
+    """H Q = Q T + beta q e^T with T tridiagonal.
+
+    The basis Q is kept, and each new vector is orthogonalized against it twice.
 
     Args:
         operator: H.

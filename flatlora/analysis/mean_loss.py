@@ -102,9 +102,9 @@ class MeanLoss:
 
     def __call__(self, at: At | None = None) -> float:
         """The mean loss at the model's own weights, or displaced by `at`."""
-        with evaluation_mode(self.model), torch.no_grad():
-            with displaced(self.weights, at) if at is not None else contextlib.nullcontext() as used:
-                total = sum(share * self.loss(b).item() for share, b in zip(self.shares, self.batches, strict=True))
+        move = contextlib.nullcontext() if at is None else displaced(self.weights, at)
+        with evaluation_mode(self.model), torch.no_grad(), move as used:
+            total = sum(share * self.loss(b).item() for share, b in zip(self.shares, self.batches, strict=True))
         if used is not None and not self._checked:
             self._warn_unused(used)
         return float(total)

@@ -42,6 +42,7 @@ def perturbed_linear(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    """``x (W + eps)^T + b``, (..., m)."""
     return linear_forward(x, weight, bias, row_std, key, NoiseSettings(int(address[1]), dtype, backend))
 
 
@@ -55,12 +56,14 @@ def perturbed_linear_grad_x(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    """``dy (W + eps)``, (..., n)."""
     backward_began(int(address[0]))
     return linear_grad_x(grad, weight, row_std, key, NoiseSettings(int(address[1]), dtype, backend))
 
 
 @torch.library.custom_op("flatlora::layer_noise", mutates_args=())
 def layer_noise(weight: Tensor, address: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviation of each row of eps, (m,), and the key of the noise."""
     row_std, key = LAYERS[int(address[0])].compiled_noise()
     return row_std.clone(), key.clone()  # the result of an operator must not alias memory that others hold
 

@@ -100,7 +100,7 @@ def perturb_kernel(
     i = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(0) % tiles
     lane = tl.arange(0, LANES)
-    if GATHER:
+    if GATHER:  # noqa: SIM108  (a branch of Triton at compile time)
         row = tl.load(index + i, mask=i < m, other=0).to(tl.uint32)
     else:
         row = first_row.to(tl.uint32) + i.to(tl.uint32)

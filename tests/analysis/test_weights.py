@@ -57,7 +57,7 @@ def test_displaced_layer_is_the_merged_layer_displaced(case):
 
 @pytest.mark.parametrize("case", [c for c in CASES if "dora" not in c.name], ids=lambda case: case.name)
 def test_adapter_space_displaces_the_factors(case):
-    model, layer, x = flat_model(case)
+    model, _layer, x = flat_model(case)
     model.eval()
     weights = find_weights(model, space="adapter")
     assert len(weights) == 2 * len(case.adapters)

@@ -10,7 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # what `python examples/quickstart.py` does
 
-WORDS = "good fine great bad poor dull film plot is a the very not Review : Sentiment negative positive".split()
+WORDS = [
+    *("good", "fine", "great", "bad", "poor", "dull", "film", "plot", "is", "a", "the", "very", "not"),
+    *("Review", ":", "Sentiment", "negative", "positive"),
+]
 
 
 @pytest.fixture

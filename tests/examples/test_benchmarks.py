@@ -100,7 +100,7 @@ def test_two_passes_take_the_gradient_at_the_moved_factors(trained):
 
 
 @pytest.mark.parametrize(
-    ("n", "k"),  # the k-th smallest and largest: tables of the sign test, two-sided 5 %
+    "n,k",  # the k-th smallest and largest: tables of the sign test, two-sided 5 %
     [(6, 1), (8, 1), (9, 2), (10, 2), (15, 4), (20, 6), (25, 8), (50, 18), (100, 40)],
 )
 def test_interval_of_the_median(n, k):

@@ -116,7 +116,7 @@ def test_long_texts_keep_the_end_of_the_prompt(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "labels", "message"),
+    "prompt,labels,message",
     [
         ("Review:", LABELS, "must hold {text}"),
         (PROMPT, ("good", "good film"), "different tokens"),

@@ -5,6 +5,7 @@ processor time. They are stopped when none of them has used more than `STALLED /
 seconds (while they wait, torch's heartbeats take a third of that). The limit grows with the load of the machine.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -54,10 +55,8 @@ class Watch:
     def tree(self):
         found = []
         for process in self.processes:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 found += [process, *process.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                pass
         return found
 
     def is_stalled(self):
@@ -75,10 +74,8 @@ class Watch:
 
     def kill(self):
         for process in self.tree():
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
 
 
 def run(worker, *arguments, processes=2, stalled=STALLED):
@@ -110,10 +107,8 @@ def run_command(command, *, stalled=STALLED, **options):
         watch = Watch([process.pid], stalled)
         try:
             while process.poll() is None and not watch.is_stalled():
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(min(1, stalled / 10))
-                except subprocess.TimeoutExpired:
-                    pass
             moved = process.poll() is not None
         finally:  # also if the test is interrupted
             if process.poll() is None:

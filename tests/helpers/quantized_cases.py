@@ -104,7 +104,10 @@ def packed():
 
 def as_if_installed(name, **packages):
     """Reload a module of peft that defines its layers only where a package is installed."""
-    with mock.patch.dict(sys.modules, packages), mock.patch(f"peft.import_utils.is_{name}_available", lambda: True):
+    with (
+        mock.patch.dict(sys.modules, packages),
+        mock.patch(f"peft.import_utils.is_{name}_available", return_value=True),
+    ):
         importlib.reload(importlib.import_module(f"peft.tuners.lora.{name}"))
 
 

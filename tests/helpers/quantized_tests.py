@@ -176,7 +176,7 @@ class QuantizedLayerTests:
         assert all(torch.equal(p, q) for p, q in zip(trained(layer), trained(flat_layer), strict=True))
 
     def test_what_is_saved_for_backward_is_of_order_m(self, case):
-        model, layer = flat_model(case)
+        model, _layer = flat_model(case)
         x = torch.randn(3, N, requires_grad=True)
         model(x)
         frozen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.data_ptr()}

@@ -1,6 +1,7 @@
 """LoRA-SAM, RWP, Bi-LoRA and BAR against the equations of their papers, and properties of every method."""
 
 import copy
+import itertools
 import json
 
 import peft
@@ -66,7 +67,7 @@ def test_rwp_in_the_adapter_moves_A_and_B():
     tensors, weights = twin.factors(model), []
     for layer, (W, A, B) in zip(model.base_model.model.layers, tensors, strict=True):
         method = perturbation(model).settings.method
-        key, _ = perturbation(model).draw(W.device)
+        _key, _ = perturbation(model).draw(W.device)
         made = method.offsets(layer, perturbation(model))
         for factor, tensor in (("lora_A", A), ("lora_B", B)):
             eps = made[factor, "default"]
@@ -117,7 +118,7 @@ def test_bilora_descends_with_one_module_and_ascends_with_the_other(kind, rates)
         if c > rho:
             at_the_bound += 1
             with torch.no_grad():
-                for p in sum(second, []):
+                for p in itertools.chain(*second):
                     p.mul_((rho / c) ** 0.5)
     assert at_the_bound > 5
     twin.assert_close(model, tensors)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora import attach, detach, perturbation
-from flatlora.layer import flat_layers
+from flatlora.layers.flat_layer import flat_layers
 
 TOTAL = 12
 ADALORA = {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": TOTAL, "deltaT": 2, "lora_alpha": 8}

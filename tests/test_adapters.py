@@ -15,7 +15,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 
 import flatlora
 from flatlora import FlatLoraConfig, attach, get_flat_peft_model, perturbation, perturbed
-from flatlora.layer import flat_layers
+from flatlora.layers.flat_layer import flat_layers
 
 SHARED = {"schedule": "constant", "seed": 7}
 FLAT = {"rho": 0.3, **SHARED}
@@ -105,7 +105,7 @@ def test_a_flat_config_on_layers_that_a_plain_one_made_is_an_error_that_names_th
         lambda: model.add_adapter("flat", flat_config()),
         lambda: inject_adapter_in_model(flat_config(), model.base_model.model, "flat"),
     ):
-        with pytest.raises(ValueError, match=r"a plain LoraConfig made.*flatlora.attach\(model, adapter_names="):
+        with pytest.raises(ValueError, match=r"layers of a plain LoraConfig.*flatlora.attach\(model, adapter_names="):
             add()
     assert [type(module) for module in model.modules()] == before
 
@@ -152,7 +152,7 @@ def test_a_batch_of_several_adapters_is_clean_in_evaluation_and_an_error_under_n
     assert torch.equal(model(**batch).logits, plain(**batch).logits)
     with (
         perturbed(model),
-        pytest.raises(ValueError, match="adapter_names gives each row .* a merged weight of its own"),
+        pytest.raises(ValueError, match="adapter_names gives each row .* its own merged weight"),
     ):
         model(**batch)
     with pytest.raises(ValueError, match="in training mode"):  # peft's own
@@ -243,7 +243,7 @@ def test_x_lora_is_refused(saved):
     base = tiny.base_model(use_cache=False)
     model = peft.get_peft_model(base, XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={"0": saved}))
     before = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match="cannot be perturbed: its forward was replaced, as X-LoRA does"):
+    with pytest.raises(ValueError, match="cannot be perturbed: its forward was replaced, as by X-LoRA"):
         attach(model, rho=0.1)
     assert [type(module) for module in model.modules()] == before
 
@@ -296,7 +296,7 @@ def test_what_peft_loads_into_a_flat_model_is_plain_until_attach(saved):
 
 
 def test_load_into_a_model_that_a_plain_config_made_names_the_way_out(saved):
-    with pytest.raises(ValueError, match="a plain LoraConfig made.*flatlora.attach"):
+    with pytest.raises(ValueError, match="layers of a plain LoraConfig.*flatlora.attach"):
         flatlora.load(model_of(default=plain_config()), saved, "other")
 
 
@@ -336,7 +336,7 @@ def test_a_class_derived_from_our_config_is_flat_saved_and_loaded(tmp_path):
     assert type(again.peft_config["default"]) is Derived and again.peft_config["default"].note == "new"
     assert type(PeftModel.from_pretrained(tiny.base_model(), tmp_path).peft_config["default"]) is LoraConfig
     assert_dense(randomized(again))
-    with pytest.raises(ValueError, match="a plain LoraConfig made"):
+    with pytest.raises(ValueError, match="layers of a plain LoraConfig"):
         model_of(default=plain_config(), second=Derived(**tiny.LORA, **SHARED))
 
 

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from torch import nn
 
 from flatlora import FlatLoraConfig, get_flat_peft_model
-from flatlora.layer import flat_layers
+from flatlora.layers.flat_layer import flat_layers
 
 
 def bases(model):

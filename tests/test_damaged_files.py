@@ -130,7 +130,7 @@ def test_a_damaged_state_changes_nothing(damage):
     bad = copy.deepcopy(good)
     bad.update(seed=1234, steps=77)
     damage(bad)
-    with pytest.raises(ValueError, match="the state of the noise cannot be loaded.*nothing has been changed"):
+    with pytest.raises(ValueError, match="the state of the perturbation cannot be loaded.*nothing has been changed"):
         state.load_state_dict(bad)
     now = state.state_dict()
     assert all(torch.equal(t, now["tensors"][k]) for k, t in good["tensors"].items())

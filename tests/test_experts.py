@@ -93,7 +93,7 @@ def test_lora_sam_moves_the_factors():
 
 
 def test_methods_that_need_one_matrix_are_errors_that_name_the_layer():
-    with pytest.raises(ValueError, match="'block.*not defined for factors that 3 experts share out"):
+    with pytest.raises(ValueError, match="'block.*not defined for factors that 3 experts share"):
         flat_model(OUT_IN, EFMLoraConfig)
     with pytest.raises(ValueError, match="'block.*must be linear in the input"):
         flat_model(OUT_IN, BiLoraConfig)

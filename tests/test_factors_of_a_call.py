@@ -8,8 +8,8 @@ from torch import nn
 from torch.func import functional_call
 
 from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation, perturbed
-from flatlora.layer import flat_layers
-from flatlora.state import Record
+from flatlora.layers.flat_layer import flat_layers
+from flatlora.training.forward_records import Record
 
 X = torch.randn(8, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
 
@@ -114,7 +114,7 @@ def test_another_tensor_at_the_same_address_in_the_same_pass():
     layer = next(flat_layers(net()))
     factor = layer.lora_B["default"]
     factor.weight = nn.Parameter(torch.randn(factor.weight.shape, dtype=torch.double))
-    with perturbation(layer).forward_of(Record(sample=0, perturbed=True, token=object())):
+    with perturbation(layer).records.running(Record(sample=0, perturbed=True, token=object())):
         torch.testing.assert_close(row_norms(layer), norms_of(layer))
         before = factor.weight
         factor.weight = nn.Parameter(before.data)
@@ -126,6 +126,6 @@ def test_another_tensor_at_the_same_address_in_the_same_pass():
 def test_a_write_through_data_between_two_calls_that_belong_to_no_pass():
     layer = next(flat_layers(net()))
     for _ in range(2):
-        with perturbation(layer).forward_of(Record(sample=0, perturbed=True, token=None)):
+        with perturbation(layer).records.running(Record(sample=0, perturbed=True, token=None)):
             torch.testing.assert_close(row_norms(layer), norms_of(layer))
         layer.lora_B["default"].weight.data.mul_(3)

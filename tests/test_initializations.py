@@ -53,8 +53,14 @@ def step(model):
     tiny.loss(model, seed=2).backward()
 
 
+def needs_scipy(settings):
+    if settings.get("init_lora_weights") == "loftq":
+        pytest.importorskip("scipy")
+
+
 def make(kind, settings, **base):
     """A tiny Llama with an adapter, initialized as peft's documentation says."""
+    needs_scipy(settings)
     model = tiny.base_model(attention_bias=True, **base)
     config = kind(**{**tiny.LORA, "target_modules": LINEAR, **settings})
     way = config.init_lora_weights
@@ -116,6 +122,7 @@ def test_without_strength_three_steps_are_those_of_plain_lora(settings):
 
 @pytest.mark.parametrize("way", ["pissa", "olora", "loftq"])
 def test_a_second_adapter_that_changes_the_base_weight_renews_its_norms(way):
+    needs_scipy(INITIAL[way])
     model = flat({})
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     tiny.loss(model)

@@ -11,7 +11,7 @@ from helpers.merged_cases import FLAT, assert_close, every_case, flat_model, inp
 
 import flatlora.ops.blocks
 from flatlora import attach, detach, perturbation, unperturbed
-from flatlora.layer import flat_layers
+from flatlora.layers.flat_layer import flat_layers
 
 
 @every_case

@@ -22,7 +22,7 @@ from flatlora import (
     perturbed,
     unperturbed,
 )
-from flatlora.layer import flat_layers
+from flatlora.layers.flat_layer import flat_layers
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -171,4 +171,4 @@ def test_a_part_that_is_gone_is_forgotten():
     state = perturbation(model)
     del model.language
     gc.collect()
-    assert len(state.layers_alive()) == 1
+    assert len(state.registry.alive()) == 1

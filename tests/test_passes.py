@@ -10,8 +10,7 @@ from helpers import tiny
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import flatlora.layer
-from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation, perturbed, unperturbed
+from flatlora import FlatLoraConfig, Perturbation, get_flat_peft_model, perturbation, perturbed, unperturbed
 
 CHECKPOINTING = {
     "reentrant": {"use_reentrant": True},
@@ -25,14 +24,14 @@ CHECKPOINTING = {
 def draws(monkeypatch):
     """The samples that layers have drawn, in order."""
     seen = []
-    draw = flatlora.layer.Perturbation.draw
+    draw = Perturbation.draw
 
     def spy(self, device):
         key, sample = draw(self, device)
         seen.append(sample)
         return key, sample
 
-    monkeypatch.setattr(flatlora.layer.Perturbation, "draw", spy)
+    monkeypatch.setattr(Perturbation, "draw", spy)
     return seen
 
 

@@ -206,7 +206,7 @@ def test_a_forward_in_a_backward_that_belongs_to_no_checkpoint_is_an_error():
         out.requires_grad_().register_hook(again)
         return out.square().sum()
 
-    with pytest.raises(RuntimeError, match=r"not known how it was perturbed.*perturbed\(model, sample=step\)"):
+    with pytest.raises(RuntimeError, match=r"noise of its first forward is not known.*perturbed\(model, sample=step\)"):
         loss(net()).backward()
     loss(net(rho=0.0)).backward()
     loss(net().eval()).backward()

@@ -11,7 +11,7 @@ from helpers.internals import row_norms
 
 from flatlora import FlatLoraConfig, attach, get_flat_peft_model, load, perturbation, perturbed
 from flatlora.ops import native, products
-from flatlora.state import Record
+from flatlora.training.forward_records import Record
 
 SHAPES = {
     "cosine": lambda t: 0.5 * (1 - math.cos(math.pi * t)),
@@ -217,7 +217,7 @@ def test_whether_norms_are_gathered_depends_on_nothing_that_differs_between_proc
     for factor in (layer.lora_A, layer.lora_B):
         if gathered:
             factor["default"].weight.ds_id = 0  # as ZeRO-3 marks what it gathers
-    with perturbation(model).forward_of(Record(sample=0, perturbed=True, token=object())):
+    with perturbation(model).records.running(Record(sample=0, perturbed=True, token=object())):
         before = row_norms(layer)
         weight = layer.get_base_layer().weight
         weight.data = weight.data.clone()  # the same weight at another address, as after an all-gather

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from flatlora import EFMLoraConfig, FlatLoraConfig, get_flat_peft_model, perturbation, perturbed, unperturbed
-from flatlora.layer import flat_layers
+from flatlora.layers.flat_layer import flat_layers
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 

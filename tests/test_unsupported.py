@@ -11,7 +11,7 @@ from peft.tuners.lora.tp_layer import LoraParallelLinear
 from torch import nn
 
 from flatlora import FlatLoraConfig, attach, get_flat_peft_model
-from flatlora.support import LAYERS_OF_PEFT, QUANTISED, REASONS, VARIANTS
+from flatlora.layers.supported import LAYERS_OF_PEFT, QUANTIZED, REASONS, VARIANTS
 
 
 class RowParallelLinear(nn.Linear):
@@ -75,5 +75,5 @@ def test_each_layer_and_variant_of_peft_works_or_has_a_reason(kind):
     while new := {name for name in bases if bases[name] & {kind, *found}} - found:
         found |= new
     merged = {"MultiheadAttention", "ParamWrapper"}
-    known = {c.__name__ for c in LAYERS_OF_PEFT + VARIANTS} | {*QUANTISED, *REASONS} | merged
+    known = {c.__name__ for c in LAYERS_OF_PEFT + VARIANTS} | {*QUANTIZED, *REASONS} | merged
     assert {name for name in found if not name.startswith("_")} - known - {"DoraEmbeddingVariant"} == set()

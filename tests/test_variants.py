@@ -117,6 +117,6 @@ def test_methods_of_the_factors_refuse_it(variant):
 def test_arrow_is_an_error_that_names_it():
     _, layer = flat_layer({})
     layer.lora_variant["default"] = peft.tuners.lora.variants.ArrowLinearVariant()
-    from flatlora.support import unsupported
+    from flatlora.layers.supported import unsupported
 
-    assert unsupported(layer, "default").startswith("Arrow mixes the adapters anew for each token")
+    assert unsupported(layer, "default").startswith("Arrow mixes the adapters for each token")

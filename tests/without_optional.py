@@ -5,6 +5,8 @@ The tests are then collected as if only flatlora, its dependencies and pytest we
 
 import sys
 
+import pytest
+
 OPTIONAL = (
     "bitsandbytes", "curvlinops", "datasets", "deepspeed", "diffusers", "hqq", "lightning", "liger_kernel",
     "matplotlib", "scipy", "sentence_transformers", "tensorboard", "torchao", "triton", "trl",
@@ -33,5 +35,6 @@ def hide():
     sys.meta_path[:] = [WithoutOptional(finder) for finder in sys.meta_path]
 
 
-def pytest_configure(config):
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests():
     hide()

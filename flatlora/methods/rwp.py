@@ -45,17 +45,17 @@ class RwpConfig(FlatLoraConfig):
     )
 
     def make_method(self) -> Method:
-        return MergedRwp() if self.space == "merged" else FactorRwp()
+        return Rwp() if self.space == "merged" else AdapterRwp()
 
 
 @dataclass(frozen=True)
-class MergedRwp(WeightNoise):
+class Rwp(WeightNoise):
     def row_scale(self, row_norms: Tensor) -> Tensor:
         return row_norms.square().mean().sqrt().expand_as(row_norms)
 
 
 @dataclass(frozen=True)
-class FactorRwp(FactorOffset):
+class AdapterRwp(FactorOffset):
     transforms: ClassVar[bool] = False
     uses_gradients: ClassVar[bool] = False
 

@@ -53,3 +53,9 @@ def arguments(tiny_model, reviews):
     sizes = ["--steps", "6", "--batch_size", "4", "--eval_samples", "8", "--picture_samples", "4", "--r", "2"]
     kind = ["--dtype", "float32", "--device", "cpu", "--lr", "0.01"]
     return ["--model", str(tiny_model), *files, *sizes, *kind, "--output_dir", str(reviews / "out")]
+
+
+@pytest.fixture
+def matplotlib():
+    """Asked for by tests that draw."""
+    return pytest.importorskip("matplotlib", reason="the plot extra is not installed")

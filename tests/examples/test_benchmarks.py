@@ -152,6 +152,7 @@ def quick(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("matplotlib")
 def test_step_writes_a_row_per_method_and_goes_on(quick, tmp_path, capsys):
     path = tmp_path / "step.csv"
     arguments = ["--quick", "--dtype", "fp32", "--checkpointing", "off", "--threads", "1"]
@@ -190,6 +191,7 @@ def test_a_table_of_other_columns_is_not_added_to(tmp_path):
         table.add([{"a": 3, "c": 4}])
 
 
+@pytest.mark.usefixtures("matplotlib")
 def test_growth_and_drift(quick, monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "TOKENS", 8)
     growth.main(["--quick", "--dtype", "fp32", "--threads", "1", "--csv", str(tmp_path / "growth.csv")])
@@ -208,6 +210,7 @@ def test_drift_of_known_change():
     assert (found["changed"], found["changed share"], found["relative norm"]) == (1, "0.25", "0.1")
 
 
+@pytest.mark.usefixtures("matplotlib")
 def test_roofline_from_its_counts(tmp_path):
     h100 = roofline.GPUS[0]
     assert roofline.limits(h100, "bf16")["memory"] == pytest.approx(4 / 3.35)

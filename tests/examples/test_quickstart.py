@@ -10,7 +10,9 @@ import torch
 from helpers import processes
 
 
+@pytest.mark.slow
 @processes.patient
+@pytest.mark.usefixtures("matplotlib")
 def test_from_the_model_to_the_table_and_the_picture(arguments, reviews, capfd):
     results = quickstart.main(arguments)
     out = reviews / "out"
@@ -45,6 +47,7 @@ def test_without_noise_both_methods_are_the_same_run(arguments):
     assert histories[0] == histories[1]
 
 
+@pytest.mark.slow
 @processes.patient
 def test_an_adapter_that_answers_differently_is_an_error(arguments, monkeypatch):
     run = subprocess.run
@@ -67,6 +70,7 @@ def test_impossible_sizes_are_answered_at_once(arguments, option):
         quickstart.main([*arguments, f"--{option}", "0"])
 
 
+@pytest.mark.slow
 @processes.patient
 def test_the_fresh_process_cannot_import_flatlora():
     examples = Path(quickstart.__file__).parent

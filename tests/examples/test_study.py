@@ -111,6 +111,7 @@ def test_tunes_then_measures_every_arm_at_what_was_chosen(study, task):
             assert row["acc_validation"] and not row["acc_movie"]
 
 
+@pytest.mark.slow
 def test_sigterm_in_a_run_then_resume_gives_the_same_rows(study, monkeypatch):
     _, whole = study("whole", "--part", "tuning", "final", "--skip", "average", "early-stopping")
     step, steps = train.Loop.step, itertools.count()
@@ -142,6 +143,7 @@ run.main(["--part", "tuning", "--output", sys.argv[3]])
 """
 
 
+@pytest.mark.slow
 @processes.patient
 def test_sigkill_then_resume_gives_the_same_rows(study, task, tmp_path):
     _, whole = study("whole", "--part", "tuning")
@@ -169,6 +171,7 @@ class Untouchable(list):
     __iter__ = __getitem__ = __len__ = _touched
 
 
+@pytest.mark.slow
 def test_tuning_touches_no_test(study, task):
     for name, examples in task[1].items():
         task[1][name] = Untouchable(examples)
@@ -189,6 +192,7 @@ def test_a_failed_run_leaves_its_error_and_the_study_goes_on(study, monkeypatch)
     assert [float(row["lr"]) for row in rows if row["part"] == "final"] == [1e-3] * 2
 
 
+@pytest.mark.slow
 def test_an_arm_whose_trials_all_failed_has_no_final_runs(study, task, monkeypatch):
     monkeypatch.setitem(BY_NAME, "flat", replace(BY_NAME["flat"], grid=(-1.0, -2.0)))  # which the configuration refuses
     done, rows = study("one", "--part", "tuning", "final")

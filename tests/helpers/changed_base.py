@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from flatlora import FlatLoraConfig, perturbed
-from flatlora.layer import flat_layers
+from flatlora.layers.flat_layer import flat_layers
 from helpers.noise import epsilon
 
 X = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))

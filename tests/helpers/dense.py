@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora import perturbation
-from flatlora.layer import flat_layers
+from flatlora.layers.flat_layer import flat_layers
 from helpers import tiny
 from helpers.noise import epsilon
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import processes
-from helpers.engine_runs import CHECKPOINTING, REFUSED, RHO, STEPS, alone, names_of, record
+from helpers.engine_runs import CHECKPOINTING, REFUSED, RHO, STEPS, alone
 from helpers.engines import ENGINES
 
 SAME = {"zero": ["zero"], "off": list(CHECKPOINTING), "factors": ["factors"]}
@@ -47,7 +47,7 @@ def merged_norms(parameters, scaling=2):
 class KindTests:
     """Kinds of layers beside the plain linear one."""
 
-    pytestmark = processes.patient
+    pytestmark = [processes.patient, pytest.mark.slow]
     engines = ()
     four_bit = False  # test the 4-bit models, or all others
 
@@ -65,14 +65,6 @@ class KindTests:
     @pytest.fixture
     def kinds(self, engine):
         return self.kinds_of(engine)
-
-    @pytest.fixture(scope="class")
-    def ranks(self, request, engine, tmp_path_factory):
-        """The results that the processes saved."""
-        folder, count = tmp_path_factory.mktemp(engine), ENGINES[engine].processes
-        names = names_of(engine, request.cls.four_bit)
-        processes.run(record, engine, names, str(folder), processes=count)
-        return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
     def test_the_shards_of_the_frozen_weights_are_never_written(self, ranks):
         for rank in ranks:

@@ -7,12 +7,12 @@
 
 import weakref
 
-import flatlora.steps
+from flatlora.training import optimizer_steps
 
 
 def row_norms(layer):
     """||W'_i|| as the layer takes them for its noise, from its cache where that is up to date."""
-    return layer._row_norms()
+    return layer.row_norms()
 
 
 def kept_row_norms(layer):
@@ -22,10 +22,10 @@ def kept_row_norms(layer):
 
 def strength(layer):
     """rho of the adapters that are active in the layer."""
-    return layer._strength()
+    return layer.rho()
 
 
 def forget_other_models(monkeypatch):
     """Models of other tests may be alive: count the hooks on torch's optimizers from zero."""
-    monkeypatch.setattr(flatlora.steps, "_watched", weakref.WeakSet())
-    monkeypatch.setattr(flatlora.steps, "_handles", [])
+    monkeypatch.setattr(optimizer_steps, "_listeners", weakref.WeakSet())
+    monkeypatch.setattr(optimizer_steps, "_handles", [])

@@ -56,6 +56,38 @@ def launch(launcher, engine, jobs, folder):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
+def run_and_resume(launcher, engine, base, folder):
+    """Folders of a whole run, and of a run resumed in the middle of it."""
+    common = ["--model", base, "--rho", str(RHO), *["--trainer"] * (launcher == "torchrun")]
+    whole, resumed = folder / "whole", folder / "resumed"
+    again = ["--resume", str(whole / f"checkpoint-{HALF}")]
+    launch(launcher, engine, [[*common, "--out", str(whole)], [*common, *again, "--out", str(resumed)]], folder)
+    return whole, resumed
+
+
+def train_alone(base):
+    """Losses and adapter of the same training in one process."""
+    specification = importlib.util.spec_from_file_location("distributed_train", EXAMPLES / "train.py")
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    args = example.parse(["--model", base, "--rho", str(RHO)])
+
+    def make():
+        set_seed(0)
+        return example.make_model(args).train()
+
+    models = [make(), make()]
+    rows = example.make_rows(args, models[0], 2 * STEPS * args.batch_size)
+    optimizers = [torch.optim.AdamW(tiny.trainable(model), lr=args.lr) for model in models]
+
+    def loss(model, step, rank):
+        first = (2 * step + rank) * args.batch_size
+        return model(**default_collate(rows[first : first + args.batch_size])).loss
+
+    losses = train_together(models, optimizers, loss)
+    return losses, {name: p.detach() for name, p in models[0].named_parameters() if p.requires_grad}
+
+
 several_cpus = pytest.mark.xfail(
     version.parse(transformers.__version__) < version.parse("5.18"),
     reason="transformers before 5.18 loads no optimizer to the CPU of one process among several ('tagged with cpu:0')",
@@ -72,7 +104,9 @@ def adapter(folder):
 
 
 class LaunchTests:
-    pytestmark = processes.patient
+    """The fixtures are in `spread/conftest.py`."""
+
+    pytestmark = [processes.patient, pytest.mark.slow]
     engines = ()
 
     def pytest_generate_tests(self, metafunc):
@@ -84,47 +118,8 @@ class LaunchTests:
             ]
             metafunc.parametrize("launcher, engine", runs, scope="class")
 
-    @pytest.fixture(scope="class")
-    def base(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("base")
-        tiny.base_model().save_pretrained(folder)
-        return str(folder)
-
-    @pytest.fixture(scope="class")
-    def runs(self, launcher, engine, base, tmp_path_factory):
-        """Folders of a whole run, and of a run resumed in the middle of it."""
-        folder = tmp_path_factory.mktemp(engine)
-        common = ["--model", base, "--rho", str(RHO), *["--trainer"] * (launcher == "torchrun")]
-        whole, resumed = folder / "whole", folder / "resumed"
-        again = ["--resume", str(whole / f"checkpoint-{HALF}")]
-        launch(launcher, engine, [[*common, "--out", str(whole)], [*common, *again, "--out", str(resumed)]], folder)
-        return launcher, whole, resumed
-
-    @pytest.fixture(scope="class")
-    def expected(self, base):
-        """Losses and adapter of the same training in one process."""
-        specification = importlib.util.spec_from_file_location("distributed_train", EXAMPLES / "train.py")
-        example = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(example)
-        args = example.parse(["--model", base, "--rho", str(RHO)])
-
-        def make():
-            set_seed(0)
-            return example.make_model(args).train()
-
-        models = [make(), make()]
-        rows = example.make_rows(args, models[0], 2 * STEPS * args.batch_size)
-        optimizers = [torch.optim.AdamW(tiny.trainable(model), lr=args.lr) for model in models]
-
-        def loss(model, step, rank):
-            first = (2 * step + rank) * args.batch_size
-            return model(**default_collate(rows[first : first + args.batch_size])).loss
-
-        losses = train_together(models, optimizers, loss)
-        return losses, {name: p.detach() for name, p in models[0].named_parameters() if p.requires_grad}
-
-    def test_the_training_is_that_of_one_process(self, runs, expected):
-        launcher, whole, _ = runs
+    def test_the_training_is_that_of_one_process(self, launcher, runs, expected):
+        whole, _ = runs
         losses, parameters = expected
         if launcher == "accelerate":  # the Trainer shuffles the rows
             assert found(whole)["losses"] == pytest.approx(losses, abs=1e-5)
@@ -134,14 +129,14 @@ class LaunchTests:
                     weight, parameters[name.replace(".weight", ".default.weight")], rtol=1e-4, atol=1e-5
                 )
 
-    def test_the_schedule_follows_the_optimizer_steps(self, runs):
-        launcher, whole, _ = runs
+    def test_the_schedule_follows_the_optimizer_steps(self, launcher, runs):
+        whole, _ = runs
         done = launcher == "torchrun"  # the Trainer logs after the step, the loop before it
         assert found(whole)["steps"] == STEPS
         assert found(whole)["strengths"] == pytest.approx([RHO * (step + done) / STEPS for step in range(STEPS)])
 
     def test_a_resumed_run_ends_with_the_same_bits(self, runs):
-        _, whole, resumed = runs
+        whole, resumed = runs
         assert found(resumed)["steps"] == STEPS
         assert found(resumed)["strengths"][-HALF:] == found(whole)["strengths"][-HALF:]
         assert found(resumed)["losses"][-HALF:] == found(whole)["losses"][-HALF:]
@@ -151,7 +146,7 @@ class LaunchTests:
         )
 
     def test_stock_peft_loads_the_adapter(self, runs):
-        _, whole, _ = runs
+        whole, _ = runs
         model = PeftModel.from_pretrained(tiny.base_model(), whole / "adapter")
         loaded = {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
         saved = adapter(whole)

@@ -12,7 +12,7 @@ from flatlora import (
     ascent,
     perturbation,
 )
-from flatlora.layer import flat_layers
+from flatlora.layers.flat_layer import flat_layers
 from helpers import twin
 
 KINDS = [

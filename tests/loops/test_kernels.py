@@ -202,7 +202,7 @@ def test_layers_in_evaluation_mode_beside_others_that_train_are_warned_of_once()
     assert len(caught) == 1
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and "layers.0" not in name)
-    perturbation(model).warned_of.clear()
+    perturbation(model).diagnostics.warned_of.clear()
     step(model, optimizer_of(model))  # a frozen part in evaluation mode is in order
 
 
@@ -215,7 +215,7 @@ def test_layers_that_run_compiled_without_noise():
             run(torch.randn(2, 4), 0).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert perturbation(model).compiled
+    assert perturbation(model).diagnostics.compiled
 
 
 def test_a_copy_made_between_backward_and_step():

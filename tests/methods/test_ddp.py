@@ -16,7 +16,7 @@ from flatlora import (
     perturbation,
 )
 
-pytestmark = processes.patient
+pytestmark = [processes.patient, pytest.mark.slow]
 STEPS = 4
 KINDS = {kind.__name__: kind for kind in (EFMLoraConfig, FMLoraConfig, LoraSamConfig, BarConfig, BiLoraConfig)}
 SETTINGS = {"rho": 0.1, "schedule": "constant"}

@@ -67,7 +67,7 @@ def test_rwp_in_the_adapter_moves_A_and_B():
     for layer, (W, A, B) in zip(model.base_model.model.layers, tensors, strict=True):
         method = perturbation(model).settings.method
         key, _ = perturbation(model).draw(W.device)
-        made = method.noise(layer, key)
+        made = method.offsets(layer, perturbation(model))
         for factor, tensor in (("lora_A", A), ("lora_B", B)):
             eps = made[factor, "default"]
             relative = torch.linalg.matrix_norm(eps) / torch.linalg.matrix_norm(tensor)

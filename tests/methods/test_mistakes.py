@@ -56,7 +56,7 @@ def test_undefined_combinations_are_errors_that_name_the_layer(kind, target, set
 
 
 def test_rwp_needs_the_norm_of_a_whole_weight():
-    with pytest.raises(ValueError, match="'embedding'.*RWP needs the norm of the whole merged weight"):
+    with pytest.raises(ValueError, match="'embedding'.*needs the norms of all rows of the merged weight"):
         get_flat_peft_model(Layers(), RwpConfig(r=2, target_modules=["embedding"]))
 
 
@@ -134,5 +134,5 @@ def test_settings_are_checked_at_once(kind, settings, message):
 def test_the_base_of_the_configurations_is_no_method():
     from flatlora.config import PerturbedLoraConfig
 
-    with pytest.raises(TypeError, match="is no method"):
+    with pytest.raises(TypeError, match="is not a method"):
         PerturbedLoraConfig()

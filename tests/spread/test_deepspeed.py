@@ -13,5 +13,6 @@ class TestDeepspeed(EngineTests):
     engines = ("zero2", "zero3")
 
 
+@pytest.mark.slow
 def test_methods_that_need_whole_gradients_refuse_shards():
     processes.run(step_with_whole_gradients, TestDeepspeed.engines)

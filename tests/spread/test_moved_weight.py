@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from transformers.pytorch_utils import Conv1D
 
 from flatlora import EFMLoraConfig, FlatLoraConfig, LoraSamConfig, RwpConfig, ascent, get_flat_peft_model, perturbed
-from flatlora.spread import moved_weight, whole_weight
+from flatlora.layers.module_weights import moved_weight, whole_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 

@@ -20,9 +20,9 @@ from flatlora import (
     get_flat_peft_model,
 )
 
-pytestmark = processes.patient
 
-
+@pytest.mark.slow
+@processes.patient
 def test_methods_that_need_whole_gradients_refuse_shards():
     processes.run(step_with_whole_gradients, ("fsdp2", "fsdp1", "fsdp1-flat"))
 
@@ -44,6 +44,8 @@ def split(rank, folder):
         tiny.loss(later)
 
 
+@pytest.mark.slow
+@processes.patient
 def test_tensor_parallelism_is_refused(tmp_path):
     tiny.base_model().save_pretrained(tmp_path)
     processes.run(split, str(tmp_path))

@@ -31,14 +31,12 @@ __all__ = [
     "LoraSamConfig",
     "Method",
     "RwpConfig",
-    "TwoPassTrainerMixin",
     "WeightNoise",
-    "ascent",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """The functions that run two passes are in rooms above this one, and importable from here as well."""
+    """`ascent` and `TwoPassTrainerMixin` are importable from here too. They are defined above this package."""
     if name in ("ascent", "TwoPassTrainerMixin"):
         import flatlora
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import peft
 
-import flatlora
-from flatlora.config import FlatLoraConfig
+from flatlora import FlatLoraConfig
 
 
 @dataclass
@@ -21,6 +20,5 @@ class LoraConfig(FlatLoraConfig):
     schedule: str = "constant"
 
 
-flatlora.config.FlatLoraConfig = LoraConfig  # what was saved by this class is loaded by it
 peft.LoraConfig = LoraConfig
 peft.tuners.LoraConfig = LoraConfig

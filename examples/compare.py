@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import quickstart
-import report
 import torch
-from models import load_model
+from common import tables
+from common.models import load_model
 from transformers import HfArgumentParser
 
 from flatlora.analysis import Estimate
@@ -96,9 +96,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             if (method, seed) not in done:
                 print(f"seed {seed}", flush=True)
                 rows += run(method, seed, args, encode, task, device)
-                report.write_csv(folder / "runs.csv", rows)
+                tables.write_csv(folder / "runs.csv", rows)
     lines = summary([row for row in rows if row["seed"] in args.seeds])
-    result = {"arguments": settings, "machine": report.machine(device), "summary": lines}
+    result = {"arguments": settings, "machine": tables.machine(device), "summary": lines}
     (folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
     for line in lines:
         print(

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import report
 import torch
 import torch.nn.functional as F
+from common import tables
+from common.data import Example, Task, endless_batches, load_task
+from common.models import minilm_folder
 from compare import same_settings
-from data import Example, Task, endless_batches, load_task
-from models import minilm_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -222,10 +222,10 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             hits = ", ".join(f"{row['domain']} {100 * row['accuracy']:.1f}" for row in new)
             print(f"seed {seed}, {method}: {hits}", flush=True)
             rows += new
-            report.write_csv(folder / "runs.csv", rows)
+            tables.write_csv(folder / "runs.csv", rows)
     lines = summary([row for row in rows if row["seed"] in args.seeds], args.methods)
-    report.write_csv(folder / "summary.csv", lines)
-    (folder / "machine.json").write_text(json.dumps(report.machine(torch.device("cpu")), indent=2) + "\n")
+    tables.write_csv(folder / "summary.csv", lines)
+    (folder / "machine.json").write_text(json.dumps(tables.machine(torch.device("cpu")), indent=2) + "\n")
     show(lines)
     return lines
 

@@ -1,7 +1,7 @@
 """How flat are the solutions that `quickstart.py` found? Every measurement of `flatlora.analysis` on its adapters.
 
     python examples/quickstart.py                      # first: trains, and saves adapters in out/
-    python examples/flatness.py                        # then: out/report.html, a page that compares them
+    python examples/flatness.py                        # then: out/tables.html, a page that compares them
 
 All adapters are measured on the same examples and under the same noise. Lines and surfaces run along directions that
 are the same to the bit for all of them, their rows as long as those of the base weight.
@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import quickstart
-import report as tables
 import torch
-from data import Encoder, Example
-from evaluation import answer_logits, answer_loss
-from models import load_model
+from common import tables
+from common.data import Encoder, Example
+from common.evaluation import answer_logits, answer_loss
+from common.models import load_model
 from peft import PeftModel
 from torch import Tensor
 from transformers import HfArgumentParser
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(row)
             tables.write_csv(times, rows)
             print(f"{LABELS[method]:10s} {name:28s} {seconds:6.1f} s", flush=True)
-    out = folder / "report.html"
+    out = folder / "tables.html"
     out.write_text(page.build([folder / method for method in methods], [LABELS[m] for m in methods]), encoding="utf-8")
     draw(folder, methods)
     print(f"The comparison is in {out}, the figures by themselves in {folder / 'figures'}")

@@ -24,12 +24,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import report
 import torch
 import transformers
-from data import Encoder, Example, Task, endless_batches, load_task
-from evaluation import answer_loss, is_correct, label_logits
-from models import load_model, load_tokenizer, resolve_model
+from common import tables
+from common.data import Encoder, Example, Task, endless_batches, load_task
+from common.evaluation import answer_loss, is_correct, label_logits
+from common.models import load_model, load_tokenizer, resolve_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
@@ -110,7 +110,7 @@ def train(model: PeftModel, method: str, encode: Encoder, examples: list[Example
     history = []
 
     model.train()
-    progress = tqdm(batches, total=args.steps, desc=report.NAMES[method], unit="step")
+    progress = tqdm(batches, total=args.steps, desc=tables.NAMES[method], unit="step")
     for batch in progress:
         inputs, targets = encode(batch, device)
         loss = answer_loss(model, inputs, targets)
@@ -174,7 +174,9 @@ def check_reload(
         "answers": str(folder / "answers.json"),
     }
     (folder / "job.json").write_text(json.dumps(job))
-    subprocess.run([sys.executable, Path(__file__).with_name("reload_adapter.py"), folder / "job.json"], check=True)
+    subprocess.run(
+        [sys.executable, Path(__file__).parent / "common" / "reload_adapter.py", folder / "job.json"], check=True
+    )
     answers_there = json.loads((folder / "answers.json").read_text())
     return {method: _compare(here, answers_there[method]) for method, here in answers.items()}
 
@@ -220,7 +222,7 @@ def main(arguments: list[str] | None = None) -> dict:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
-    settings, lap = asdict(args), report.Laps()
+    settings, lap = asdict(args), tables.Laps()
     encode, task = prepare(args)
     lap("fetch and convert")
     transformers.utils.logging.disable_progress_bar()  # one per loaded model
@@ -236,13 +238,13 @@ def main(arguments: list[str] | None = None) -> dict:
     for method in METHODS.get(args.method, (args.method,)):
         model = adapt(load_model(args.model, getattr(torch, args.dtype), device), method, args)
         history += train(model, method, encode, task.train, args)
-        lap(f"train {report.NAMES[method]}")
+        lap(f"train {tables.NAMES[method]}")
         correct[method] = test(model, encode, task, args)
-        lap(f"test {report.NAMES[method]}")
+        lap(f"test {tables.NAMES[method]}")
         answers[method] = label_logits(model, encode, in_domain, device, args.eval_batch_size)
         if args.picture_samples:
-            lines[report.NAMES[method]] = draw_line(model, encode, task.train[: args.picture_samples], args)
-            lap(f"loss around {report.NAMES[method]}")
+            lines[tables.NAMES[method]] = draw_line(model, encode, task.train[: args.picture_samples], args)
+            lap(f"loss around {tables.NAMES[method]}")
         save(model, folder / method, encode)
     reloaded = check_reload(answers, encode, in_domain, args, device)
     lap("save and reload")
@@ -252,15 +254,15 @@ def main(arguments: list[str] | None = None) -> dict:
     results = {
         "command": command,
         "arguments": settings,
-        "machine": report.machine(device),
+        "machine": tables.machine(device),
         "seconds": lap.seconds,
-        "accuracy": report.accuracy_rows(correct),
-        "flat_minus_lora": report.difference_rows(correct),
+        "accuracy": tables.accuracy_rows(correct),
+        "flat_minus_lora": tables.difference_rows(correct),
         "reloaded": reloaded,
     }
-    report.write(folder, results, history)
-    print("\n" + report.table(results))
-    print(report.reload_table(reloaded))
+    tables.write(folder, results, history)
+    print("\n" + tables.table(results))
+    print(tables.reload_table(reloaded))
     total = sum(lap.seconds.values())
     print(f"\n{total:.0f} s; adapters, models, results.json, accuracy.csv and training.csv are in {folder}")
     if lines:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measure import RESULTS, provenance, report
+from measure import RESULTS, provenance, tables
 from torch import Tensor
 from workload import METHODS, Trained, Workload, base_model
 
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
             trained = METHODS[method](base, Workload(model, tokens=16, dtype=dtype), options.seed)
             for k, found in train(trained, steps):
                 rows.append({"model": model, "dtype": dtype, "method": method, "steps": k} | found | origin)
-                report.write_csv(path, rows)
+                tables.write_csv(path, rows)
             print(
                 f"{dtype} {method}: after {k} steps {100 * float(found['changed share']):.4g} % of "
                 f"{found['weights']} weights are changed, relative norm {found['relative norm']}",

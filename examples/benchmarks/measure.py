@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples' own modules
-import report
+from common import tables
 
 RESULTS = Path(__file__).parent / "results"
 SHORTEST = 0.1  # seconds of one timing: a shorter step is repeated
@@ -170,7 +170,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def provenance(device: torch.device, seed: int) -> dict[str, object]:
     """The last columns of every row: where, with what, and by which command it was made."""
-    known = report.machine(device)
+    known = tables.machine(device)
     return {
         "machine": f"{known['cpu']}, {known['cores']} cores, {known['device']}",
         "versions": " ".join(f"{name} {known[name]}" for name in ("python", "torch", "transformers", "peft")),

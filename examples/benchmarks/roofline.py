@@ -30,7 +30,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import RESULTS, report
+from measure import RESULTS, tables
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     table = rows()
     options.csv.parent.mkdir(parents=True, exist_ok=True)
-    report.write_csv(options.csv, table)
+    tables.write_csv(options.csv, table)
     print("Computed, not measured. ps per weight of W -> W + eps, what bounds it, and the expected cost over the")
     print("products of the frozen layers (at the limit of the tensor cores, at half of it):")
     for row in table:

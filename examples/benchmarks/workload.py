@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import measure  # noqa: F401  (finds the examples' own modules)
 import torch
 from add_remove import AddAndRemove
-from models import load_model, resolve_model
+from common.models import load_model, resolve_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM

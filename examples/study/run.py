@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 STUDY = Path(__file__).resolve().parent
-sys.path[:] = [str(STUDY.parent), *(p for p in sys.path if Path(p or ".").resolve() != STUDY)]  # `report` is the other
+sys.path[:] = [str(STUDY.parent), *(p for p in sys.path if Path(p or ".").resolve() != STUDY)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from report import machine as describe  # noqa: E402
+from common.tables import machine as describe  # noqa: E402
 from study import design, train  # noqa: E402
 from study.arms import BY_NAME  # noqa: E402
 from study.records import Records, key  # noqa: E402

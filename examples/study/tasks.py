@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import data
-import models
 import torch
 import torch.nn.functional as F
-from data import Example
+from common import data, models
+from common.data import Example
 from study import outcomes
 from study.arms import ARMS, CORE
 from torch import Tensor, nn

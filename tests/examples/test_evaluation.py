@@ -1,8 +1,8 @@
-import evaluation
 import pytest
 import torch
-from data import Encoder, Example
-from models import load_model
+from common import evaluation
+from common.data import Encoder, Example
+from common.models import load_model
 
 
 def test_wilson_intervals():

@@ -5,9 +5,9 @@ import sys
 import tarfile
 import types
 
-import data
 import pytest
-from data import Encoder, Example
+from common import data
+from common.data import Encoder, Example
 
 PROMPT = "Review: {text}\nSentiment:"
 LABELS = ("negative", "positive")

@@ -1,7 +1,7 @@
 import family
 import pytest
 import torch
-from data import Example, Task
+from common.data import Example, Task
 from transformers import BertConfig, BertForSequenceClassification
 
 WORDS = [("good", 1), ("fine", 1), ("great", 1), ("bad", 0), ("poor", 0), ("dull", 0)]

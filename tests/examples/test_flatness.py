@@ -6,8 +6,8 @@ import flatness
 import pytest
 import quickstart
 import torch
+from common.models import load_model
 from helpers import processes
-from models import load_model
 
 from flatlora import analysis
 

@@ -7,10 +7,9 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-import models
-import packages
 import pytest
 import torch.distributed as dist
+from common import models, packages
 from helpers import processes
 
 CONTENT = b"an archive"

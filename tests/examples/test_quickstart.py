@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import quickstart
-import report
 import torch
+from common import tables
 from helpers import processes
 
 
@@ -16,11 +16,11 @@ from helpers import processes
 def test_from_the_model_to_the_table_and_the_picture(arguments, reviews, capfd):
     results = quickstart.main(arguments)
     out = reviews / "out"
-    accuracy = report.read_csv(out / "accuracy.csv")
+    accuracy = tables.read_csv(out / "accuracy.csv")
     assert [(row["method"], row["domain"]) for row in accuracy] == list(
         itertools.product(("before", "lora", "flat"), ("held-out", "books"))
     )
-    training = report.read_csv(out / "training.csv")
+    training = tables.read_csv(out / "training.csv")
     assert [row["method"] for row in training] == ["lora"] * 6 + ["flat"] * 6
     rho = [float(row["rho"]) for row in training if row["method"] == "flat"]
     assert rho[0] == 0 and rho == sorted(rho) and 0 < rho[-1] <= 0.05
@@ -74,6 +74,6 @@ def test_impossible_sizes_are_answered_at_once(arguments, option):
 @processes.patient
 def test_the_fresh_process_cannot_import_flatlora():
     examples = Path(quickstart.__file__).parent
-    code = "import reload_adapter, flatlora"
+    code = "import common.reload_adapter, flatlora"
     done = processes.run_command([sys.executable, "-c", code], cwd=examples)
     assert done.returncode == 1 and "import of flatlora halted" in done.stderr

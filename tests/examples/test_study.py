@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from data import Example  # noqa: E402
+from common.data import Example  # noqa: E402
 from study import design, outcomes, records, report, run, stats, tasks, train  # noqa: E402
 from study.arms import ARMS, BY_NAME  # noqa: E402
 

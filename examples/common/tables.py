@@ -13,8 +13,9 @@ from typing import Any
 import peft
 import torch
 import transformers
-from evaluation import paired_difference, wilson
 from torch import Tensor
+
+from common.evaluation import paired_difference, wilson
 
 Correct = dict[str, dict[str, Tensor]]  # method -> domain -> (examples,) bool
 NAMES = {"before": "before training", "lora": "LoRA", "flat": "Flat-LoRA", "efmlora": "EFMLoRA"}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from data import Encoder, Example
 from torch import Tensor, nn
+
+from common.data import Encoder, Example
 
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 

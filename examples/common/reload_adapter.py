@@ -1,6 +1,6 @@
 """Answer questions with saved adapters and merged models, in a process that cannot import flatlora.
 
-    python reload_adapter.py JOB.json
+    python examples/common/reload_adapter.py JOB.json
 
 The job names the base model, the folders with the adapters and merged models, the questions and the file for the
 answers. `quickstart.py` runs this to show that what was saved are ordinary LoRA adapters.
@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.modules["flatlora"] = None  # type: ignore[assignment]  # importing it is an error from here on
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from data import Encoder, Example  # noqa: E402
-from evaluation import label_logits  # noqa: E402
-from models import load_model, load_tokenizer  # noqa: E402
 from peft import PeftModel  # noqa: E402
+
+from common.data import Encoder, Example  # noqa: E402
+from common.evaluation import label_logits  # noqa: E402
+from common.models import load_model, load_tokenizer  # noqa: E402
 
 
 def main(job_file: str) -> None:

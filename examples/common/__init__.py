@@ -1,0 +1,1 @@
+"""What the examples share: data, models from packages, evaluation, tables."""

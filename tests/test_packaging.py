@@ -77,7 +77,7 @@ def test_whatever_a_test_imports_from_beside_it_is_in_the_source_archive(tree, t
     here = [ROOT / place.relative_to(unpacked) for place in places]
     tests = sorted((ROOT / "tests").rglob("*.py"))
     helpers = {name for test in tests for name in imported(test) if any(found(name, place) for place in here)}
-    assert {"helpers.runs", "helpers.noise", "helpers.layer_cases", "packages"} <= helpers
+    assert {"helpers.runs", "helpers.noise", "helpers.layer_cases", "common.data"} <= helpers
     assert [name for name in helpers if not any(found(name, place) for place in places)] == []
     assert files(unpacked / "tests") >= {test.relative_to(ROOT / "tests").as_posix() for test in tests}
 

@@ -2,7 +2,7 @@
 
     python examples/compare.py --seeds 0 1 2
 
-A seed sets the initialisation, the order of the training data and the noise; both methods get the same. All options of
+A seed sets the initialization, the order of the training data and the noise; both methods get the same. All options of
 `quickstart.py` are understood. Each measurement is written to runs.csv as soon as it is made, and a run that was
 interrupted goes on from there.
 """

@@ -4,7 +4,7 @@
 
 MiniLM (22.7M parameters, fetched from a package on PyPI) learns the sentiment of 512 movie reviews, to a training loss
 of almost nothing, and is tested on held-out movie reviews and on three domains that it was never trained on. A seed
-sets the sentences, the initialisation, their order and the noise; every method gets the same. `method:rho` sets a
+sets the sentences, the initialization, their order and the noise; every method gets the same. `method:rho` sets a
 strength, without it each method has its default. Measurements are written to runs.csv as soon as they are made, and a
 run that was interrupted goes on from there.
 

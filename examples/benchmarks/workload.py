@@ -56,7 +56,7 @@ class Workload:
         tokens: of one step, in sequences of `length` (one shorter sequence if there are fewer).
         r: LoRA rank, in all linear layers but the output.
         dtype: of the base model.
-        adapters: dtype of the LoRA factors; peft keeps fp32 ones beside a bf16 base unless told otherwise.
+        adapters: dtype of the LoRA factors; peft keeps fp32 ones beside a bf16 base unless asked otherwise.
         checkpointing: every layer's activations are computed again in backward.
     """
 

@@ -76,7 +76,7 @@ def served(model: nn.Module, dtype: torch.dtype, layers: Iterable[str] = (), bit
 def sharpness(
     model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, layers: list[str], rho: float, pairs: int
 ) -> float:
-    """E_eps L(W' + eps) - L(W') under filter-normalised noise, the same noise for every model."""
+    """E_eps L(W' + eps) - L(W') under filter-normalized noise, the same noise for every model."""
     measured = analysis.expected_sharpness(
         model, loss, [batch], rho=rho, samples=pairs, seed=0, layers=set(layers).__contains__, progress=False
     )

@@ -223,7 +223,7 @@ def _weight(name: str, owner: nn.Module, path: str, transposed: bool) -> Weight:
         kind = "missing" if parameter is None else f"{parameter.dtype}, shape {tuple(parameter.shape)}"
         raise ValueError(
             f"layer {name!r} ({type(owner).__name__}): {path} must be a whole floating-point matrix, got {kind}; "
-            "leave the layer out through layers=, or gather or dequantise it first"
+            "leave the layer out through layers=, or gather or dequantize it first"
         )
     rows = parameter.T if transposed else parameter.flatten(1)
     return replace(made, shape=(rows.shape[0], rows.shape[1]), full_shape=tuple(parameter.shape))

@@ -83,16 +83,16 @@ class AscentOptimizer(MethodState):
             and isinstance(moments, Mapping)
             and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
         ):
-            raise WrongType(f"climber must be None or the state_dict() of an optimizer, got {shown(state)}")
+            raise WrongType(f"method must be None or the state_dict() of an optimizer, got {shown(state)}")
         places = [place for group in groups for place in group["params"]]
         if len(places) > len(shapes) or not set(moments) <= set(places):
-            raise ValueError(f"climber must be of the {len(shapes)} ascent factors of this model, got {len(places)}")
+            raise ValueError(f"method must be of the {len(shapes)} ascent factors of this model, got {len(places)}")
         for place, kept in moments.items():
             if not isinstance(kept, Mapping):
-                raise WrongType(f"climber['state'][{place!r}] must be a mapping, got {shown(kept)}")
+                raise WrongType(f"method['state'][{place!r}] must be a mapping, got {shown(kept)}")
             for key, moment in kept.items():
                 if isinstance(moment, Tensor):
-                    _check_moment(f"climber['state'][{place!r}][{key!r}]", moment, set(shapes))
+                    _check_moment(f"method['state'][{place!r}][{key!r}]", moment, set(shapes))
         return dict(state)
 
     def step(self, run: TrainingRun, optimizer: Optimizer) -> None:

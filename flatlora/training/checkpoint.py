@@ -16,9 +16,9 @@ from ..methods.base import MethodState
 from ..utils.arguments import INT64, SEED, WrongType, boolean, integer, number, shown
 from .layer_registry import LayerRegistry
 
-NUMBERS = ("seed", "sample", "stale", "steps", "total_steps", "origin", "rhos")
+NUMBERS = ("seed", "sample", "sample_used", "steps", "total_steps", "origin", "rhos")
 METHOD = ("tensors", "method")  # what the method keeps: not in the JSON file of a Trainer
-OLD_NAMES = {"climber": "method"}
+OLD_NAMES = {"climber": "method", "stale": "sample_used"}  # in files of version 0.1.0 and before
 WAY_OUT = "Take the state from an intact checkpoint of this model; nothing has been changed"
 
 
@@ -53,7 +53,7 @@ def _checked(state: Any, adapters: list[str], registry: LayerRegistry, method_st
     return {
         "seed": integer("seed", state["seed"], *SEED),
         "sample": integer("sample", state["sample"], 0, INT64),
-        "stale": boolean("stale", state["stale"]),
+        "sample_used": boolean("sample_used", state["sample_used"]),
         "steps": integer("steps", state["steps"], 0, INT64),
         "total_steps": integer("total_steps", state["total_steps"], 1, INT64, optional=True),
         "origin": _origin(state["origin"]),

@@ -394,7 +394,7 @@ class Perturbation(PartlyCopied):
         return {
             "seed": self.seed,
             "sample": self.sample,
-            "stale": self.noise.sample_used,
+            "sample_used": self.noise.sample_used,
             "steps": self.steps,
             "total_steps": self.total_steps,
             "origin": list(self.schedule.origin),
@@ -411,7 +411,7 @@ class Perturbation(PartlyCopied):
         """
         known = check_state(state, self.rhos, self.registry, self.method_state)
         self.seed = known["seed"]
-        self._set_noise_position(NoisePosition(known["sample"], known["stale"]))
+        self._set_noise_position(NoisePosition(known["sample"], known["sample_used"]))
         self.steps, self.total_steps, self.schedule.origin = known["steps"], known["total_steps"], known["origin"]
         self.rhos.update(known["rhos"])
         self.registry.load_tensors(known["tensors"])

@@ -159,8 +159,8 @@ def test_the_second_module_of_bilora_climbs_with_adamw_where_the_optimizer_canno
     optimizer = WithoutMaximize(twin.trainable(model), lr=0.1)
     for i in range(2):
         step(model, optimizer, i)
-    climber = perturbation(model).method_state.optimizer
-    assert type(climber) is AdamW and climber.param_groups[0]["lr"] == 0.1 and climber.param_groups[0]["maximize"]
+    ascent = perturbation(model).method_state.optimizer
+    assert type(ascent) is AdamW and ascent.param_groups[0]["lr"] == 0.1 and ascent.param_groups[0]["maximize"]
     assert all(tensor.any() for tensor in perturbation(model).tensors().values())
     with pytest.raises(RuntimeError, match="WithoutMaximize has lr=None: set one"):
         step(model, WithoutMaximize(twin.trainable(model), lr=None), 0)

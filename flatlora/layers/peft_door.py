@@ -13,8 +13,8 @@ from types import FrameType
 from typing import Any
 
 import peft
-from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 

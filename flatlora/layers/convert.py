@@ -15,6 +15,7 @@ from ..config import PerturbedLoraConfig
 from ..ops.registry import unregister
 from ..training.distributed import name_without_fsdp1
 from ..training.perturbation import Perturbation, check_same_settings
+from . import exact_merge
 from .attention import AttentionLayer
 from .experts import ExpertsLayer
 from .flat_layer import OWN_ATTRIBUTES, FlatLayer, flat_layers
@@ -90,11 +91,13 @@ class FlatPeftLayer(FlatLayer):
     def merge(self, *args: Any, **kwargs: Any) -> None:
         # peft writes through .data, which changes no version counter
         self._norms.clear()
-        super().merge(*args, **kwargs)
+        with exact_merge.recorded(self):
+            super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
         self._norms.clear()
         super().unmerge()
+        exact_merge.unmerge(self)
 
     # peft calls it with keywords only
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -143,7 +146,8 @@ class FlatPeftLayer(FlatLayer):
             base = own(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
         else:
             if merge:
-                self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                # nothing is kept: it will not be unmerged
+                super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
             base = self.get_base_layer()
         perturbation.registry.remove([self, *inside])
         if last:

@@ -64,7 +64,7 @@ Forward = Callable[..., Any]
 
 OWN_ATTRIBUTES = (  # of a flat layer, beside those of the class that peft made
     *("perturbation", "stream", "number", "address", "flat_adapters", "offsets", "strict", "user_thread"),
-    *("lock", "_norms", "_base_forward"),
+    *("lock", "_norms", "_base_forward", "_kept"),
 )
 
 

@@ -1,0 +1,156 @@
+"""Merging and unmerging leaves every bit of the frozen weight as it was."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from helpers.layer_cases import CASES, flat_model
+from torch import nn
+
+from flatlora import FlatLoraConfig, perturbation
+
+ROUNDS = 100
+HALF = [torch.bfloat16, torch.float16]
+# peft does not merge grouped convolutions
+MERGEABLE = [case for case in CASES if "groups" not in case.name and "depthwise" not in case.name]
+
+
+def weights(model):
+    return [p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name]
+
+
+def same(model, before):
+    return all(torch.equal(p, q) for p, q in zip(weights(model), before, strict=True))
+
+
+def linear(kind, dtype, **settings):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 32)).to(dtype)
+    model = peft.get_peft_model(net, kind(target_modules=["0", "1"], r=8, lora_alpha=16, **settings))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+def test_a_hundred_rounds_in_which_peft_moves_the_weight(dtype):
+    flat, plain = linear(FlatLoraConfig, dtype, rho=0.1), linear(peft.LoraConfig, dtype)
+    before = weights(flat)
+    for _ in range(ROUNDS):
+        for model in (flat, plain):
+            model.merge_adapter()
+            model.unmerge_adapter()
+    assert same(flat, before)
+    assert not same(plain, before)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", MERGEABLE, ids=lambda case: case.name)
+def test_every_layer(case, dtype):
+    model, _, _ = flat_model(case, dtype=dtype)
+    before = weights(model)
+    for _ in range(5):
+        model.merge_adapter()
+        assert not same(model, before)
+        model.unmerge_adapter()
+        assert same(model, before)
+
+
+def test_merged_is_what_peft_merges():
+    flat, plain = linear(FlatLoraConfig, torch.bfloat16, rho=0.1), linear(peft.LoraConfig, torch.bfloat16)
+    for model in (flat, plain):
+        model.merge_adapter()
+    assert all(torch.equal(p, q) for p, q in zip(weights(flat), weights(plain), strict=True))
+
+
+def test_adapters_merged_one_after_the_other_and_a_bias():
+    model = linear(FlatLoraConfig, torch.bfloat16, rho=0.1, lora_bias=True)
+    model.add_adapter("second", FlatLoraConfig(target_modules=["0", "1"], r=4, rho=0.1))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "second" in name:
+                p.normal_(std=0.05)
+    before = weights(model)
+    for _ in range(3):
+        model.merge_adapter(["default"])
+        with pytest.warns(UserWarning, match="additionally merging second"):
+            model.merge_adapter(["second"])
+        model.unmerge_adapter()
+        assert same(model, before)
+
+
+def test_weights_that_merging_swamps_are_kept_by_themselves():
+    """Next to a large product, W is lost but for a few bits."""
+    model = linear(FlatLoraConfig, torch.bfloat16, rho=0.1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.mul_(1000)
+    before = weights(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert same(model, before)
+
+
+def test_what_is_kept_is_one_byte_for_a_weight_and_is_gone_after():
+    model = linear(FlatLoraConfig, torch.bfloat16, rho=0.1)
+    layer = model.base_model.model[0]
+    model.merge_adapter()
+    kept = layer._kept.weight
+    assert kept.steps.dtype == torch.int8 and kept.steps.shape == layer.base_layer.weight.shape
+    assert kept.steps.count_nonzero() > 0 and len(kept.places) < 0.02 * kept.steps.numel()
+    model.unmerge_adapter()
+    assert "_kept" not in layer.__dict__
+
+
+def test_factors_that_changed_while_merged_are_unmerged_by_peft():
+    flat, plain = linear(FlatLoraConfig, torch.bfloat16, rho=0.1), linear(peft.LoraConfig, torch.bfloat16)
+    for model in (flat, plain):
+        model.merge_adapter()
+        with torch.no_grad():
+            model.base_model.model[0].lora_B["default"].weight.mul_(1.5)
+        model.unmerge_adapter()
+    first, second = flat.base_model.model[0], plain.base_model.model[0]
+    assert torch.equal(first.base_layer.weight, second.base_layer.weight)
+
+
+def test_with_rho_zero_it_is_peft():
+    flat, plain = linear(FlatLoraConfig, torch.bfloat16, rho=0.0), linear(peft.LoraConfig, torch.bfloat16)
+    for model in (flat, plain):
+        for _ in range(5):
+            model.merge_adapter()
+            model.unmerge_adapter()
+    assert all(torch.equal(p, q) for p, q in zip(weights(flat), weights(plain), strict=True))
+
+
+def test_a_copy_of_a_merged_model_unmerges_by_itself_and_unloading_keeps_nothing():
+    model = linear(FlatLoraConfig, torch.bfloat16, rho=0.1)
+    before = weights(model)
+    model.merge_adapter()
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert twin.base_model.model[0].base_layer.weight.shape == before[0].shape
+    model.unmerge_adapter()
+    assert same(model, before)
+    layer = model.base_model.model[0]
+    model.merge_and_unload()
+    assert "_kept" not in layer.__dict__
+
+
+def test_training_between_the_rounds_as_grpo_does():
+    model = linear(FlatLoraConfig, torch.bfloat16, rho=0.1, schedule="constant")
+    before = weights(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(10):
+        model.merge_adapter()
+        with torch.no_grad():
+            model.eval()(torch.randn(2, 96).bfloat16())
+        model.unmerge_adapter()
+        model.train()(torch.randn(4, 96).bfloat16()).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert perturbation(model).steps == step + 1
+    assert same(model, before)

@@ -1,9 +1,9 @@
 """Merge and unmerge adapters exactly: after `unmerge` the frozen weight has the bits that it had before `merge`.
 
-peft merges by W' = round(W + sBA) and unmerges by round(W' - sBA), which differs from W in many elements. So trainers that
-merge around each generation (TRL's GRPO with vLLM) would move W in each round. For the length of the merge this module
-keeps the difference of the bits, one byte per weight. Elements whose difference does not fit into a byte are kept
-themselves. With a variant such as DoRA it keeps a copy of W, because peft unmerges with the norms of the merged weight.
+peft merges by W' = round(W + sBA) and unmerges by round(W' - sBA), which differs from W in many elements. So trainers
+that merge around each generation (TRL's GRPO with vLLM) would move W in each round. For the length of the merge this
+module keeps the difference of the bits, one byte per weight. Elements whose difference does not fit into a byte are
+kept themselves. With a variant such as DoRA it keeps a copy of W, because peft unmerges with the norms of the merged weight.
 
 Attention, expert parameters and quantized weights are merged and unmerged as by peft.
 """

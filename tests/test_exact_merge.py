@@ -117,6 +117,17 @@ def test_factors_that_changed_while_merged_are_unmerged_by_peft():
     assert torch.equal(first.base_layer.weight, second.base_layer.weight)
 
 
+def test_a_weight_that_was_loaded_while_merged_is_unmerged_by_peft():
+    flat, plain = linear(FlatLoraConfig, torch.bfloat16, rho=0.1), linear(peft.LoraConfig, torch.bfloat16)
+    for model in (flat, plain):
+        model.merge_adapter()
+        with torch.no_grad():
+            model.base_model.model[0].base_layer.weight.copy_(torch.ones(64, 96))
+        model.unmerge_adapter()
+    first, second = flat.base_model.model[0], plain.base_model.model[0]
+    assert torch.equal(first.base_layer.weight, second.base_layer.weight)
+
+
 def test_with_rho_zero_it_is_peft():
     flat, plain = linear(FlatLoraConfig, torch.bfloat16, rho=0.0), linear(peft.LoraConfig, torch.bfloat16)
     for model in (flat, plain):

@@ -3,7 +3,8 @@
 peft merges by W' = round(W + sBA) and unmerges by round(W' - sBA), which differs from W in many elements. So trainers
 that merge around each generation (TRL's GRPO with vLLM) would move W in each round. For the length of the merge this
 module keeps the difference of the bits, one byte per weight. Elements whose difference does not fit into a byte are
-kept themselves. With a variant such as DoRA it keeps a copy of W, because peft unmerges with the norms of the merged weight.
+kept themselves. With a variant such as DoRA it keeps a copy of W, because peft unmerges with the norms of the merged
+weight.
 
 Attention, expert parameters and quantized weights are merged and unmerged as by peft.
 """
@@ -40,7 +41,7 @@ class Kept(NamedTuple):
 
     weight: Difference | Tensor  # a tensor is W itself
     bias: Tensor | None
-    source: tuple[Any, ...]  # of the product that peft subtracts: with another one there is nothing to restore
+    source: tuple[Any, ...]  # see `_source`
 
 
 def difference(weight: Tensor, unmerged: Tensor) -> Difference:
@@ -73,14 +74,17 @@ def recorded(layer: FlatLayer) -> Iterator[None]:
     if list(layer.merged_adapters) == before:
         return
     kept = weight if layer.lora_variant else difference(weight, _dry_unmerge(layer, base))
-    layer.__dict__["_kept"] = Kept(kept, bias, _source(layer))
+    layer.__dict__["_kept"] = Kept(kept, bias, _source(layer, base))
 
 
-def unmerge(layer: FlatLayer) -> None:
-    """Restore the bits of W, after peft has unmerged the adapters."""
+def take(layer: FlatLayer) -> Kept | None:
+    """What was kept, before peft unmerges; None if the weight or the factors have been changed since the merge."""
     kept: Kept | None = layer.__dict__.pop("_kept", None)
-    if kept is None or kept.source != _source(layer):
-        return
+    return kept if kept is not None and kept.source == _source(layer, layer.get_base_layer()) else None
+
+
+def restore(layer: FlatLayer, kept: Kept) -> None:
+    """Restore the bits of W, after peft has unmerged the adapters."""
     base: Any = layer.get_base_layer()
     if isinstance(kept.weight, Difference):
         restore_(base.weight.data, kept.weight)
@@ -130,7 +134,7 @@ def _dry_unmerge(layer: FlatLayer, base: Any) -> Tensor:
     return unmerged
 
 
-def _source(layer: FlatLayer) -> tuple[Any, ...]:
-    """What peft computes the product sBA from: versions of the factors, and scales."""
-    factors = [p for name, p in layer.named_parameters() if "lora_" in name]
-    return *((p._version, p.data_ptr()) for p in factors), *(float(scale) for scale in layer.scaling.values())
+def _source(layer: FlatLayer, base: Any) -> tuple[Any, ...]:
+    """What peft unmerges from: versions of the weight and the factors, and scales."""
+    tensors = [base.weight, *(p for name, p in layer.named_parameters() if "lora_" in name)]
+    return *((p._version, p.data_ptr()) for p in tensors), *(float(scale) for scale in layer.scaling.values())

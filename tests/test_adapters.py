@@ -14,7 +14,7 @@ from peft.utils import load_peft_weights
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 import flatlora
-from flatlora import FlatLoraConfig, attach, get_flat_peft_model, perturbation, perturbed
+from flatlora import EFMLoraConfig, FlatLoraConfig, attach, get_flat_peft_model, perturbation, perturbed
 from flatlora.layers.flat_layer import flat_layers
 
 SHARED = {"schedule": "constant", "seed": 7}
@@ -157,6 +157,20 @@ def test_a_batch_of_several_adapters_is_clean_in_evaluation_and_an_error_under_n
         model(**batch)
     with pytest.raises(ValueError, match="in training mode"):  # peft's own
         model.train()(**batch)
+
+
+@pytest.mark.parametrize("deleted, kept", [("default", "second"), ("second", "default")])
+def test_with_an_adapter_goes_what_the_method_keeps_for_it_and_nothing_else(deleted, kept):
+    model = model_of(**{name: EFMLoraConfig(**tiny.LORA, rho=0.3) for name in ("default", "second")})
+    model.base_model.set_adapter(["default", "second"])
+    optimizer = torch.optim.SGD(tiny.trainable(model), lr=0.1)
+    tiny.loss(model).backward()
+    optimizer.step()
+    before = perturbation(model).tensors()
+    model.delete_adapter(deleted)
+    after = perturbation(model).tensors()
+    assert after.keys() == {name for name in before if name.endswith(f".{kept}")} < before.keys()
+    perturbation(model).load_state_dict(perturbation(model).state_dict())
 
 
 # ---- merged ----

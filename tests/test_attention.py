@@ -29,6 +29,7 @@ from flatlora import (
     ascent,
     detach,
     get_flat_peft_model,
+    perturbation,
     perturbed,
     unperturbed,
 )
@@ -95,6 +96,31 @@ def test_compiled_calls_are_those_of_eager_mode_and_move_no_weight():
             out.square().sum().backward()
         assert_close(outputs[:1], outputs[1:], 1e-6)
         assert all(torch.equal(weight, same) for weight, same in zip(frozen(attention), bits, strict=True))
+
+
+class WithPenalty(Attention):
+    """A model of which some passes compute a penalty on the factors instead of the attention."""
+
+    penalty = False
+
+    def call(self, x):
+        if not self.penalty:
+            return super().call(x)
+        return sum(p.square().sum() for name, p in self.block.named_parameters() if "lora_" in name)
+
+
+def test_a_penalty_on_factors_whose_attention_has_run_is_no_mistake():
+    config = FlatLoraConfig(target_modules=["block"], rho=0.1, schedule="constant")
+    model = get_flat_peft_model(WithPenalty(), config).train()
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    for penalty in (False, True):
+        model.base_model.model.penalty = penalty
+        model(torch.randn(2, 5, DIM)).square().sum().backward()
+    optimizer.step()
+    assert perturbation(model).steps == 1
+    model(torch.randn(2, 5, DIM)).backward()  # the penalty alone
+    with pytest.raises(RuntimeError, match=r"'block' \(FlatMultiheadAttention\) \(and 1 more\) has gradients"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("kind", [LoraSamConfig, EFMLoraConfig])

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from helpers.changed_base import X, adapted, check_noise, check_without_strength, flat
+from helpers.noise import epsilon
 from peft import LoraConfig
 from torch import nn
 
-from flatlora import FlatLoraConfig, get_flat_peft_model
+from flatlora import FlatLoraConfig, get_flat_peft_model, perturbed
 from flatlora.layers.flat_layer import flat_layers
 
 
@@ -47,6 +48,43 @@ def test_without_strength_the_forward_tends_to_plain_loras(change, compiled):
 @pytest.mark.parametrize("change", [patched_forward, another_class], ids=lambda change: change.__name__)
 def test_the_noise_is_that_of_the_merged_weight_as_it_is_stored(change):
     check_noise(change)
+
+
+class Packed(nn.Module):
+    """A linear layer of which each byte has two numbers, as 4-bit formats store them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        levels = (linear.weight.detach() * 40).round().clamp(-8, 7).to(torch.int32).flatten() + 8
+        packed = (levels[::2] * 16 + levels[1::2]).to(torch.uint8)[:, None]
+        self.weight, self.bias = nn.Parameter(packed, requires_grad=False), linear.bias
+        self.in_features = linear.in_features
+
+    def rows(self):
+        levels = torch.stack([self.weight[:, 0] // 16, self.weight[:, 0] % 16], dim=1).flatten()
+        return (levels.float() - 8).view(-1, self.in_features) / 40
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.rows(), self.bias)
+
+
+def packed_module(model):
+    for layer in flat_layers(model) if any(flat_layers(model)) else list(model.base_model.model)[::2]:
+        layer.base_layer = Packed(layer.base_layer)
+
+
+def test_a_weight_in_another_layout_is_perturbed_by_the_product_of_its_module():
+    check_without_strength(packed_module)
+    model = flat(0.3)
+    packed_module(model)
+    layer = next(flat_layers(model))
+    B, A = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    merged = layer.base_layer.rows() + layer.scaling["default"] * B @ A
+    with torch.no_grad(), perturbed(model):
+        noisy = layer(torch.eye(64))
+    with torch.no_grad():
+        clean = layer.eval()(torch.eye(64))
+    torch.testing.assert_close((noisy - clean).T, epsilon(merged, layer.stream, rho=0.3, seed=3), rtol=1e-4, atol=1e-5)
 
 
 def test_training_goes_on_with_gradients_of_what_the_forward_was():

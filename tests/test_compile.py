@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation, perturbed
+from flatlora import FlatLoraConfig, get_flat_peft_model, perturbation, perturbed, unperturbed
 
 
 class Net(torch.nn.Module):
@@ -177,3 +177,35 @@ def test_equal_blocks_share_one_graph(fullgraph):
         block.compile(backend=counter, fullgraph=fullgraph)
     torch.testing.assert_close(flat(x), eager, rtol=1e-5, atol=1e-6)
     assert counter.frame_count <= 2  # as plain LoRA: the first input needs no gradient, the others do
+
+
+def test_parts_that_were_joined_have_the_streams_of_the_eager_run_when_they_are_compiled():
+    torch.manual_seed(0)
+    config = FlatLoraConfig(target_modules=["0"], rho=0.2, schedule="constant", seed=3)
+    parts = [get_flat_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), config) for _ in range(2)]
+    whole, x = torch.nn.Sequential(*parts).train(), torch.randn(4, 16)
+    with perturbed(whole, sample=0):  # joins the parts
+        eager, compiled = whole(x), torch.compile(whole, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, eager)
+    assert not torch.allclose(eager, whole.eval()(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("context", [perturbed, unperturbed])
+def test_noise_that_is_switched_on_or_off_is_so_in_compiled_code(context, training):
+    flat, x = model(schedule="constant").train(training), torch.randn(4, 16)
+    with torch.no_grad():
+        clean = flat.eval()(x)
+        flat.train(training)
+    with context(flat):
+        eager, compiled = flat(x), torch.compile(flat, backend="eager")(x)
+    torch.testing.assert_close(compiled, eager)
+    assert torch.allclose(eager, clean) == (context is unperturbed)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_hooks_of_a_base_layer_run_in_compiled_code():
+    flat, x = model(schedule="constant"), torch.randn(4, 16)
+    flat.base_model.model.layers[1].base_layer.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    with perturbed(flat, sample=0):
+        torch.testing.assert_close(torch.compile(flat, backend="eager")(x), flat(x))

@@ -98,3 +98,11 @@ def test_methods_that_need_one_matrix_are_errors_that_name_the_layer():
     with pytest.raises(ValueError, match="'block.*must be linear in the input"):
         flat_model(OUT_IN, BiLoraConfig)
     flat_model(OUT_IN, EFMLoraConfig, target_parameters=["block.gate"])
+
+
+def test_factors_that_fsdp1_has_wrapped_are_refused():
+    model = flat_model(OUT_IN)
+    factor = next(iter(wrappers(model).values())).lora_A["default"]
+    factor._fsdp_wrapped_module = nn.Linear(DIM, 2)  # as FSDP1 keeps what it wraps
+    with pytest.raises(RuntimeError, match="An expert parameter cannot be trained under FSDP1 .* Use FSDP2 or ZeRO-3"):
+        model(input_of(OUT_IN))

@@ -78,6 +78,26 @@ def test_lower_precisions_agree_within_rounding(case, dtype, tolerance):
             assert torch.linalg.vector_norm((a - b).float()) <= tolerance * torch.linalg.vector_norm(b.float())
 
 
+@pytest.mark.parametrize("case", CASES, **names)
+def test_the_noise_of_each_layer_grows_with_the_schedule(case):
+    model, _, x = flat_model(case, schedule="linear", total_steps=4)
+    state, clean = perturbation(model), clean_forward(model, x)
+    with perturbed(model, sample=0):
+        state.progress = 1.0
+        full = model(x) - clean
+        assert full.abs().max() > 1e-2
+        for progress in (0.25, 0.5):
+            state.progress = progress
+            assert_same(case, [model(x) - clean], [progress * full], 1e-10)
+
+
+@pytest.mark.parametrize("extra", [((1,), {}), ((), {"scale": 2.0})], ids=["positional", "keyword"])
+def test_an_argument_that_the_base_layer_does_not_take_is_refused_as_by_peft(extra):
+    _, layer, x = flat_model(CASES[0])
+    with pytest.raises(TypeError, match="forward"):
+        layer(x, *extra[0], **extra[1])
+
+
 @pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}], ids=str)
 def test_convolutions_with_other_paddings(options):
     # peft's lora_A keeps zero padding, so the expression is written with peft's own clean output

@@ -15,6 +15,7 @@ from torch import nn
 
 from flatlora import EFMLoraConfig, FlatLoraConfig, attach, detach, get_flat_peft_model, perturbation
 from flatlora.ops.registry import LAYERS
+from flatlora.training.forward_passes import listener_of
 
 CONFIGS = {
     "plain": peft.LoraConfig(**tiny.LORA),
@@ -81,6 +82,16 @@ def test_what_the_caller_of_peft_has_deleted_is_gone():
         return model, ref() is not None
 
     assert not make()[1]
+
+
+def test_a_copy_and_its_original_hear_of_their_own_passes():
+    model = tiny.flat_model()
+    other = copy.deepcopy(model)
+    tiny.loss(model)
+    for each, count in ((model, 1), (other, 0)):
+        assert listener_of(each.base_model) is perturbation(each) and perturbation(each).passes.training == count
+    model.add_adapter("second", FlatLoraConfig(**tiny.LORA, rho=0.1, schedule="constant", seed=7))
+    assert perturbation(model).rhos == {"default": 0.2, "second": 0.1} and perturbation(other).rhos == {"default": 0.2}
 
 
 def test_attach_and_detach_leave_no_entry_for_compiled_code():

@@ -23,6 +23,7 @@ from flatlora import (
     unperturbed,
 )
 from flatlora.layers.flat_layer import flat_layers
+from flatlora.training.optimizer_steps import listeners
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -68,6 +69,14 @@ def test_the_parts_share_one_perturbation_and_no_noise(first, adapt):
     first(again)
     assert streams(again) == streams(model) == [0, 1]
     assert torch.equal(again(X)["loss"], model(X)["loss"])
+
+
+def test_a_part_that_was_joined_hears_of_no_more_steps():
+    model = Whole().train()
+    parts = [perturbation(part) for part in (model.vision, model.language)]
+    assert all(part in listeners() for part in parts)
+    assert perturbation(model) is parts[0]
+    assert parts[0] in listeners() and parts[1] not in listeners()
 
 
 def test_functions_reach_all_parts():
@@ -164,6 +173,14 @@ def test_a_copied_part_has_noise_of_its_own():
     perturbation(model)
     model.third = copy.deepcopy(model.language)
     assert perturbation(model) is perturbation(model.third) and streams(model) == [0, 1, 2]
+
+
+def test_a_copy_of_the_whole_knows_the_names_of_its_layers_from_the_start():
+    model = Whole().train()
+    names = [name for name, _ in perturbation(model).flat_layers()]
+    other = copy.deepcopy(model)
+    assert [name for name, _ in perturbation(other.language).flat_layers()] == names
+    assert names[0].startswith("vision") and names[1].startswith("language")
 
 
 def test_a_part_that_is_gone_is_forgotten():

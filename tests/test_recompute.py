@@ -248,3 +248,45 @@ def test_a_no_grad_block_inside_of_a_training_forward_is_clean(wrap):
         out.square().sum().backward()
         assert torch.equal(model.base_model.model.seen, found[rho][1])  # also in the recompute
     assert torch.equal(found[0.0][1], found[0.3][1]) and not torch.equal(found[0.0][0], found[0.3][0])
+
+
+class Again(torch.autograd.Function):
+    """A checkpoint of the user's own, whose context has another name than torch's."""
+
+    @staticmethod
+    def forward(kept, x, function):
+        kept.function, kept.x = function, x.detach()
+        return function(x)
+
+    @staticmethod
+    def backward(kept, grad):
+        with torch.enable_grad():
+            x = kept.x.requires_grad_()
+            torch.autograd.backward(kept.function(x), grad)
+        return x.grad, None
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return Again.apply(x, self.layer).square()
+
+
+def test_a_forward_in_the_backward_of_a_clean_pass_has_no_noise():
+    config = FlatLoraConfig(target_modules=["layer"], rho=0.3, schedule="constant", init_lora_weights=False)
+    model = get_flat_peft_model(Checkpointed(), config).train()
+    x = torch.randn(2, 6, requires_grad=True)
+    gradients = []
+    for rho in (0.3, 0.0):
+        perturbation(model).rho = rho
+        with unperturbed(model):
+            loss = model(x).sum()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in (x, *model.parameters()) if p.requires_grad])
+        x.grad = None
+        model.zero_grad()
+    for got, want in zip(*gradients, strict=True):
+        assert torch.equal(got, want)

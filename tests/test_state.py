@@ -1,7 +1,9 @@
 """Strength, schedule and sample: rho_t, progress, and when a new sample is drawn (invariant 6)."""
 
 import math
+import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,16 @@ import torch
 from helpers import tiny
 from helpers.internals import row_norms
 
-from flatlora import FlatLoraConfig, attach, get_flat_peft_model, load, perturbation, perturbed
+from flatlora import (
+    EFMLoraConfig,
+    FlatLoraConfig,
+    attach,
+    get_flat_peft_model,
+    load,
+    perturbation,
+    perturbed,
+    unperturbed,
+)
 from flatlora.ops import native, products
 from flatlora.training.forward_records import Record
 
@@ -85,7 +96,9 @@ def test_resample_forward_draws_after_a_backward_and_not_before():
         tiny.loss(model)
     tiny.loss(model.eval())
     assert state.sample == 0  # neither is a training forward
-    assert not torch.equal(tiny.loss(model.train()), first) and state.sample == 1
+    second = tiny.loss(model.train())
+    assert not torch.equal(second, first) and state.sample == 1
+    assert torch.equal(tiny.loss(model), second) and state.sample == 1  # no backward has used it
 
 
 def test_only_the_optimizer_of_the_adapters_counts():
@@ -100,6 +113,33 @@ def test_only_the_optimizer_of_the_adapters_counts():
         for optimizer in halves:  # two optimizers of one model: a step of the pair is one step
             optimizer.step()
         assert state.steps == step + 1
+
+
+class Engine(torch.nn.Module):
+    """As a DeepSpeed engine: it makes the optimizer's steps and counts them, also those that it skips."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module, self.global_steps, self.skipped_steps = model, 7, 2
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_a_deepspeed_engine_counts_from_where_the_model_was(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(DeepSpeedEngine=Engine))
+    model = tiny.flat_model(schedule="linear", total_steps=10, resample="step")
+    state = perturbation(model)
+    torch.optim.SGD(tiny.trainable(model), lr=0.0).step()
+    engine = Engine(model)
+    for made, skipped in ((0, 0), (2, 0), (2, 1)):
+        engine.global_steps, engine.skipped_steps = 7 + made, 2 + skipped
+        tiny.loss(engine)
+        assert state.steps == state.sample == 1 + made - skipped
+        assert state.progress == (1 + made - skipped) / 10
+    model = tiny.adapted(EFMLoraConfig(rho=0.1, schedule="constant", **tiny.LORA))
+    with pytest.raises(RuntimeError, match="EFMLora needs whole gradients at the optimizer's step"):
+        tiny.loss(Engine(model))
 
 
 def test_an_unknown_length_runs_at_full_strength_and_says_so_once():
@@ -122,6 +162,18 @@ def test_progress_and_rho_can_be_set():
     state.total_steps = 10
     torch.optim.SGD(tiny.trainable(model), lr=0.0).step()
     assert state.progress == pytest.approx(0.35)
+
+
+def test_enabled_is_what_holds_in_this_thread():
+    model = tiny.flat_model()
+    state = perturbation(model)
+    assert state.enabled
+    with unperturbed(model):
+        assert not state.enabled
+    state.enabled = False
+    with perturbed(model):
+        assert not state.enabled
+    assert not state.enabled
 
 
 def test_one_state_is_shared_by_the_layers():
@@ -186,7 +238,15 @@ def test_a_bad_sample_is_refused(value):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("total_steps", 0), ("total_steps", 2.5), ("sample", -1), ("sample", None), ("seed", "x"), ("rank", -1)],
+    [
+        ("total_steps", 0),
+        ("total_steps", 2.5),
+        ("sample", -1),
+        ("sample", None),
+        ("seed", "x"),
+        ("rank", -1),
+        ("rank", 2**32),
+    ],
 )
 def test_what_can_be_set_is_checked(name, value):
     state = perturbation(tiny.flat_model())

@@ -45,12 +45,13 @@ class LayerWeights:
     @property
     def columns(self) -> int:
         """n; for a convolution the number of weights of a filter."""
-        columns: int = self.base.weight.numel() // self.layer.out_features
+        layer = self.layer
+        columns: int = self.base.weight.numel() // layer.out_features if self.is_dense() else layer.in_features
         return columns
 
     def is_dense(self) -> bool:
-        """Whether W is a tensor of numbers, and not quantized."""
-        return is_torch_tensor(self.base.weight)
+        """Whether W is a tensor of floating-point numbers, and not quantized."""
+        return is_torch_tensor(self.base.weight) and self.base.weight.is_floating_point()
 
     def tensors(self, adapters: list[str]) -> list[Any]:
         """The tensors from which the merged weight of these adapters is computed."""

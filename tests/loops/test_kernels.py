@@ -71,6 +71,15 @@ def test_a_fused_forward_is_an_error_that_names_the_layer(config, blocks):
     assert "Load the model without these kernels, or set on_unsupported='warn'" in str(error.value)
 
 
+def test_a_single_layer_that_is_passed_by_is_named_alone():
+    model = tiny.adapted(FlatLoraConfig(rho=0.2, schedule="constant", **tiny.LORA | {"target_modules": ["up_proj"]}))
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp.up_proj.forward = MethodType(by_kernel, mlp.up_proj)
+    with pytest.raises(RuntimeError, match=PASSED_BY) as error:
+        step(model, optimizer_of(model))
+    assert "layers.0.mlp.up_proj' (FlatLinear) has gradients" in str(error.value)
+
+
 @pytest.mark.parametrize("before", ["step", "forward", "evaluation"])
 def test_also_when_the_layers_have_run_before(before):
     model = tiny.flat_model()
@@ -85,6 +94,20 @@ def test_also_when_the_layers_have_run_before(before):
         model.train()
     with pytest.raises(RuntimeError, match=PASSED_BY):
         step(patched(model), optimizer)
+
+
+def test_also_in_the_step_after_another_optimizer_has_begun_to_count():
+    model = tiny.flat_model()
+    parameters = tiny.trainable(model)
+    optimizers = [torch.optim.SGD(part, lr=0.1) for part in (parameters[2:], parameters[:2])]
+    tiny.loss(model).backward()
+    for optimizer in optimizers:  # the second one holds the first factor
+        optimizer.step()
+    assert perturbation(model).steps == 1
+    tiny.loss(patched(model)).backward()
+    optimizers[0].step()
+    with pytest.raises(RuntimeError, match=PASSED_BY):
+        optimizers[1].step()
 
 
 def test_only_a_warning_if_that_was_asked_for(recwarn):

@@ -196,6 +196,17 @@ def test_optimizers_of_parts_that_come_one_after_another():
     assert (perturbation(model).steps, perturbation(model).sample) == (6, 6)
 
 
+def test_of_optimizers_without_the_first_factor_the_one_that_goes_on_counts():
+    model = flat_model(schedule="linear", total_steps=9)
+    first, second = (SGD(part, lr=0.1) for part in (twin.trainable(model)[2:4], twin.trainable(model)[4:]))
+    for i in range(2):
+        step(model, first, i)
+        assert perturbation(model).steps == i + 1
+    for i in range(3):  # its first step may belong to the last one of the other
+        step(model, second, i)
+        assert perturbation(model).steps == 2 + i
+
+
 def find_learning_rate(model, optimizer, restore_options=True):
     """Find a learning rate like Lightning and torch-lr-finder: save both states, make some steps, load them again."""
     kept = [copy.deepcopy(each.state_dict()) for each in (model, optimizer)]

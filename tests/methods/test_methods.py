@@ -51,6 +51,16 @@ def test_lora_sam_takes_the_gradient_at_the_factors_moved_along_their_gradient()
     twin.assert_close(model, tensors)
 
 
+@pytest.mark.parametrize("factor", [0.0, float("inf")], ids=["zero", "infinite"])
+def test_lora_sam_does_not_move_along_a_gradient_without_a_direction(factor):
+    model = twin.adapted(LoraSamConfig, rho=0.3)
+    with ascent(model):
+        (factor * twin.loss(model, 0)).backward()
+    offsets = perturbation(model).tensors()
+    assert len(offsets) == len(twin.trainable(model)) and not any(tensor.any() for tensor in offsets.values())
+    assert torch.equal(twin.loss(model, 0), twin.loss(model.eval(), 0))
+
+
 def test_rwp_noise_has_one_standard_deviation_for_a_layer():
     model = twin.adapted(RwpConfig, rho=0.2, schedule="constant", seed=5)
     weights = []

@@ -7,7 +7,8 @@ import torch
 from helpers import tiny, twin
 from helpers.noise import epsilon, row_norms
 
-from flatlora import FlatLoraConfig, get_flat_peft_model, load, perturbation
+import flatlora
+from flatlora import FlatLoraConfig, get_flat_peft_model, load, methods, perturbation
 from flatlora.config import PerturbedLoraConfig
 from flatlora.methods import FactorOffset, WeightNoise
 from flatlora.methods.base import MethodState
@@ -81,6 +82,12 @@ def test_noise_relative_to_something_else():
         noisy.append(merged(*factors) + epsilon(merged(*factors), layer.stream, rho=0.2, norms=norms, seed=5))
     assert abs(loss - twin.dense_loss(noisy, 0)) < 1e-7
     assert abs(loss - twin.dense_loss([merged(*factors) for factors in tensors], 0)) > 1e-4
+
+
+def test_what_runs_two_passes_is_importable_beside_the_methods():
+    assert methods.ascent is flatlora.ascent and methods.TwoPassTrainerMixin is flatlora.TwoPassTrainerMixin
+    with pytest.raises(AttributeError, match="module 'flatlora.methods' has no attribute 'descent'"):
+        methods.descent  # noqa: B018
 
 
 def test_an_embedding_has_no_norms_of_all_rows():

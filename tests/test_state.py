@@ -28,6 +28,8 @@ SHAPES = {
     "cosine": lambda t: 0.5 * (1 - math.cos(math.pi * t)),
     "linear": lambda t: t,
     "constant": lambda t: 1.0,
+    "cosine_decay": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    "linear_decay": lambda t: 1 - t,
 }
 
 
@@ -36,7 +38,7 @@ def test_the_ramp_follows_the_optimizer_steps(schedule):
     model = tiny.flat_model(rho=0.1, schedule=schedule, total_steps=4)
     state = perturbation(model)
     optimizer = torch.optim.SGD(tiny.trainable(model), lr=0.0)
-    for step in range(6):  # two steps more than total_steps: the ramp stays at 1
+    for step in range(6):  # two steps more than total_steps: the ramp stays at its end
         assert state.progress == min(1.0, step / 4)
         assert state.rho_t == pytest.approx(0.1 * SHAPES[schedule](min(1.0, step / 4)), abs=1e-15)
         optimizer.step()

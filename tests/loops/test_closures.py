@@ -120,6 +120,9 @@ def test_methods_of_one_gradient_refuse_a_closure_that_runs_again(config):
     optimizer = LBFGS(trained(model), max_iter=4)
     with pytest.raises(RuntimeError, match="LBFGS calls its closure several times in a step.*one gradient per step"):
         optimizer.step(lambda: torch.tensor(gradients(model, batches(1), optimizer)))
+    perturbation(model).rho = 0.0  # then there is no perturbation to compute
+    optimizer = LBFGS(trained(model), max_iter=4)
+    optimizer.step(lambda: torch.tensor(gradients(model, batches(1), optimizer)))
 
 
 class Forgetful(Optimizer):

@@ -2,7 +2,7 @@
 
     python tests/mutation/mutate.py                                 # a sample of every module
     python tests/mutation/mutate.py --sample 50 training/schedule.py
-    python tests/mutation/mutate.py --again                         # those that survived without a verdict or with an open one, once more
+    python tests/mutation/mutate.py --again                         # survivors without a final verdict, once more
 
 The tests are collected once. A run of new tests in a forked child adds the lines and the time of each to the file
 --lines; delete it when tests or code have changed. Each mutant is a forked child, in which the functions of one module

@@ -2,7 +2,7 @@
 
     python tests/mutation/mutate.py                                 # a sample of every module
     python tests/mutation/mutate.py --sample 50 training/schedule.py
-    python tests/mutation/mutate.py --again                         # those that survived without a verdict, once more
+    python tests/mutation/mutate.py --again                         # survivors without a final verdict, once more
 
 The tests are collected once. A run of new tests in a forked child adds the lines and the time of each to the file
 --lines; delete it when tests or code have changed. Each mutant is a forked child, in which the functions of one module
@@ -103,7 +103,9 @@ class Mutation:
             if row is None:
                 row = key | dict.fromkeys(COLUMNS[3:], "")
                 rows.append(row)
-            if not row["result"] or (self.options.again and not row["verdict"] and row["result"] != "killed"):
+            if not row["result"] or (
+                self.options.again and row["verdict"][:4] in ("", "open") and row["result"] != "killed"
+            ):
                 row["result"], row["killed by"] = self.of_mutant(name, number, statement)
                 yield row
 
@@ -141,6 +143,6 @@ if __name__ == "__main__":
     parser.add_argument("--sample", type=int, default=6, help="mutants of a module")
     parser.add_argument("--budget", type=float, default=60, help="seconds of tests for a mutant")
     parser.add_argument("--lines", type=pathlib.Path, default=f"{tempfile.gettempdir()}/flatlora_lines.json")
-    parser.add_argument("--again", action="store_true", help="run mutants that survived without a verdict")
+    parser.add_argument("--again", action="store_true", help="run mutants that survived without a final verdict")
     options = ["-m", "not slow and not processes and not gpu", "-p", "no:cacheprovider", "--capture=sys"]
     sys.exit(pytest.main([*options, *map(str, FILES)], [Mutation(parser.parse_args())]))

@@ -209,3 +209,11 @@ def test_hooks_of_a_base_layer_run_in_compiled_code():
     flat.base_model.model.layers[1].base_layer.register_forward_pre_hook(lambda _, args: (2 * args[0],))
     with perturbed(flat, sample=0):
         torch.testing.assert_close(torch.compile(flat, backend="eager")(x), flat(x))
+
+
+def test_evaluation_is_clean_before_anything_was_switched():
+    flat = model(schedule="constant").eval()
+    compiled, x = torch.compile(flat, backend="aot_eager"), torch.randn(4, 16)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), flat(x))
+    assert perturbation(flat).sample == 0

@@ -189,3 +189,22 @@ def test_a_part_that_is_gone_is_forgotten():
     del model.language
     gc.collect()
     assert len(state.registry.alive()) == 1
+
+
+def test_a_joined_part_that_is_called_alone_begins_a_pass():
+    whole = Whole()
+    state = perturbation(whole)
+    before = state.passes.count
+    whole.language(X)
+    whole.vision(X)
+    assert state.passes.count == before + 2
+
+
+def test_a_copy_knows_which_weights_are_tied():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net[1].weight = net[0].weight
+    settings = {"rho": 0.3, "schedule": "constant", "seed": 3}
+    model = copy.deepcopy(get_flat_peft_model(net, FlatLoraConfig(target_modules=["0"], **settings)))
+    model.add_adapter("second", FlatLoraConfig(target_modules=["1"], **settings))
+    assert streams(model) == [0, 0]

@@ -107,9 +107,20 @@ def composable(block, x):
     return block(x)
 
 
+def inside_hooks(block, x):
+    """Hooks of the user on the saved tensors of the block hide those of the checkpoint."""
+
+    def run(x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            out = block(x)
+        return torch.tanh(out).atanh()
+
+    return checkpoint(run, x, use_reentrant=False)
+
+
 WAYS = [
     *(reentrant, non_reentrant, nested, nested_reentrant, reentrant_in_non_reentrant),
-    *(selective, own_function, composable),
+    *(selective, own_function, composable, inside_hooks),
 ]
 ways = pytest.mark.parametrize("run", WAYS, ids=lambda run: run.__name__)
 

@@ -208,3 +208,12 @@ def test_a_copy_knows_which_weights_are_tied():
     model = copy.deepcopy(get_flat_peft_model(net, FlatLoraConfig(target_modules=["0"], **settings)))
     model.add_adapter("second", FlatLoraConfig(target_modules=["1"], **settings))
     assert streams(model) == [0, 0]
+
+
+def test_compiled_code_knows_the_stream_after_the_parts_were_joined():
+    whole = Whole()
+    first, second = flat_layers(whole)
+    before = second.address
+    perturbation(whole)
+    assert (first.stream, second.stream) == (0, 1)
+    assert before.tolist() == [second.number, 0] and second.address.tolist() == [second.number, 1]

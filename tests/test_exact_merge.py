@@ -106,23 +106,21 @@ def test_what_is_kept_is_one_byte_for_a_weight_and_is_gone_after():
     assert "_kept" not in layer.__dict__
 
 
-def test_factors_that_changed_while_merged_are_unmerged_by_peft():
+def change_a_factor(layer):
+    layer.lora_B["default"].weight.mul_(1.5)
+
+
+def load_a_weight(layer):
+    layer.base_layer.weight.copy_(torch.ones(64, 96))
+
+
+@pytest.mark.parametrize("change", [change_a_factor, load_a_weight])
+def test_what_was_changed_while_merged_is_unmerged_by_peft(change):
     flat, plain = linear(FlatLoraConfig, torch.bfloat16, rho=0.1), linear(peft.LoraConfig, torch.bfloat16)
     for model in (flat, plain):
         model.merge_adapter()
         with torch.no_grad():
-            model.base_model.model[0].lora_B["default"].weight.mul_(1.5)
-        model.unmerge_adapter()
-    first, second = flat.base_model.model[0], plain.base_model.model[0]
-    assert torch.equal(first.base_layer.weight, second.base_layer.weight)
-
-
-def test_a_weight_that_was_loaded_while_merged_is_unmerged_by_peft():
-    flat, plain = linear(FlatLoraConfig, torch.bfloat16, rho=0.1), linear(peft.LoraConfig, torch.bfloat16)
-    for model in (flat, plain):
-        model.merge_adapter()
-        with torch.no_grad():
-            model.base_model.model[0].base_layer.weight.copy_(torch.ones(64, 96))
+            change(model.base_model.model[0])
         model.unmerge_adapter()
     first, second = flat.base_model.model[0], plain.base_model.model[0]
     assert torch.equal(first.base_layer.weight, second.base_layer.weight)

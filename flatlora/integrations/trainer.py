@@ -45,6 +45,7 @@ class TwoPassTrainerMixin:
                 "two passes do not work with DeepSpeed, which steps the optimizer in its backward: use DDP or one "
                 "process, or EFMLoraConfig, which makes one pass"
             )
+        # super() is a Trainer, which the type of a mix-in does not say
         with ascent(model):
             super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc,no-any-return]

@@ -69,7 +69,7 @@ class AttentionLayer(MergedLayer):
         key, _ = self.perturbation.draw(places[0][0].in_proj_weight.device)
 
         def merge(**options: Any) -> None:
-            self.peft_class.merge(self, **options)  # type: ignore[attr-defined]
+            self.peft_class.merge(self, **options)  # type: ignore[attr-defined]  # peft's
             for module, name, stream in places:
                 setattr(module, name, self.add_noise(getattr(module, name), key, stream))
 

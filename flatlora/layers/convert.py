@@ -107,7 +107,7 @@ class FlatPeftLayer(FlatLayer):
 
         self._norms.clear()
         with as_lora_config(config):
-            super().update_layer(adapter_name, *args, config=config, **kwargs)  # type: ignore[misc]
+            super().update_layer(adapter_name, *args, config=config, **kwargs)  # type: ignore[misc]  # the same
         # not so for a layer inside this one, which becomes flat with it
         if isinstance(config, PerturbedLoraConfig):
             check_same_settings(self.perturbation, config.settings())
@@ -167,7 +167,7 @@ class FlatPeftLayer(FlatLayer):
         return _recreate, (self.peft_class,), state
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        replica: nn.Module = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: nn.Module = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]  # torch's
         # the replica runs in another thread
         replica.__dict__["user_thread"] = threading.get_ident()
         return replica

@@ -42,7 +42,7 @@ class ExpertsLayer(MergedLayer):
 
         @contextmanager
         def activate(active_adapters: list[str]) -> Iterator[None]:
-            with self.peft_class._activate_lora(self, active_adapters):  # type: ignore[attr-defined]
+            with self.peft_class._activate_lora(self, active_adapters):  # type: ignore[attr-defined]  # peft's
                 parts = base.parametrizations[wrapper.parameter_name]
                 parts.append(AppliedFunction(lambda weight: self.add_noise(weight, key, self.stream, transposed)))
                 try:

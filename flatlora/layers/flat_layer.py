@@ -64,7 +64,7 @@ Forward = Callable[..., Any]
 
 OWN_ATTRIBUTES = (  # of a flat layer, beside those of the class that peft made
     *("perturbation", "stream", "number", "address", "flat_adapters", "offsets", "strict", "user_thread"),
-    *("lock", "_norms", "_base_forward", "_kept"),
+    *("lock", "input_dtype", "_norms", "_base_forward", "_kept"),
 )
 
 
@@ -85,6 +85,7 @@ class FlatLayer(_PeftLayer):
         offsets: the tensors that the method keeps here, by (factor, adapter).
         strict: raise an error if kernels bypass this layer.
         lock: an RLock. Some forwards change modules for the length of a call, which other threads must not see.
+        input_dtype: dtype of the last input of a layer whose weight is not dense.
         user_thread: in a replica of `nn.DataParallel`, the thread of the user's code.
     """
 
@@ -100,6 +101,7 @@ class FlatLayer(_PeftLayer):
     strict: bool
     lock: Any
     user_thread: int
+    input_dtype: torch.dtype
     _norms: NormCache
     _base_forward: Any
 

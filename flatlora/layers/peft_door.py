@@ -54,7 +54,7 @@ def as_lora_config(config: Any) -> Iterator[None]:
         yield
         return
     own_class, custom = type(config), config._custom_modules
-    config.__class__ = LoraConfig  # type: ignore[assignment]
+    config.__class__ = LoraConfig  # type: ignore[assignment]  # see above
     config._custom_modules = {key: value for key, value in (custom or {}).items() if value is not create_layer}
     try:
         yield

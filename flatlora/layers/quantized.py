@@ -60,7 +60,7 @@ class QuantizedLayer(FlatLayer):
 
     def noisy_forward(self, peft_forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         base = self.get_base_layer()
-        self._norms["input dtype"] = x.dtype
+        self.__dict__["input_dtype"] = x.dtype
         four_bit = self.peft_class.__name__ == "Linear4bit" and self.weights.magnitudes() is None
         if four_bit and not self.base_has_changed():
             with replaced_forward(base, self._four_bit_product):

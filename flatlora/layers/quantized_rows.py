@@ -49,7 +49,7 @@ class FourBitRows:
             return whole[rows]
         start, stop = rows.start * n, min(rows.stop, m) * n
         scales = self._scales(start // size, stop // size)
-        state = F.QuantState(  # type: ignore[no-untyped-call]  # its
+        state = F.QuantState(  # type: ignore[no-untyped-call]  # bitsandbytes'
             scales, (stop // n - rows.start, n), blocksize=size, quant_type=self.state.quant_type, dtype=self.dtype
         )
         return F.dequantize_4bit(self.packed.view(torch.uint8).view(-1)[start // 2 : stop // 2], state)

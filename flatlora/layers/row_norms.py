@@ -109,7 +109,7 @@ def compute_row_norms(layer: FlatLayer) -> Tensor:
 def _of_quantized(layer: FlatLayer, adapters: list[str]) -> Tensor:
     """Row norms over a weight that is stored in another form. The factors of all adapters are concatenated."""
     base = layer.weights.base
-    input_dtype = layer._norms.get("input dtype", torch.float32)
+    input_dtype = layer.__dict__.get("input_dtype", torch.float32)
     stored = [*base.parameters(), *base.buffers()]
     squared = _of_base(layer, stored, lambda: squared_norms(base, layer.in_features, input_dtype))
     A, B = zip(*(layer.weights.factors(name) for name in adapters), strict=True)

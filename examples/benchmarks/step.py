@@ -29,17 +29,17 @@ from pathlib import Path
 
 import torch
 from measure import RESULTS, Budget, Table, alternate, compared, peak_bytes, provenance
-from workload import FLAT_LORA, METHODS, Workload, base_model
+from workload import FLAT_LORA, KINDS, METHODS, Workload, base_model
 
-CONFIGURATION = ("model", "tokens", "length", "r", "dtype", "adapters", "checkpointing", "threads")
+CONFIGURATION = ("model", "tokens", "length", "r", "dtype", "adapters", "checkpointing", "kind", "threads")
 KEY = (*CONFIGURATION, "method", "machine", "versions", "seed")
 
 
 def configurations(options) -> list[Workload]:
     """What to measure, the most telling first."""
     first = Workload(options.model, length=options.length, r=options.r[0], adapters=options.adapters)
-    cells = itertools.product(options.checkpointing, options.tokens, options.dtype)
-    works = [replace(first, tokens=t, dtype=d, checkpointing=c == "on") for c, t, d in cells]
+    cells = itertools.product(options.kind, options.checkpointing, options.tokens, options.dtype)
+    works = [replace(first, kind=k, tokens=t, dtype=d, checkpointing=c == "on") for k, c, t, d in cells]
     tokens = 512 if 512 in options.tokens else options.tokens[0]
     works += [replace(first, tokens=tokens, dtype=d, r=r) for r in options.r[1:] for d in options.dtype]
     return works
@@ -73,6 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
     parser.add_argument("--adapters", choices=["fp32", "base"], default="fp32", help="dtype of the LoRA factors")
     parser.add_argument("--checkpointing", nargs="+", choices=["off", "on"], default=["off", "on"])
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=["plain"], help="of adapters or weights")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=25, help="at most, for each configuration")
     parser.add_argument("--seconds", type=float, default=90, help="for each configuration, after which no round begins")

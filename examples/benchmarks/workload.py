@@ -58,6 +58,7 @@ class Workload:
         dtype: of the base model.
         adapters: dtype of the LoRA factors; peft keeps fp32 ones beside a bf16 base unless asked otherwise.
         checkpointing: every layer's activations are computed again in backward.
+        kind: of adapters or of weights, one of `KINDS`.
     """
 
     model: str = "llama6"
@@ -67,6 +68,11 @@ class Workload:
     dtype: str = "bf16"
     adapters: str = "fp32"
     checkpointing: bool = False
+    kind: str = "plain"
+
+
+# plain, LoRA dropout of 0.1, DoRA, weights in the 4 bits of bitsandbytes (NF4), two active adapters
+KINDS = ("plain", "dropout", "dora", "4bit", "two adapters")
 
 
 def base_model(name: str, dtype: str, device: torch.device, seed: int = 0) -> nn.Module:
@@ -87,9 +93,13 @@ class Trained:
         self.device = next(base.parameters()).device
         torch.manual_seed(seed)
         base = copy.deepcopy(base)
+        if work.kind == "4bit":
+            quantize(base)
         with warnings.catch_warnings():  # transformers 5.23 renames checkpointing, peft 0.21 does not
             warnings.simplefilter("ignore", FutureWarning)
             self.model = self.adapt(base, lora_options(work), autocast_adapter_dtype=work.adapters == "fp32")
+            if work.kind == "two adapters":
+                self.add_second(work)
             if work.checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
@@ -106,6 +116,12 @@ class Trained:
 
     def adapt(self, base: nn.Module, options: dict, **kwargs) -> PeftModel:
         return get_peft_model(base, LoraConfig(**options), **kwargs)
+
+    def add_second(self, work: Workload) -> None:
+        """Add a second adapter of the same configuration; both are active and trained."""
+        config = copy.deepcopy(self.model.peft_config["default"])
+        self.model.add_adapter("second", config, autocast_adapter_dtype=work.adapters == "fp32")
+        self.model.base_model.set_adapter(["default", "second"])
 
     def loss(self) -> Tensor:
         return self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
@@ -125,7 +141,24 @@ class Trained:
 
 
 def lora_options(work: Workload) -> dict:
-    return {"r": work.r, "lora_alpha": 2 * work.r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    options = {"r": work.r, "lora_alpha": 2 * work.r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return options | {"dropout": {"lora_dropout": 0.1}, "dora": {"use_dora": True}}.get(work.kind, {})
+
+
+def quantize(model: nn.Module) -> None:
+    """Replace the linear layers, except for the output layer, by layers of bitsandbytes with 4 bits."""
+    import bitsandbytes
+
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear or layer is model.get_output_embeddings():
+            continue
+        dtype = layer.weight.dtype
+        new = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, dtype)
+        parameter = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        new.weight = parameter.to(layer.weight.device)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    model.is_loaded_in_4bit = True
 
 
 class Lora(Trained):

@@ -1,4 +1,4 @@
-"""Compute a linear layer with one adapter in one autograd node, with or without noise in W."""
+"""Compute a linear layer with its adapters in one autograd node, with or without noise in W."""
 
 from __future__ import annotations
 
@@ -6,55 +6,108 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.lora import layer as lora
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..methods.base import FactorOffset, WeightNoise
-from ..ops import RowNoise, lora_linear, makes_norms
+from ..ops import Branch, RowNoise, adapted_linear, dora_linear, makes_norms
+from ..ops.checks import Matrix
 from . import factor_offsets
-from .row_norms import compute_row_norms, merged_source
+from .quantized_rows import FourBitRows
+from .row_norms import compute_row_norms, merged_source, norms_before_dora
 
 if TYPE_CHECKING:
     from .flat_layer import FlatLayer
 
 
-class Operands(NamedTuple):
-    """A linear layer and its one adapter."""
+class Adapter(NamedTuple):
+    """An adapter of two matrices."""
 
-    adapter: str
-    base: Any  # nn.Linear or Conv1D
+    name: str
     A: nn.Linear
     B: nn.Linear
 
-    def rows(self) -> Tensor:
+
+class Operands(NamedTuple):
+    """A linear layer and its active adapters."""
+
+    base: Any  # nn.Linear, Conv1D, or Linear4bit of bitsandbytes
+    adapters: list[Adapter]
+    magnitude: Tensor | None  # with DoRA
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether W is not quantized."""
+        return type(self.base) in (nn.Linear, Conv1D)
+
+    def rows(self) -> Matrix:
         """W with one output per row, (m, n): Conv1D stores (n, m)."""
+        if not self.is_dense:
+            return FourBitRows(self.base)
         weight: Tensor = self.base.weight
         return weight.T if isinstance(self.base, Conv1D) else weight
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors from which the merged weight is computed."""
+        stored = [self.base.weight] if self.is_dense else [*self.base.parameters(), *self.base.buffers()]
+        return [*stored, *(factor.weight for _, A, B in self.adapters for factor in (A, B))]
 
 
 def operands(layer: FlatLayer) -> Operands | None:
     """The operands of this path, or None for a layer that it does not take.
 
-    It takes a linear layer with one adapter of two matrices, without a variant and without hooks on these modules.
+    It takes a linear layer, dense or with 4 bits of bitsandbytes, with adapters of two matrices, or one with DoRA,
+    without hooks on these modules.
     """
     names = layer.active_lora_adapters()
     modules: Any = layer._modules  # spares the lookups of nn.Module.__getattr__
-    if len(names) != 1 or layer.lora_variant or layer.peft_class is not lora.Linear:
-        return None
     base = modules["base_layer"]
-    A, B = (modules[factor]._modules.get(names[0]) for factor in ("lora_A", "lora_B"))
-    if type(base) not in (nn.Linear, Conv1D) or type(base.weight) not in (nn.Parameter, Tensor):
+    if not names or not (_is_dense(layer, base) or _is_four_bit(layer, base)) or _has_hooks(base):
         return None
-    if not (type(A) is type(B) is nn.Linear and A.bias is B.bias is None):
+    adapters = []
+    for name in names:
+        A, B = (modules[factor]._modules.get(name) for factor in ("lora_A", "lora_B"))
+        if not (type(A) is type(B) is nn.Linear and A.bias is B.bias is None) or _has_hooks(A) or _has_hooks(B):
+            return None
+        adapters.append(Adapter(name, A, B))
+    magnitude = None
+    if layer.lora_variant:
+        magnitude = _magnitude(layer, names)
+        if magnitude is None:
+            return None
+    return Operands(base, adapters, magnitude)
+
+
+def _is_dense(layer: FlatLayer, base: Any) -> bool:
+    is_linear = layer.peft_class is lora.Linear and type(base) in (nn.Linear, Conv1D)
+    return is_linear and type(base.weight) in (nn.Parameter, Tensor)
+
+
+def _is_four_bit(layer: FlatLayer, base: Any) -> bool:
+    """Whether W has 4 bits, and the method adds noise: else the base product is that of bitsandbytes."""
+    if layer.peft_class.__name__ != "Linear4bit" or not isinstance(layer.perturbation.settings.method, WeightNoise):
+        return False
+    return not layer.base_has_changed()
+
+
+def _magnitude(layer: FlatLayer, names: list[str]) -> Tensor | None:
+    """The magnitudes of the only active adapter, if it has DoRA and the noise is relative to them."""
+    method = layer.perturbation.settings.method
+    if len(names) != 1 or not isinstance(method, WeightNoise) or not method.is_relative_to_row_norms:
         return None
-    hooked = _has_hooks(base) or _has_hooks(A) or _has_hooks(B)
-    return None if hooked else Operands(names[0], base, A, B)
+    if type(layer.lora_variant.get(names[0])) is not DoraLinearVariant:
+        return None
+    module = layer.lora_magnitude_vector[names[0]]
+    weight = module.weight
+    is_here = type(weight) is nn.Parameter and weight.ndim == 1 and weight.device == layer.weights.device
+    return weight if is_here and not _has_hooks(module) else None
 
 
 def forward(layer: FlatLayer, operands: Operands, x: Tensor) -> Any:
     """The perturbed forward of the layer."""
     if isinstance(layer.perturbation.settings.method, FactorOffset):
-        return factor_offsets.forward(layer, lambda x: _lora_linear(layer, operands, x), x)
+        return factor_offsets.forward(layer, lambda x: _adapted_linear(layer, operands, operands.rows(), x), x)
     return _with_noise(layer, operands, x)
 
 
@@ -64,31 +117,61 @@ def _with_noise(layer: FlatLayer, operands: Operands, x: Tensor) -> Tensor:
     method = perturbation.settings.method
     assert isinstance(method, WeightNoise)
     key, _ = perturbation.draw(x.device)
-    source = merged_source(layer, [operands.adapter], [operands.base.weight, operands.A.weight, operands.B.weight])
+    source = merged_source(layer, [adapter.name for adapter in operands.adapters], operands.tensors())
+    relative = layer.relative_std(weight.shape[1])
+    if operands.magnitude is not None:
+        norms = layer._norms.get_or_compute("before DoRA", source, lambda: norms_before_dora(layer))
+        noise = RowNoise(norms, relative, key, layer.stream)
+        return _dora_linear(layer, operands, weight, x, noise)
     norms = layer._norms.find("merged", source)
     in_kernel = norms is None and method.is_relative_to_row_norms and makes_norms(weight, perturbation.settings.backend)
     if in_kernel:
-        norms = scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+        norms = scale = torch.empty(len(weight), dtype=torch.float32, device=x.device)
     else:
         norms = layer._norms.get_or_compute("merged", source, lambda: compute_row_norms(layer))
         scale = method.row_scale(norms)
-    noise = RowNoise(scale, layer.relative_std(weight.shape[1]), key, layer.stream, in_kernel)
-    out = _lora_linear(layer, operands, x, noise)
+    out = _adapted_linear(layer, operands, weight, x, RowNoise(scale, relative, key, layer.stream, in_kernel))
     if in_kernel:
         layer._norms.keep("merged", source, norms)
     return out
 
 
-def _lora_linear(layer: FlatLayer, operands: Operands, x: Tensor, noise: RowNoise | None = None) -> Tensor:
-    adapter, base, A, B = operands.adapter, operands.base, operands.A.weight, operands.B.weight
-    dropout: Any = layer.lora_dropout[adapter]
-    dropped = None
-    if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
-        dropped = dropout(layer._cast_input_dtype(x, A.dtype))
-    scaling, backend = float(layer.scaling[adapter]), layer.perturbation.settings.backend
-    return lora_linear(
-        x, operands.rows(), base.bias, A, B, scaling, noise, dropped=dropped, backend=backend, owner=layer.number
+def _adapted_linear(
+    layer: FlatLayer, operands: Operands, weight: Matrix, x: Tensor, noise: RowNoise | None = None
+) -> Tensor:
+    bias, dtype = _bias_and_dtype(operands, x)
+    backend, branches = layer.perturbation.settings.backend, _branches(layer, operands, x)
+    return adapted_linear(x, weight, bias, branches, noise, dtype=dtype, backend=backend, owner=layer.number)
+
+
+def _dora_linear(layer: FlatLayer, operands: Operands, weight: Matrix, x: Tensor, noise: RowNoise) -> Tensor:
+    assert operands.magnitude is not None
+    bias, dtype = _bias_and_dtype(operands, x)
+    backend, (branch,) = layer.perturbation.settings.backend, _branches(layer, operands, x)
+    magnitude = operands.magnitude
+    return dora_linear(
+        x, weight, bias, branch, magnitude, noise, dtype=dtype, backend=backend, owner=layer.number
     )
+
+
+def _branches(layer: FlatLayer, operands: Operands, x: Tensor) -> list[Branch]:
+    branches = []
+    for name, A, B in operands.adapters:
+        dropout: Any = layer.lora_dropout[name]
+        dropped = None
+        if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
+            dropped = dropout(layer._cast_input_dtype(x, A.weight.dtype))
+        branches.append(Branch(A.weight, B.weight, float(layer.scaling[name]), dropped))
+    return branches
+
+
+def _bias_and_dtype(operands: Operands, x: Tensor) -> tuple[Tensor | None, torch.dtype | None]:
+    """The bias, and the dtype in which bitsandbytes computes its product."""
+    base = operands.base
+    if operands.is_dense:
+        return base.bias, None
+    dtype: torch.dtype = base.compute_dtype if base.compute_type_is_set and base.compute_dtype else x.dtype
+    return None if base.bias is None else base.bias.to(dtype), dtype
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -36,6 +36,7 @@ class FourBitRows:
         if getattr(self.state, "packing_format_for_cpu", False):
             self.packed, self.state = _standard_packing(self.packed, self.state)
         self.shape, self.dtype = torch.Size(self.state.shape), self.state.dtype
+        self.device = self.packed.device
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -84,14 +84,21 @@ def row_norms(layer: FlatLayer) -> Tensor:
 @torch.no_grad()
 def compute_row_norms(layer: FlatLayer) -> Tensor:
     """`row_norms` without the cache."""
-    weights, adapters = layer.weights, layer.active_lora_adapters()
+    weights = layer.weights
     magnitudes = weights.magnitudes()
+    if magnitudes is None:
+        return norms_before_dora(layer)
+    return magnitudes.to(norm_dtype(weights.base.weight.dtype) if weights.is_dense() else torch.float32)
+
+
+@torch.no_grad()
+def norms_before_dora(layer: FlatLayer) -> Tensor:
+    """``||W_i + s (B A)_i||``, (m,), which DoRA replaces by its magnitudes."""
+    weights, adapters = layer.weights, layer.active_lora_adapters()
     if not weights.is_dense():
-        return _of_quantized(layer, adapters) if magnitudes is None else magnitudes.float()
+        return _of_quantized(layer, adapters)
     base = weights.base
     dtype = norm_dtype(base.weight.dtype)
-    if magnitudes is not None:
-        return magnitudes.to(dtype)
     weight, groups = rows_of(base), getattr(base, "groups", 1)
     squared: Any = None
     if groups > 1 or not sums_merged_rows(weight):

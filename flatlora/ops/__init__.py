@@ -5,7 +5,8 @@ This package imports torch only, and `flatlora.utils`.
 
 from . import custom_ops  # noqa: F401  (registers the operators)
 from .convolution import perturbed_conv
-from .fused_lora import RowNoise, lora_linear
+from .fused_dora import dora_linear
+from .fused_lora import Branch, RowNoise, adapted_linear, lora_linear
 from .inplace import add_noise_
 from .norms import merged_row_norms, row_norms_of_sum, squared_row_norms, sums_merged_rows
 from .perturb import BACKENDS, makes_norms, perturb_weight, resolve_backend, row_noise
@@ -13,8 +14,11 @@ from .products import perturbed_linear, rebuilt_linear
 
 __all__ = [
     "BACKENDS",
+    "Branch",
     "RowNoise",
+    "adapted_linear",
     "add_noise_",
+    "dora_linear",
     "lora_linear",
     "makes_norms",
     "merged_row_norms",

@@ -1,16 +1,17 @@
-"""A linear layer with its adapter as one autograd function.
+"""A linear layer with its adapters as one autograd function.
 
-    y      = x (W + eps)^T + b + s (x_d A^T) B^T        x_d: x after dropout, or x itself
-    dL/dx  = dL/dy (W + eps) [+ dL/dx_d if x_d is x]    dL/dx_d = s (dL/dy B) A
-    dL/dB  = s dL/dy^T (x_d A^T)                        dL/dA   = s (dL/dy B)^T x_d
+    y      = x (W + eps)^T + b + sum_k s_k (x_k A_k^T) B_k^T      x_k: x after the dropout of adapter k, or x itself
+    dL/dx  = dL/dy (W + eps) [+ dL/dx_k if x_k is x]              dL/dx_k = s_k (dL/dy B_k) A_k
+    dL/dB_k = s_k dL/dy^T (x_k A_k^T)                             dL/dA_k = s_k (dL/dy B_k)^T x_k
 
 Compared with a base product followed by two small modules, it moves less memory: s is applied to the r columns between
 A and B, the low-rank branch is added in place, and x is saved as given, not as a copy in the precision of A. This saves
-more time than the noise costs. For eps and for what autograd saves, see `products`.
+more time than the noise costs. For eps and for what autograd saves, see `products`. DoRA: see `fused_dora`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,9 +23,12 @@ from ..utils.arguments import boolean
 from . import native
 from .autograd import Context, Gradients, apply
 from .blocks import is_watched
-from .checks import MAX_LAYERS, expect, expect_columns, expect_factors, integer, matrix, number
+from .checks import MAX_LAYERS, Matrix, expect, expect_columns, expect_factors, floating_dtype, integer, matrix, number
+from .norms import no_autocast
+from .perturb import ScaledFactors
 from .products import (
     NoiseSettings,
+    as_tensor_if_small,
     autocast_dtype,
     cast_inputs,
     linear_forward,
@@ -82,9 +86,26 @@ class RowNoise(_RowNoise):
         return self.compute_norms
 
 
+class Branch(NamedTuple):
+    """One adapter of a linear layer, ``s (x_d A^T) B^T``.
+
+    Attributes:
+        A, B: (r, n) and (m, r), of one dtype.
+        scaling: s.
+        dropped: x_d, (..., n) of A's dtype: x after dropout; None if it is x.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    dropped: Tensor | None = None
+
+
 class _Options(NamedTuple):
-    scaling: float  # s
-    branch_dtype: torch.dtype  # of the low-rank branch
+    scalings: tuple[float, ...]  # s of each branch
+    dtypes: tuple[torch.dtype, ...]  # of each branch
+    matrix: Matrix | None  # a weight in another form than a tensor
+    dtype: torch.dtype | None  # of the base product with such a weight
     noise: NoiseSettings | None
     compute_norms: bool
     owner: int
@@ -103,18 +124,11 @@ def lora_linear(
     backend: str = "auto",
     owner: int = 0,
 ) -> Tensor:
-    """``x (W + eps)^T + b + s (x_d A^T) B^T``; eps = 0 without `noise`.
-
-    The base product has the weight's dtype, and the low-rank branch that of A; under autocast both have the autocast
-    dtype. They are added in the wider of the two dtypes, and the sum is rounded once.
+    """``x (W + eps)^T + b + s (x_d A^T) B^T``: `adapted_linear` with one adapter.
 
     Args:
-        x: (..., n) of the weight's dtype (any floating-point dtype under autocast).
-        weight, bias, backend, owner: see `perturbed_linear`.
-        A, B: (r, n) and (m, r), of one dtype.
-        scaling: s.
-        noise: eps, or None for none.
-        dropped: x_d, of A's dtype; None if it is x.
+        x, weight, bias, noise, backend, owner: see `adapted_linear`.
+        A, B, scaling, dropped: see `Branch`.
 
     Returns:
         (..., m) of the dtype of the base product.
@@ -122,99 +136,234 @@ def lora_linear(
     Raises:
         TypeError, ValueError: arguments that do not fit each other.
     """
+    return adapted_linear(x, weight, bias, [Branch(A, B, scaling, dropped)], noise, backend=backend, owner=owner)
+
+
+def adapted_linear(
+    x: Tensor,  # (..., n)
+    weight: Matrix,  # (m, n)
+    bias: Tensor | None,  # (m,)
+    branches: Sequence[Branch],
+    noise: RowNoise | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    owner: int = 0,
+) -> Tensor:
+    """``x (W + eps)^T + b + sum_k s_k (x_k A_k^T) B_k^T``; eps = 0 without `noise`.
+
+    The base product has the weight's dtype, and the low-rank branch that of A; under autocast both have the autocast
+    dtype. They are added in the wider of the two dtypes, and the sum is rounded once for each adapter.
+
+    A weight in another form (quantized) is rebuilt a block of rows at a time, in the forward and again in the backward.
+    Its product has the dtype `dtype`, also under autocast, and is rounded to that of x.
+
+    Args:
+        x: (..., n) of the weight's dtype (any floating-point dtype under autocast, or with a weight in another form).
+        weight: (m, n); see `perturbed_linear` for a tensor, `rebuilt_linear` for another form.
+        bias, backend, owner: see `perturbed_linear`. With a weight in another form, a bias of dtype `dtype`.
+        branches: the adapters.
+        noise: eps, or None for none.
+        dtype: of the product with a weight in another form; default: that of x.
+
+    Returns:
+        (..., m) of the dtype of the base product; of the dtype of x for a weight in another form.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other.
+    """
     m, n = matrix("weight", weight)
+    tensor = weight if isinstance(weight, Tensor) else None
+    device = x.device if tensor is None else tensor.device
     expect_columns("x", x, n)
-    expect_factors(B, A, m, n, weight.device)
     if bias is not None:
-        expect("bias", bias, (m,), None, weight.device)
-    if dropped is not None:
-        expect_columns("dropped", dropped, n)
+        expect("bias", bias, (m,), None, device)
+    branches = [_checked(branch, m, n, device) for branch in branches]
     owner = integer("owner", owner, 0, MAX_LAYERS)
-    scaling = number("scaling", scaling)
-    x, bias, dtype = cast_inputs(x, bias, weight.dtype)
-    branch_dtype = autocast_dtype(x.device.type, A.dtype)
-    if dropped is not None and branch_dtype.itemsize < dropped.dtype.itemsize:
-        dropped = dropped.to(branch_dtype)  # before the autograd function, which would save the wider copy
+    floating_dtype("dtype", dtype)
+    if tensor is None:
+        dtype = product_dtype = dtype or x.dtype
+    else:
+        x, bias, product_dtype = cast_inputs(x, bias, tensor.dtype)
+        dtype = None
     norms, key, settings, compute_norms = None, None, None, False
     if noise is not None:
         if not isinstance(noise, RowNoise):
             raise TypeError(f"noise must be a RowNoise or None, got {type(noise).__name__}")
         norms, key = noise.norms, noise.key
-        expect("norms", norms, (m,), None, weight.device)
+        expect("norms", norms, (m,), None, device)
         compute_norms = boolean("compute_norms", noise.compute_norms)
-        settings = NoiseSettings(noise.layer, dtype, backend, noise.relative)
-    options = _Options(scaling, branch_dtype, settings, compute_norms, owner)
-    return apply(_LoraLinear, x, dropped, weight, bias, A, B, norms, key, options)
+        settings = NoiseSettings(noise.layer, product_dtype, backend, noise.relative)
+    dtypes = tuple(autocast_dtype(x.device.type, branch.A.dtype) for branch in branches)
+    scalings = tuple(branch.scaling for branch in branches)
+    options = _Options(
+        scalings, dtypes, weight if tensor is None else None, dtype, settings, compute_norms, owner
+    )
+    operands = [operand for branch in branches for operand in (branch.A, branch.B, branch.dropped)]
+    return apply(_AdaptedLinear, x, tensor, bias, norms, key, options, *operands)
 
 
-class _LoraLinear(Function):
+def _checked(branch: Branch, m: int, n: int, device: torch.device) -> Branch:
+    A, B, scaling, dropped = branch
+    expect_factors(B, A, m, n, device)
+    if dropped is not None:
+        expect_columns("dropped", dropped, n)
+        dtype = autocast_dtype(device.type, A.dtype)
+        if dtype.itemsize < dropped.dtype.itemsize:
+            dropped = dropped.to(dtype)  # before the autograd function, which would save the wider copy
+    return Branch(A, B, number("scaling", scaling), dropped)
+
+
+class _AdaptedLinear(Function):
     @staticmethod
     def forward(
         ctx: Context,
         x: Tensor,
-        dropped: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
         norms: Tensor | None,
         key: Tensor | None,
         options: _Options,
+        *operands: Tensor | None,  # A, B and x_d of each branch
     ) -> Tensor:
-        source, dtype = x if dropped is None else dropped, options.branch_dtype
-        hidden = F.linear(source.to(dtype), A.to(dtype))  # (..., r)
-        if options.noise is None:
-            out = owned(F.linear(x, weight.to(x.dtype), bias))
-        else:
-            factors = (B, A, options.scaling) if options.compute_norms else None
-            out = linear_forward(x, weight, bias, cast(Tensor, norms), cast(Tensor, key), options.noise, factors)
-        out = _add_product(out, hidden * options.scaling, B.to(dtype).T)
-        _, _, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
-        ctx.save_for_backward(
-            x if need_weight else None,
-            source if need_A or need_B else None,
-            hidden if need_B else None,
-            weight, A, B, norms, key,
-        )  # fmt: skip
-        ctx.has_dropout, ctx.options = dropped is not None, options
+        branches = _branches(operands, options)
+        sources = [x if branch.dropped is None else branch.dropped for branch in branches]
+        hidden = [  # (..., r) each
+            F.linear(source.to(dtype), branch.A.to(dtype))
+            for source, branch, dtype in zip(sources, branches, options.dtypes, strict=True)
+        ]
+        out = _base_product(x, weight, bias, norms, key, options, branches)
+        for inner, branch, dtype in zip(hidden, branches, options.dtypes, strict=True):
+            out = add_low_rank(out, inner * branch.scaling, branch.B.to(dtype).T)
+        need = ctx.needs_input_grad
+        saved: list[Tensor | None] = [x if need[1] else None, weight, norms, key]
+        for k, branch in enumerate(branches):
+            need_A, need_B = need[6 + 3 * k], need[7 + 3 * k]
+            saved += [sources[k] if need_A or need_B else None, hidden[k] if need_B else None, branch.A, branch.B]
+        ctx.save_for_backward(*saved)
+        ctx.has_dropout, ctx.options, ctx.dtype = [b.dropped is not None for b in branches], options, x.dtype
         return out
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> Gradients:
         options: _Options = ctx.options
         backward_began(options.owner)
-        x, source, hidden, weight, A, B, norms, key = ctx.saved_tensors
-        need_x, need_dropped, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
-        dtype, twice = options.branch_dtype, torch.is_grad_enabled()  # twice: this backward is itself differentiated
-        grad_branch = grad.to(dtype)
-        grad_hidden = (grad_branch @ B.to(dtype)) * options.scaling  # (..., r): dL/d(x_d A^T)
-        grad_x = grad_dropped = grad_A = grad_B = None
-        if need_A:
-            grad_A = (_rows(grad_hidden).T @ _rows(source.to(dtype))).to(A.dtype)
-        if need_B:
-            hidden = F.linear(source.to(dtype), A.to(dtype)) if twice else hidden  # the saved one has no gradient
-            grad_B = (_rows(grad_branch).T @ _rows(hidden * options.scaling)).to(B.dtype)
-        del grad_branch
-        if need_x:
-            if options.noise is None:
-                grad_x = grad @ weight.to(grad.dtype)
-            else:
-                grad_x = linear_grad_x(grad, weight, norms, key, options.noise)
-            if not ctx.has_dropout:
-                grad_x = _add_product(grad_x, grad_hidden, A.to(dtype), in_place=not twice)
-        if need_dropped:
-            grad_dropped = grad_hidden @ A.to(dtype)
-        grad_weight = linear_grad_weight(grad, x, weight) if need_weight else None
-        grad_bias = linear_grad_bias(grad) if need_bias else None
-        return grad_x, grad_dropped, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+        x, weight, norms, key, *saved = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        found: list[Tensor | None] = []
+        through_x = []  # (dL/d(x_k A_k^T), A_k) of the branches whose input is x
+        for k, (scaling, dtype) in enumerate(zip(options.scalings, options.dtypes, strict=True)):
+            source, hidden, A, B = saved[4 * k : 4 * k + 4]
+            need_A, need_B, need_dropped = need[6 + 3 * k : 9 + 3 * k]
+            grad_hidden, grad_A, grad_B = branch_gradients(
+                grad, source, hidden, A, B, scaling, dtype, (need_A, need_B)
+            )
+            found += [grad_A, grad_B, grad_hidden @ A.to(dtype) if need_dropped else None]
+            if not ctx.has_dropout[k]:
+                through_x.append((grad_hidden, A.to(dtype)))
+        grad_x = None
+        if need[0]:
+            grad_x = _base_gradient(grad, weight, norms, key, options, ctx.dtype)
+            for grad_hidden, A in through_x:
+                grad_x = add_low_rank(grad_x, grad_hidden, A, in_place=not torch.is_grad_enabled())
+        grad_weight = linear_grad_weight(grad, x, weight) if need[1] else None
+        grad_bias = linear_grad_bias(grad if options.dtype is None else grad.to(options.dtype)) if need[2] else None
+        return grad_x, grad_weight, grad_bias, None, None, None, *found
+
+
+def branch_gradients(
+    grad: Tensor,  # (..., m)
+    source: Tensor | None,  # (..., n)
+    hidden: Tensor | None,  # (..., r)
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    need: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dL/d(x_d A^T), (..., r), and the gradients of A and B, if they are needed, of one branch of this dtype."""
+    need_A, need_B = need
+    grad_branch = grad.to(dtype)
+    grad_hidden = (grad_branch @ B.to(dtype)) * scaling
+    grad_A = grad_B = None
+    if need_A:
+        grad_A = (_rows(grad_hidden).T @ _rows(cast(Tensor, source).to(dtype))).to(A.dtype)
+    if need_B:
+        if torch.is_grad_enabled():  # this backward is itself differentiated, and the saved one has no gradient
+            hidden = F.linear(cast(Tensor, source).to(dtype), A.to(dtype))
+        grad_B = (_rows(grad_branch).T @ _rows(cast(Tensor, hidden) * scaling)).to(B.dtype)
+    return grad_hidden, grad_A, grad_B
+
+
+def _branches(operands: tuple[Tensor | None, ...], options: _Options) -> list[Branch]:
+    return [
+        Branch(cast(Tensor, operands[3 * k]), cast(Tensor, operands[3 * k + 1]), scaling, operands[3 * k + 2])
+        for k, scaling in enumerate(options.scalings)
+    ]
+
+
+def _base_product(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norms: Tensor | None,
+    key: Tensor | None,
+    options: _Options,
+    branches: list[Branch],
+) -> Tensor:
+    """``x (W + eps)^T + b``."""
+    if weight is not None:
+        if options.noise is None:
+            return owned(F.linear(x, weight.to(x.dtype), bias))
+        return linear_forward(
+            x, weight, bias, cast(Tensor, norms), cast(Tensor, key), options.noise, _merged(branches, options)
+        )
+    whole, dtype = cast(Matrix, options.matrix), cast(torch.dtype, options.dtype)
+    with no_autocast(x.device.type):
+        if options.noise is None:
+            return owned(F.linear(x.to(dtype), whole[: len(whole)].to(dtype), bias)).to(x.dtype)
+        whole = as_tensor_if_small(whole, dtype)
+        factors = _merged(branches, options)
+        return linear_forward(
+            x.to(dtype), whole, bias, cast(Tensor, norms), cast(Tensor, key), options.noise, factors
+        ).to(x.dtype)
+
+
+def _base_gradient(
+    grad: Tensor, weight: Tensor | None, norms: Tensor | None, key: Tensor | None, options: _Options, dtype: torch.dtype
+) -> Tensor:
+    """``dL/dy (W + eps)``, of the dtype of x."""
+    if weight is not None:
+        if options.noise is None:
+            return grad @ weight.to(grad.dtype)
+        return linear_grad_x(grad, weight, cast(Tensor, norms), cast(Tensor, key), options.noise)
+    whole, grad = cast(Matrix, options.matrix), grad.to(options.dtype)
+    if options.noise is None:
+        return (grad @ whole[: len(whole)].to(grad.dtype)).to(dtype)
+    whole = as_tensor_if_small(whole, grad.dtype)
+    return linear_grad_x(grad, whole, cast(Tensor, norms), cast(Tensor, key), options.noise).to(dtype)
+
+
+def _merged(branches: list[Branch], options: _Options) -> ScaledFactors | None:
+    """The factors of the sum of all adapters, if the kernel shall compute the row norms of the merged weight."""
+    if not options.compute_norms:
+        return None
+    if len(branches) == 1:
+        A, B, scaling, _ = branches[0]
+        return B, A, scaling
+    B = torch.cat([branch.B.float() * branch.scaling for branch in branches], dim=1)
+    return B, torch.cat([branch.A.float() for branch in branches]), 1.0
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor, in_place: bool = True) -> Tensor:
-    """``out + left @ right``, summed in the wider dtype of the two and rounded to the dtype of `out`."""
+def add_low_rank(out: Tensor, left: Tensor, right: Tensor, in_place: bool = True) -> Tensor:
+    """``out + left @ right`` with few columns of `left`, in place where that is allowed.
+
+    The sum is computed in the wider dtype of the two and rounded to the dtype of `out`.
+    """
     if not in_place or is_watched():
         return (out + left @ right).to(out.dtype)
     flat, left = out.view(-1, out.shape[-1]), _rows(left)

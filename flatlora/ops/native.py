@@ -32,6 +32,7 @@ from .checks import (
 )
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the enum of noise.c
+NORM_DTYPES = frozenset({torch.float32, torch.bfloat16})  # of W, for which the kernel computes row norms
 KERNELS = ("baseline", "avx2", "avx512", "avx512bf16")  # the order of KERNELS in noise.c
 FLOAT32 = frozenset({torch.float32})
 CPU = torch.device("cpu")
@@ -129,7 +130,7 @@ def _expect_supported(name: str, tensor: Tensor) -> None:
 
 def has_norms(weight: Tensor) -> bool:
     """Whether the kernel can compute the row norms of a merged weight with this base weight."""
-    known = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16
+    known = weight.dtype in NORM_DTYPES
     return known and LIBRARY is not None and weight.is_cpu and is_plain(weight) and weight.stride(1) == 1
 
 

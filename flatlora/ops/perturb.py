@@ -31,6 +31,7 @@ from .checks import (
     INTEGERS,
     MAX_COLUMNS,
     MAX_ROWS,
+    Matrix,
     check_memory,
     check_noise,
     expect,
@@ -112,18 +113,21 @@ def perturb_weight(
     return out
 
 
-def makes_norms(weight: Tensor, backend: str) -> bool:
+def makes_norms(weight: Matrix, backend: str) -> bool:
     """Whether `perturb_weight` can compute the row norms of W + s B A in its pass over W (its argument `factors`).
 
     Args:
-        weight: (m, n).
+        weight: (m, n), a tensor, or a weight in another form with a `device`, whose rows are rebuilt as tensors.
         backend: one of `BACKENDS`, or "auto".
 
     Raises:
-        TypeError, ValueError: `weight` is no tensor, or the backend does not support its device.
+        TypeError, ValueError: `weight` is neither, or the backend does not support its device.
     """
+    device = getattr(weight, "device", None)
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor of shape (m, n), got {type(weight).__name__}")
+        if not isinstance(device, torch.device):
+            raise TypeError(f"weight must be a matrix on a device, of shape (m, n), got {type(weight).__name__}")
+        return resolve_backend(backend, device) == "c" and weight.dtype in native.NORM_DTYPES
     return weight.ndim == 2 and resolve_backend(backend, weight.device) == "c" and native.has_norms(weight)
 
 

@@ -167,18 +167,18 @@ class _RebuiltLinear(Function):
     ) -> Tensor:
         ctx.save_for_backward(row_std, key)
         ctx.weight, ctx.settings = weight, settings
-        return linear_forward(x, _as_tensor_if_small(weight, x.dtype), bias, row_std, key, settings)
+        return linear_forward(x, as_tensor_if_small(weight, x.dtype), bias, row_std, key, settings)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> Gradients:
         row_std, key = ctx.saved_tensors
         need_x, need_bias = ctx.needs_input_grad[:2]
-        weight = _as_tensor_if_small(ctx.weight, grad.dtype)
+        weight = as_tensor_if_small(ctx.weight, grad.dtype)
         grad_x = linear_grad_x(grad, weight, row_std, key, ctx.settings) if need_x else None
         return grad_x, linear_grad_bias(grad) if need_bias else None, None, None, None, None
 
 
-def _as_tensor_if_small(weight: Matrix, dtype: torch.dtype) -> Matrix:
+def as_tensor_if_small(weight: Matrix, dtype: torch.dtype) -> Matrix:
     """Rebuild a weight that fits into one block."""
     m, n = weight.shape
     return weight[:m] if m * n * dtype.itemsize <= blocks.BLOCK_BYTES else weight

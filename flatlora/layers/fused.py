@@ -65,18 +65,14 @@ def operands(layer: FlatLayer) -> Operands | None:
     base = modules["base_layer"]
     if not names or not (_is_dense(layer, base) or _is_four_bit(layer, base)) or _has_hooks(base):
         return None
-    adapters = []
+    adapters: list[Adapter] = []
     for name in names:
         A, B = (modules[factor]._modules.get(name) for factor in ("lora_A", "lora_B"))
         if not (type(A) is type(B) is nn.Linear and A.bias is B.bias is None) or _has_hooks(A) or _has_hooks(B):
             return None
         adapters.append(Adapter(name, A, B))
-    magnitude = None
-    if layer.lora_variant:
-        magnitude = _magnitude(layer, names)
-        if magnitude is None:
-            return None
-    return Operands(base, adapters, magnitude)
+    magnitude = _magnitude(layer, names) if layer.lora_variant else None
+    return None if layer.lora_variant and magnitude is None else Operands(base, adapters, magnitude)
 
 
 def _is_dense(layer: FlatLayer, base: Any) -> bool:
@@ -120,9 +116,8 @@ def _with_noise(layer: FlatLayer, operands: Operands, x: Tensor) -> Tensor:
     source = merged_source(layer, [adapter.name for adapter in operands.adapters], operands.tensors())
     relative = layer.relative_std(weight.shape[1])
     if operands.magnitude is not None:
-        norms = layer._norms.get_or_compute("before DoRA", source, lambda: norms_before_dora(layer))
-        noise = RowNoise(norms, relative, key, layer.stream)
-        return _dora_linear(layer, operands, weight, x, noise)
+        before = layer._norms.get_or_compute("before DoRA", source, lambda: norms_before_dora(layer))
+        return _dora_linear(layer, operands, weight, x, RowNoise(before, relative, key, layer.stream))
     norms = layer._norms.find("merged", source)
     in_kernel = norms is None and method.is_relative_to_row_norms and makes_norms(weight, perturbation.settings.backend)
     if in_kernel:
@@ -149,9 +144,7 @@ def _dora_linear(layer: FlatLayer, operands: Operands, weight: Matrix, x: Tensor
     bias, dtype = _bias_and_dtype(operands, x)
     backend, (branch,) = layer.perturbation.settings.backend, _branches(layer, operands, x)
     magnitude = operands.magnitude
-    return dora_linear(
-        x, weight, bias, branch, magnitude, noise, dtype=dtype, backend=backend, owner=layer.number
-    )
+    return dora_linear(x, weight, bias, branch, magnitude, noise, dtype=dtype, backend=backend, owner=layer.number)
 
 
 def _branches(layer: FlatLayer, operands: Operands, x: Tensor) -> list[Branch]:

@@ -195,13 +195,13 @@ def _clean_product(x: Tensor, weight: Matrix, options: _Options) -> Tensor:
     x = x.to(options.clean_dtype)
     if isinstance(weight, Tensor) and weight.dtype == x.dtype:
         return owned(F.linear(x, weight))
-    blocks = row_blocks(*weight.shape, x.dtype.itemsize)
+    blocks = row_blocks(weight.shape[0], weight.shape[1], x.dtype.itemsize)
     return torch.cat([F.linear(x, weight[rows].to(x.dtype)) for rows in blocks], dim=-1)
 
 
 def _clean_gradient(grad: Tensor, weight: Matrix) -> Tensor:
     """``dL/dy W``."""
-    blocks = row_blocks(*weight.shape, grad.dtype.itemsize)
+    blocks = row_blocks(weight.shape[0], weight.shape[1], grad.dtype.itemsize)
     return sum_parts(grad[..., rows] @ weight[rows].to(grad.dtype) for rows in blocks)
 
 

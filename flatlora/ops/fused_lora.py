@@ -196,9 +196,7 @@ def adapted_linear(
         settings = NoiseSettings(noise.layer, product_dtype, backend, noise.relative)
     dtypes = tuple(autocast_dtype(x.device.type, branch.A.dtype) for branch in branches)
     scalings = tuple(branch.scaling for branch in branches)
-    options = _Options(
-        scalings, dtypes, weight if tensor is None else None, dtype, settings, compute_norms, owner
-    )
+    options = _Options(scalings, dtypes, weight if tensor is None else None, dtype, settings, compute_norms, owner)
     operands = [operand for branch in branches for operand in (branch.A, branch.B, branch.dropped)]
     return apply(_AdaptedLinear, x, tensor, bias, norms, key, options, *operands)
 
@@ -255,9 +253,7 @@ class _AdaptedLinear(Function):
         for k, (scaling, dtype) in enumerate(zip(options.scalings, options.dtypes, strict=True)):
             source, hidden, A, B = saved[4 * k : 4 * k + 4]
             need_A, need_B, need_dropped = need[6 + 3 * k : 9 + 3 * k]
-            grad_hidden, grad_A, grad_B = branch_gradients(
-                grad, source, hidden, A, B, scaling, dtype, (need_A, need_B)
-            )
+            grad_hidden, grad_A, grad_B = branch_gradients(grad, source, hidden, A, B, scaling, dtype, (need_A, need_B))
             found += [grad_A, grad_B, grad_hidden @ A.to(dtype) if need_dropped else None]
             if not ctx.has_dropout[k]:
                 through_x.append((grad_hidden, A.to(dtype)))

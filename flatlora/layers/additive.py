@@ -1,6 +1,7 @@
 """Add x eps^T to peft's output, where the base layer's product must stay its own.
 
-DoRA rescales the base product, so the gradient of its magnitudes would contain the noise if eps were in that product.
+DoRA rescales the base product, so the gradient of its magnitudes would contain the noise if eps were in that product;
+`ops.fused_dora` computes both products for the layers that it takes.
 A base layer that was changed (QAT, float8, quantization) computes a product that this library does not know.
 """
 

@@ -5,10 +5,11 @@ as before. A forward that is not perturbed is peft's own forward.
 
 | path              | layers                                      | how eps enters                       |
 | ----------------- | ------------------------------------------- | ------------------------------------ |
-| fused.py          | linear, one adapter, no variant, no hooks   | one autograd node computes the layer |
+| fused.py          | linear, also with bitsandbytes' 4 bits,     | one autograd node computes the layer |
+|                   | any adapters or one with DoRA, no hooks     |                                      |
 | base_product.py   | linear, convolution, bitsandbytes 4 bits    | the base layer's product has W + eps |
-| additive.py       | DoRA, other quantized layers, embeddings,   | x eps^T is added to peft's output    |
-|                   | a base layer that was changed later         |                                      |
+| additive.py       | other DoRA, other quantized layers,         | x eps^T is added to peft's output    |
+|                   | embeddings, a base layer changed later      |                                      |
 | attention.py      | torch's MultiheadAttention                  | eps is added to peft's merged weight |
 | experts.py        | parameters (experts of a mixture)           | the same                             |
 | compiled.py       | linear, while `torch.compile` traces        | an operator computes the product     |

@@ -92,8 +92,9 @@ def _magnitude(layer: FlatLayer, names: list[str]) -> Tensor | None:
     method = layer.perturbation.settings.method
     if len(names) != 1 or not isinstance(method, WeightNoise) or not method.is_relative_to_row_norms:
         return None
-    if type(layer.lora_variant.get(names[0])) is not DoraLinearVariant:
-        return None
+    base: Any = layer.get_base_layer()
+    if type(layer.lora_variant.get(names[0])) is not DoraLinearVariant or base.weight.requires_grad:
+        return None  # the node has no gradient of W
     module = layer.lora_magnitude_vector[names[0]]
     weight = module.weight
     is_here = type(weight) is nn.Parameter and weight.ndim == 1 and weight.device == layer.weights.device

@@ -1,11 +1,12 @@
 """Layers whose frozen weight is quantized.
 
-| base layer           | how eps enters                                                                    |
-| -------------------- | --------------------------------------------------------------------------------- |
-| bitsandbytes, 4 bits | its forward is x W^T with W dequantized, and is computed with W + eps             |
-| the same with DoRA   | x eps^T is added, see `additive.py`                                               |
-| all others           | x eps^T is added. Some also quantize x (8 bits), some have their own kernels: the |
-|                      | base product is theirs, bit for bit                                               |
+| base layer                | how eps enters                                                               |
+| ------------------------- | ---------------------------------------------------------------------------- |
+| bitsandbytes, 4 bits      | in the product, as for a dense layer, see `fused.py`                         |
+| the same with hooks       | peft's forward, with a base layer that computes x (W + eps)^T                |
+| the same with other DoRA  | x eps^T is added, see `additive.py`                                          |
+| all others                | x eps^T is added. Some also quantize x (8 bits), some have their own kernels: |
+|                           | the base product is theirs, bit for bit                                      |
 
 W is dequantized for the length of a product, block by block where the format allows it, and again in backward.
 ``||W_i||^2`` is kept.

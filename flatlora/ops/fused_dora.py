@@ -164,9 +164,15 @@ class _DoraLinear(Function):
             std = magnitude.detach().abs().to(norms.dtype)
             grad_x = linear_grad_x(grad.to(options.dtype), weight, std, key, options.noise).to(ctx.dtype)
         elif need_x:
-            std = norms * magnitude.detach().sign().to(norms.dtype)  # |magnitude| / g
-            grad_x = linear_grad_x(scaled.to(options.dtype), weight, std, key, options.noise).to(ctx.dtype)
-            grad_x = add_low_rank(grad_x, grad_hidden, A.to(dtype), in_place=not torch.is_grad_enabled())
+            if torch.is_grad_enabled():  # eps' would have the derivative of g
+                std, zeros = magnitude.detach().abs().to(norms.dtype), norms.new_zeros(()).expand(weight.shape)
+                clean = _clean_gradient(scaled.to(options.dtype), weight)
+                grad_x = clean + linear_grad_x(grad.to(options.dtype), zeros, std, key, options.noise)
+            else:
+                std = norms * magnitude.sign().to(norms.dtype)  # |magnitude| / g
+                grad_x = linear_grad_x(scaled.to(options.dtype), weight, std, key, options.noise)
+            in_place = not torch.is_grad_enabled()
+            grad_x = add_low_rank(grad_x.to(ctx.dtype), grad_hidden, A.to(dtype), in_place=in_place)
         if need_dropped:
             grad_clean = _clean_gradient((scaled - grad).to(options.clean_dtype), weight)
             grad_dropped = (grad_clean + grad_hidden @ A.to(dtype)).to(source.dtype)
@@ -175,7 +181,7 @@ class _DoraLinear(Function):
                 low_rank = F.linear(F.linear(source.to(dtype), A.to(dtype)) * options.scaling, B.to(dtype))
                 merged = _clean_product(source, weight, options) + low_rank
             per_row = (grad * merged.to(gain.dtype)).flatten(0, -2).sum(dim=0)
-            grad_magnitude = (per_row / norms).to(magnitude.dtype)
+            grad_magnitude = (per_row / _rounded(norms, magnitude)).to(magnitude.dtype)
         grad_bias = linear_grad_bias(grad) if need_bias else None
         return grad_x, grad_dropped, None, grad_bias, grad_A, grad_B, grad_magnitude, None, None, None
 
@@ -186,8 +192,12 @@ def _weight(tensor: Tensor | None, options: _Options) -> Matrix:
 
 def _gain(magnitude: Tensor, norms: Tensor) -> Tensor:
     """g, (m,)."""
-    # peft rounds the norms to the dtype of its magnitudes, so that g is 1 at first
-    return magnitude.to(norms.dtype) / norms.to(magnitude.dtype).to(norms.dtype)
+    return magnitude.to(norms.dtype) / _rounded(norms, magnitude)
+
+
+def _rounded(norms: Tensor, magnitude: Tensor) -> Tensor:
+    """The norms rounded to the dtype of the magnitudes, as in peft, so that g is 1 at first."""
+    return norms.to(magnitude.dtype).to(norms.dtype)
 
 
 def _clean_product(x: Tensor, weight: Matrix, options: _Options) -> Tensor:

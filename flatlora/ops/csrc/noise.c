@@ -27,7 +27,7 @@
 #define restrict __restrict
 #endif
 
-enum { LANES = 16, TILE = 64, SPAN = 32, ROUNDS = 10, PANEL = 32, MAX_THREADS = 256 };
+enum { LANES = 16, TILE = 64, SPAN = 32, ROUNDS = 10, PANEL = 32, BLOCK = 512, MAX_THREADS = 256 };
 #define MULTIPLIER0 0xD2511F53u
 #define MULTIPLIER1 0xCD9E8D57u
 #define WEYL0 0x9E3779B9u

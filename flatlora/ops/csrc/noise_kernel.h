@@ -292,11 +292,11 @@ static void NAME(norms)(const job *j, int64_t begin, int64_t end) {
 }
 #endif
 
-/* out + left right, two rows of a tile; enabled if there are enough registers. */
+/* out + left right, a few rows of a tile; enabled if there are enough registers. */
 #if VECTOR == 64
 static inline __attribute__((always_inline)) TARGET void NAME(add_tile)(
     const product_job *j, int64_t i, int64_t c) {
-    enum { rows = 2 };
+    enum { rows = AT_ONCE };
     ALIGNED float x[rows][TILE];
     NAME(floats) sum[rows][TILE / LANES];
     char *row[rows];
@@ -337,14 +337,19 @@ static TARGET void NAME(add_rest)(const product_job *j, int64_t i, int64_t c) {
     memcpy(row, buffer, bytes);
 }
 
+/* Blocks of columns, so that those of `right` stay in the first cache, and a row is read in long pieces. */
 static TARGET void NAME(add_product)(const product_job *j, int64_t begin, int64_t end) {
-    for (int64_t c = 0; c < j->n; c += TILE) {
-        int64_t i = begin;
+    for (int64_t first = 0; first < j->n; first += BLOCK) {
+        int64_t stop = first + BLOCK < j->n ? first + BLOCK : j->n, i = begin;
 #if VECTOR == 64
-        if (j->n - c >= TILE)
-            for (; i + 2 <= end; i += 2) NAME(add_tile)(j, i, c);
+        for (; i + AT_ONCE <= end; i += AT_ONCE) {
+            int64_t c = first;
+            for (; c + TILE <= stop; c += TILE) NAME(add_tile)(j, i, c);
+            for (int p = 0; p < AT_ONCE && c < stop; p++) NAME(add_rest)(j, i + p, c);
+        }
 #endif
-        for (; i < end; i++) NAME(add_rest)(j, i, c);
+        for (; i < end; i++)
+            for (int64_t c = first; c < stop; c += TILE) NAME(add_rest)(j, i, c);
     }
 }
 

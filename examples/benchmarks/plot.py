@@ -107,7 +107,9 @@ def with_memory(rows: Rows) -> Rows:
     """Add the difference (MiB) and the ratio of the peak memory to that of LoRA in the same configuration."""
 
     def configuration(row):
-        return tuple(row[name] for name in ("model", "tokens", "length", "r", "dtype", "adapters", "checkpointing"))
+        return tuple(
+            row[name] for name in ("model", "tokens", "length", "r", "dtype", "adapters", "checkpointing", "kind")
+        )
 
     lora = {configuration(row): int(row["peak bytes"]) for row in rows if row["method"] == "lora"}
     peaks = [(row, int(row["peak bytes"]), lora[configuration(row)]) for row in rows]
@@ -266,9 +268,26 @@ def table(folder: Path, model: str, tokens: list[str], r: str) -> str:
     return "\n".join([*lines, "", f"{made} {how}"])
 
 
+def kinds(folder: Path) -> str:
+    """The table of kinds of adapters and weights on the cost page: Flat-LoRA over plain LoRA of the same kind."""
+    rows = where(newest(read(folder / "kinds.csv")), method="flat")
+    counts = sorted(values(rows, "tokens"), key=int)
+    lines = ["| " + " | ".join(["", *(f"{count} tokens | memory" for count in counts)]) + " |"]
+    lines += ["|---|" + "---:|" * (2 * len(counts))]
+    for kind in values(rows, "kind"):
+        cells = [kind]
+        for count in counts:
+            row = where(rows, kind=kind, tokens=count)[0]
+            lora = where(read(folder / "kinds.csv"), kind=kind, tokens=count, method="lora")[-1]
+            cells += ["{:.2f} [{:.2f}, {:.2f}]".format(*(float(row[n]) for n in ("ratio", "ratio low", "ratio high")))]
+            cells += [f"{(int(row['peak bytes']) - int(lora['peak bytes'])) / 2**20:+.1f} MiB"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["plot", "table"], default="plot")
+    parser.add_argument("what", nargs="?", choices=["plot", "table", "kinds"], default="plot")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--model", default="llama6")
     parser.add_argument("--tokens", nargs="+", default=["128", "512", "2048", "4096"], help="of the table")
@@ -276,6 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.what == "table":
         print(table(options.results, options.model, options.tokens, options.r))
+    elif options.what == "kinds":
+        print(kinds(options.results))
     else:
         for path in draw(options.results):
             print(path)

@@ -14,7 +14,7 @@ import plot
 import roofline
 import step
 from add_remove import AddAndRemove
-from workload import METHODS, Lora, Workload, base_model
+from workload import KINDS, METHODS, Lora, Workload, base_model
 
 TINY = Workload("tiny", tokens=16, length=8, r=4, dtype="fp64", adapters="base")
 CPU = torch.device("cpu")
@@ -150,6 +150,25 @@ def quick(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "4bit"])
+def test_each_kind_trains_as_plain_lora_of_the_same_kind_without_noise(monkeypatch, kind):
+    monkeypatch.setattr("workload.RHO", 0.0)
+    work = Workload("tiny", tokens=32, length=16, dtype="fp32", kind=kind)
+    base = base_model("tiny", "fp32", torch.device("cpu"))
+    steps = [METHODS[name](base, work) for name in ("lora", "flat")]
+    for step in steps:
+        torch.manual_seed(0)
+        step()
+    assert len({sum("lora_A" in name for name, _ in step.model.named_parameters()) for step in steps}) == 1
+    pairs = zip(*(step.parameters for step in steps), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_table_of_kinds_is_that_of_the_page():
+    page = (Path(__file__).parents[2] / ".docs/pages/cost.md").read_text()
+    assert all(line in page for line in plot.kinds(measure.RESULTS).splitlines()[2:])
 
 
 @pytest.mark.usefixtures("matplotlib")

@@ -158,11 +158,11 @@ def test_each_kind_trains_as_plain_lora_of_the_same_kind_without_noise(monkeypat
     work = Workload("tiny", tokens=32, length=16, dtype="fp32", kind=kind)
     base = base_model("tiny", "fp32", torch.device("cpu"))
     steps = [METHODS[name](base, work) for name in ("lora", "flat")]
-    for step in steps:
+    for one in steps:
         torch.manual_seed(0)
-        step()
-    assert len({sum("lora_A" in name for name, _ in step.model.named_parameters()) for step in steps}) == 1
-    pairs = zip(*(step.parameters for step in steps), strict=True)
+        one()
+    assert len({sum("lora_A" in name for name, _ in one.model.named_parameters()) for one in steps}) == 1
+    pairs = zip(*(one.parameters for one in steps), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 

@@ -30,6 +30,7 @@ from ..config import Settings
 from ..utils.arguments import INT64, integer
 from ..utils.copying import PartlyCopied
 from .checkpoint import check_state
+from .data_parallel import mesh_of
 from .diagnostics import Diagnostics
 from .distributed import calling_deepspeed, is_deepspeed, is_sharded
 from .forward_passes import ForwardPasses, entrances, listener_of
@@ -69,8 +70,9 @@ class Perturbation(PartlyCopied):
         steps: optimizer steps made.
         sample: index of the current noise sample.
         seed: 64-bit integer; default torch's initial seed, so that `set_seed` reproduces a run.
-        rank: data-parallel rank, which gives each process its own noise. Default: the rank in the default group, which
-            is right for DDP, FSDP and ZeRO. Set it where processes share a batch (context or sequence parallelism).
+        rank: data-parallel rank: processes with different batches have different noise, and processes that share a
+            batch (tensor, context, sequence parallelism) have the same. Default: see `training/data_parallel.py`. Set
+            it where processes share a batch and no device mesh says so.
         enabled: False switches the noise off.
         settings: the settings at construction.
     """
@@ -189,6 +191,7 @@ class Perturbation(PartlyCopied):
 
     @property
     def rank(self) -> int:
+        self._find_mesh()
         return self.noise.rank
 
     @rank.setter
@@ -241,6 +244,7 @@ class Perturbation(PartlyCopied):
         """
         self.registry.bind(module)
         join_calling_parts(self)
+        self._find_mesh()
         engine = calling_deepspeed()
         if engine is None:
             if not self.leader.seen and not self.steps and self._needs_steps():
@@ -351,6 +355,10 @@ class Perturbation(PartlyCopied):
                 "own parameters, and here they are sharded or replaced (FSDP, DeepSpeed). Use DDP or one process, or "
                 "FlatLoraConfig, which needs none."
             )
+
+    def _find_mesh(self) -> None:
+        if self.noise.mesh is None and self.model is not None:
+            self.noise.mesh = mesh_of(self.model)
 
     def _leads(self, optimizer: Optimizer) -> bool:
         known = self.leader.is_known(optimizer)

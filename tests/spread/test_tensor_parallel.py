@@ -1,0 +1,138 @@
+"""Two processes that split the weights train as one process with whole weights."""
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import processes, tiny
+from helpers import tensor_parallel as split
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import LlamaForCausalLM
+
+from flatlora import FlatLoraConfig, perturbation, unperturbed
+
+pytestmark = [processes.patient, pytest.mark.slow]
+CONFIG = {**split.FLAT, **tiny.LORA}
+EMBEDDING = {**CONFIG, "target_modules": ["embed_tokens", "v_proj", "down_proj"]}
+CASES = {  # how it is split, the config, options of from_pretrained, checkpointing
+    "transformers": ("transformers", CONFIG, {}, None),
+    "float64": ("transformers", CONFIG, {"dtype": torch.float64}, None),
+    "reentrant": ("transformers", CONFIG, {}, True),
+    "non-reentrant": ("transformers", CONFIG, {}, False),
+    "reference": ("transformers", {**CONFIG, "backend": "reference"}, {}, None),
+    "step": ("transformers", {**CONFIG, "resample": "step"}, {}, None),
+    "embedding": ("transformers", EMBEDDING, {}, None),
+    "torch": ("torch", CONFIG, {}, None),
+    "torch reentrant": ("torch", CONFIG, {}, True),
+}
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
+
+
+def make(folder, mesh, how, config, options, checkpointing):
+    config = FlatLoraConfig(**config)
+    if how == "torch" and mesh is not None:
+        model = split.by_torch(folder, mesh, config, **options)
+    else:
+        model = (split.whole if mesh is None else split.by_transformers)(folder, config, **options)
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    return model
+
+
+def train_parts(rank, folder):
+    split.environment(rank)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    for name, case in CASES.items():
+        model = make(folder, mesh, *case)
+        found = split.train(model)
+        if case[0] == "transformers":
+            model.save_pretrained(f"{folder}/{name}", is_main_process=rank == 0)
+            model.eval()
+            with torch.no_grad():
+                found["evaluation"] = tiny.loss(model)
+        torch.save(found, f"{folder}/{name}.{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The results of both processes."""
+    folder = tmp_path_factory.mktemp("split")
+    split.save_base(folder)
+    processes.run(train_parts, str(folder))
+    return folder
+
+
+@pytest.fixture(params=CASES)
+def case(request, folder):
+    """(name, result of one process, results of two processes)."""
+    model = make(folder, None, *CASES[request.param])
+    one = split.train(model)
+    model.save_pretrained(folder / f"{request.param}.whole")
+    model.eval()
+    with torch.no_grad():
+        one["evaluation"] = tiny.loss(model)
+    return request.param, one, [torch.load(folder / f"{request.param}.{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_train_as_one(case):
+    _, one, both = case
+    for two in both:
+        torch.testing.assert_close(two["losses"], one["losses"], **TOLERANCE)
+        for step in range(split.STEPS):
+            for name, gradient in one["gradients"][step].items():
+                scale = gradient.abs().max()
+                torch.testing.assert_close(two["gradients"][step][name] / scale, gradient / scale, **TOLERANCE)
+        for name, parameter in one["parameters"].items():
+            torch.testing.assert_close(two["parameters"][name], parameter, rtol=1e-4, atol=2e-5)
+        if "evaluation" in two:
+            torch.testing.assert_close(two["evaluation"], one["evaluation"], **TOLERANCE)
+
+
+def test_both_have_the_noise_of_one_process(case, folder):
+    """The same seed, rank, sample and streams; and each part of W begins where its noise begins."""
+    name, one, both = case
+    seed, sample = one["noise"][3], one["noise"][1]
+    base = dict(LlamaForCausalLM.from_pretrained(folder, **CASES[name][2]).named_parameters())
+    covered = {}
+    for two in both:
+        assert two["noise"] == one["noise"] and two["streams"] == one["streams"]
+        for stream, (weight, row, column, key) in two["products"].items():
+            assert key.tolist() == [seed, sample]
+            whole = base[one["streams"][stream].removeprefix("base_model.model.") + ".weight"]
+            here = (slice(row, row + weight.shape[0]), slice(column, column + weight.shape[1]))
+            assert torch.equal(weight, whole[here])
+            covered.setdefault(stream, torch.zeros_like(whole))[here] += 1
+    assert covered and all((count == 1).all() for count in covered.values())
+    offsets = {(row, column) for _, row, column, _ in both[1]["products"].values()}
+    assert {(0, 25)} <= offsets  # inside a tile
+
+
+def test_row_norms_are_summed_once_a_step(case):
+    """Over two batches and a recompute; before the first step of a run is seen, once for each pass."""
+    name, _, both = case
+    counted = [split.ACCUMULATED, *[1] * (split.STEPS - 1)]
+    if CASES[name][3]:  # transformers sums x A^T, without gradients, by the same function: 2 layers, W and A of 2 each
+        counted = [count + (8 * split.ACCUMULATED if CASES[name][0] == "transformers" else 0) for count in counted]
+    assert [two["sums"] for two in both] == [counted] * 2
+
+
+def test_the_adapter_is_saved_as_by_one_process(case, folder):
+    name, one, both = case
+    if CASES[name][0] != "transformers":
+        pytest.skip("saving what torch has split is up to the user")
+    saved, expected = (folder / f"{name}{end}" for end in ("", ".whole"))
+    assert {file.name for file in saved.iterdir()} == {file.name for file in expected.iterdir()}
+    tensors, whole = load_file(saved / "adapter_model.safetensors"), load_file(expected / "adapter_model.safetensors")
+    assert tensors.keys() == whole.keys()
+    for key, tensor in whole.items():
+        assert tensors[key].dtype == tensor.dtype
+        torch.testing.assert_close(tensors[key], tensor, rtol=1e-4, atol=2e-5)
+    for file in ("adapter_config.json", "flatlora_config.json"):
+        if (expected / file).exists():
+            assert (saved / file).read_text() == (expected / file).read_text()
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder, **CASES[name][2]), saved)
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.loss(loaded), both[0]["evaluation"], **TOLERANCE)

@@ -39,7 +39,7 @@ def data_parallel_rank(mesh: Any = None, process: int | None = None) -> int:
     state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
     of_accelerate = getattr(state, "_shared_state", {}).get("device_mesh")
     for known in (of_accelerate, mesh):
-        rank = None if known is None else _rank_in(known, process, torch.distributed.get_world_size())
+        rank = None if known is None else _rank_in(_root_of(known), process, torch.distributed.get_world_size())
         if rank is not None:
             return rank
     sequence_parallel = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
@@ -101,9 +101,9 @@ def _shared_dimensions(mesh: Any) -> list[int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _rank_in(mesh: Any, process: int, world_size: int) -> int | None:
-    """The index of a process in the dimensions of the mesh's root along which batches differ; None if all do."""
-    ranks, shared = _root_of(mesh).mesh, _shared_dimensions(mesh)
+def _rank_in(root: Any, process: int, world_size: int) -> int | None:
+    """The index of a process in the dimensions of a root mesh that do not share a batch; None if no dimension does."""
+    ranks, shared = root.mesh, _shared_dimensions(root)
     if not shared or not (ranks == process).any():
         return None
     data = [d for d in range(ranks.ndim) if d not in shared]

@@ -105,6 +105,19 @@ def unsupported(layer: Any, adapter: str, method: Method) -> str | None:
     return None if reason is None else f"{SPLIT}, and {reason}"
 
 
+def check_config(target: Any, config: Any, name: str) -> None:
+    """Check the configuration of a layer before peft makes it.
+
+    Raises:
+        ValueError: peft cannot make it for a split weight, for plain LoRA either.
+    """
+    if config.use_dora and getattr(target, "_hf_tp_plan", None) is not None:
+        raise ValueError(
+            f"use_dora must be False for the layer {name!r}: {SPLIT}, and peft computes the magnitudes of DoRA from a "
+            "whole weight only. Use FSDP2, or plain LoRA."
+        )
+
+
 def check(layer: FlatLayer) -> None:
     """Check a layer whose weight was split after the adapter was made.
 
@@ -245,7 +258,7 @@ def _summed_norms(layer: FlatLayer, part: Part) -> Tensor:
 def _split_by_columns(run: Perturbation, mesh: Any) -> Iterator[tuple[FlatLayer, Part]]:
     """The perturbed layers whose columns are split over this mesh, in an order that all processes have.
 
-    Layers whose weights FSDP2 has not gathered are left out: each of them sums its own norms when it runs.
+    Layers whose weights FSDP2 has not gathered are left out: their norms are summed when they are gathered.
     """
     layers: list[Any] = run.registry.alive()
     for layer in layers:

@@ -133,10 +133,9 @@ def settings(file):
     return found
 
 
+@pytest.mark.parametrize("case", [name for name in CASES if CASES[name][0] == "transformers"], indirect=True)
 def test_the_adapter_is_saved_as_by_one_process(case, folder):
     name, _, both = case
-    if CASES[name][0] != "transformers":
-        pytest.skip("saving what torch has split is up to the user")
     saved, expected = (folder / f"{name}{end}" for end in ("", ".whole"))
     assert {file.name for file in saved.iterdir()} == {file.name for file in expected.iterdir()}
     tensors, whole = load_file(saved / "adapter_model.safetensors"), load_file(expected / "adapter_model.safetensors")

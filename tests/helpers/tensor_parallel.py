@@ -8,8 +8,15 @@ from unittest import mock
 import peft
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -124,6 +131,52 @@ def recorded(found):
 
     with mock.patch.object(tensor_parallel, "perturbed_linear", record):
         yield
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 50), nn.Linear(50, 32)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+def blocks():
+    torch.manual_seed(3)
+    config = FlatLoraConfig(**{**FLAT, **tiny.LORA, "task_type": None, "target_modules": ["up", "down"]})
+    return with_adapter(nn.Sequential(Block(), Block()), config)
+
+
+def blocks_by_sequence(mesh):
+    """Between the products each process has a part of the sequence, dimension 1."""
+    model, part = blocks(), {"output_layouts": Shard(1)}
+    gather = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),), use_local_output=True)
+    styles = {
+        "norm": SequenceParallel(),
+        "up": gather,
+        "up.base_layer": ColwiseParallel(),
+        "up.lora_B.default": ColwiseParallel(),
+        "down.base_layer": RowwiseParallel(**part),
+        "down.lora_A.default": RowwiseParallel(use_local_output=False, **part),
+        "down.lora_B.default": SequenceParallel(use_local_output=True),
+    }
+    parallelize_module(model, mesh, {f"base_model.model.*.{name}": style for name, style in styles.items()})
+    for name, parameter in model.named_parameters():  # SequenceParallel makes new parameters
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def gradients_of_blocks(model, part=slice(None)):
+    """Of two passes, with other noise each: x has 6 positions, of which this process has a part."""
+    found = []
+    for seed in range(2):
+        x, weight = torch.randn(2, 2, 6, 32, generator=torch.Generator().manual_seed(seed))
+        out = model(x[:, part])
+        (out.square() * weight[:, part]).sum().backward()
+        found.append({name: as_whole(p.grad) for name, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad()
+    return found
 
 
 def environment(rank):

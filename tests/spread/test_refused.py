@@ -1,6 +1,5 @@
 """What an engine cannot train raises an error that names it, and never trains without noise."""
 
-import copy
 from contextlib import nullcontext
 
 import pytest
@@ -44,14 +43,17 @@ def refuse_split_weights(rank, folder):
     by_torch = parallelize_module(tiny.base_model(), mesh, {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
     with pytest.raises(ValueError, match="q_proj' .*split by tensor parallelism, and peft does not split the factors"):
         get_flat_peft_model(by_torch, FlatLoraConfig(**tiny.LORA))
-    base = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+
+    def base():
+        return LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+
     for method in METHODS:
         with pytest.raises(ValueError, match="q_proj' .*split by tensor parallelism, and .* needs .*FlatLoraConfig"):
-            get_flat_peft_model(copy.deepcopy(base), method(**tiny.LORA))
+            get_flat_peft_model(base(), method(**tiny.LORA))
     with pytest.raises(ValueError, match="use_dora must be False for the layer .*_proj'.*Use FSDP2, or plain LoRA"):
-        get_flat_peft_model(copy.deepcopy(base), FlatLoraConfig(use_dora=True, **tiny.LORA))
+        get_flat_peft_model(base(), FlatLoraConfig(use_dora=True, **tiny.LORA))
     with pytest.warns(UserWarning, match="q_proj' .*trained without noise"):
-        warned = split.with_adapter(base, RwpConfig(on_unsupported="warn", **tiny.LORA))
+        warned = split.with_adapter(base(), RwpConfig(on_unsupported="warn", **tiny.LORA))
     tiny.loss(warned).backward()
     refuse_what_is_split_later(mesh)
 

@@ -62,6 +62,8 @@ def train_parts(rank, folder):
         with torch.no_grad():
             found["evaluation"] = tiny.loss(model)
         torch.save(found, f"{folder}/{name}.{rank}.pt")
+    found = split.gradients_of_blocks(split.blocks_by_sequence(mesh), slice(3 * rank, 3 * rank + 3))
+    torch.save(found, f"{folder}/sequence.{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,17 @@ def test_the_adapter_is_saved_as_by_one_process(case, folder):
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder, **CASES[name][2]), saved)
     with torch.no_grad():
         torch.testing.assert_close(tiny.loss(loaded), both[0]["evaluation"], **ROUNDING)
+
+
+def test_sequence_parallelism(folder):
+    expected = split.gradients_of_blocks(split.blocks())
+    for rank in range(2):
+        found = torch.load(folder / f"sequence.{rank}.pt")
+        for step in range(2):
+            assert found[step].keys() == expected[step].keys()
+            for key, gradient in expected[step].items():
+                scale = gradient.abs().max()
+                torch.testing.assert_close(found[step][key] / scale, gradient / scale, **ROUNDING)
 
 
 # ---- together with data parallelism: two groups of two processes ----

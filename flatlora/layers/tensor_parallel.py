@@ -1,4 +1,4 @@
-"""Linear layers whose weight is split over processes: by columns or by rows of W, as a DTensor.
+"""Linear layers whose weight is split over processes, as a DTensor: by its rows ("column-wise") or by its columns.
 
 | split                 | W of a process | A           | B          | x            | output              |
 |-----------------------|----------------|-------------|------------|--------------|---------------------|

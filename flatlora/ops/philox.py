@@ -14,6 +14,8 @@ Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'
 Columns are assigned in tiles of 64, so that a vector unit of up to 16 lanes stores its results contiguously: column
 j = 64*tile + 16*q + lane takes z_q of column block 16*tile + lane.
 
+Rows and columns are those of the whole weight: a part of it, such as a shard, has that part of the noise.
+
 All backends that follow the contract produce the same words bit for bit and the same normals within 1e-5.
 """
 

@@ -77,7 +77,7 @@ class Perturbation(PartlyCopied):
         settings: the settings at construction.
     """
 
-    not_copied: ClassVar[frozenset[str]] = frozenset({"known_modules", "number", "_interval_start"})
+    not_copied: ClassVar[frozenset[str]] = frozenset({"known_modules", "number", "_interval_start", "_has_trained"})
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.settings = settings
@@ -99,6 +99,7 @@ class Perturbation(PartlyCopied):
         self.known_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have called a pass
         self.passes.report_to(self)
         self._interval_start = self._position()
+        self._has_trained = False  # a training pass has ended
         observe(self)
 
     @classmethod
@@ -258,6 +259,7 @@ class Perturbation(PartlyCopied):
 
     def on_pass_end(self, layers: set[int], outputs: list[Tensor]) -> None:
         """A training pass ends: the numbers of the layers that ran, and the outputs that require a gradient."""
+        self._has_trained = True
         if self.enabled and self.rho > 0:
             self.diagnostics.note_bypassed(layers, outputs)
 
@@ -357,7 +359,8 @@ class Perturbation(PartlyCopied):
             )
 
     def _find_mesh(self) -> None:
-        if self.noise.mesh is None and self.model is not None:
+        # weights are split before the first pass
+        if self.noise.mesh is None and not self._has_trained and self.model is not None:
             self.noise.mesh = mesh_of(self.model)
 
     def _leads(self, optimizer: Optimizer) -> bool:

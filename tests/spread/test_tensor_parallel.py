@@ -27,6 +27,7 @@ EMBEDDING = {**CONFIG, "target_modules": ["embed_tokens", "v_proj", "down_proj"]
 CASES = {  # how it is split, the config, options of from_pretrained, checkpointing
     "transformers": ("transformers", CONFIG, {}, None),
     "float64": ("transformers", CONFIG, {"dtype": torch.float64}, None),
+    "bfloat16": ("transformers", CONFIG, {"dtype": torch.bfloat16}, None),
     "reentrant": ("transformers", CONFIG, {}, True),
     "non-reentrant": ("transformers", CONFIG, {}, False),
     "reference": ("transformers", {**CONFIG, "backend": "reference"}, {}, None),
@@ -36,6 +37,8 @@ CASES = {  # how it is split, the config, options of from_pretrained, checkpoint
     "torch reentrant": ("torch", CONFIG, {}, True),
 }
 ROUNDING = {"rtol": 1e-4, "atol": 3e-5}  # of float32, relative to the largest element; in float64 there is almost none
+
+COARSE = {"rtol": 0, "atol": 0.05}  # of sums of bfloat16
 
 
 def make(folder, mesh, how, config, options, checkpointing):
@@ -89,7 +92,7 @@ def case(request, folder):
 
 def test_two_processes_train_as_one(case):
     name, one, both = case
-    rounding = {"rtol": 1e-9, "atol": 1e-10} if name == "float64" else ROUNDING
+    rounding = {"float64": {"rtol": 1e-9, "atol": 1e-10}, "bfloat16": COARSE}.get(name, ROUNDING)
     for two in both:
         pairs = [(two["losses"], one["losses"]), (two["evaluation"], one["evaluation"])]
         for step, expected in enumerate([*one["gradients"], one["parameters"]]):
@@ -144,13 +147,15 @@ def test_the_adapter_is_saved_as_by_one_process(case, folder):
     assert tensors.keys() == whole.keys()
     for key, tensor in whole.items():
         assert tensors[key].dtype == tensor.dtype
-        torch.testing.assert_close(tensors[key], tensor, **ROUNDING)
+        torch.testing.assert_close(tensors[key], tensor, **(COARSE if name == "bfloat16" else ROUNDING))
     for file in ("adapter_config.json", "flatlora_config.json"):
         if (expected / file).exists():
             assert settings(saved / file) == settings(expected / file)
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder, **CASES[name][2]), saved)
     with torch.no_grad():
-        torch.testing.assert_close(tiny.loss(loaded), both[0]["evaluation"], **ROUNDING)
+        torch.testing.assert_close(
+            tiny.loss(loaded), both[0]["evaluation"], **(COARSE if name == "bfloat16" else ROUNDING)
+        )
 
 
 def test_sequence_parallelism(folder):

@@ -75,6 +75,20 @@ def with_adapter(base, config=None):
     return model
 
 
+def with_two_adapters(model):
+    model.add_adapter("second", FlatLoraConfig(**FLAT, **tiny.LORA))
+    model.base_model.set_adapter(["default", "second"])
+    set_factors(model)
+    return model
+
+
+def gradients_of_a_pass(model):
+    loss = tiny.loss(model)
+    loss.backward()
+    gradients = {name: as_whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
+    return {"loss": loss.detach(), **gradients}
+
+
 @torch.no_grad()
 def set_factors(model):
     """The same factors whether they are split or not."""

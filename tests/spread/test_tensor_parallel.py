@@ -65,6 +65,8 @@ def train_parts(rank, folder):
         with torch.no_grad():
             found["evaluation"] = tiny.loss(model)
         torch.save(found, f"{folder}/{name}.{rank}.pt")
+    found = split.gradients_of_a_pass(split.with_two_adapters(split.by_transformers(folder)))
+    torch.save(found, f"{folder}/two.{rank}.pt")
     found = split.gradients_of_blocks(split.blocks_by_sequence(mesh), slice(3 * rank, 3 * rank + 3))
     torch.save(found, f"{folder}/sequence.{rank}.pt")
 
@@ -156,6 +158,16 @@ def test_the_adapter_is_saved_as_by_one_process(case, folder):
         torch.testing.assert_close(
             tiny.loss(loaded), both[0]["evaluation"], **(COARSE if name == "bfloat16" else ROUNDING)
         )
+
+
+def test_two_adapters(folder):
+    expected = split.gradients_of_a_pass(split.with_two_adapters(split.whole(folder)))
+    assert any("second" in name for name in expected)
+    for rank in range(2):
+        found = torch.load(folder / f"two.{rank}.pt")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key] / value.abs().max(), value / value.abs().max(), **ROUNDING)
 
 
 def test_sequence_parallelism(folder):

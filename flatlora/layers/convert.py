@@ -34,10 +34,10 @@ def make_flat(layer: Any, adapter: str, perturbation: Perturbation, rho: float, 
         ValueError: it cannot be perturbed, and `on_unsupported` is "error".
     """
     method = perturbation.settings.method
+    tensor_parallel.declare_widths(layer, adapter)
     reason = tensor_parallel.unsupported(layer, adapter, method)
     reason = reason or unsupported(layer, adapter) or method.unsupported(layer, adapter)
     if reason is None:
-        tensor_parallel.declare_widths(layer, adapter)
         perturbation.rhos[adapter] = rho
         for part in _parts(layer):
             _convert(part, perturbation)

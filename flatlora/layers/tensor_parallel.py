@@ -56,8 +56,12 @@ class Part(NamedTuple):
 
 
 def is_split(base: Any) -> bool:
-    """Whether the weight of a layer is a DTensor: inside of its forward, where FSDP2 has gathered it, a split one."""
-    return is_dtensor(base._parameters.get("weight"))
+    """Whether the weight of a base layer is split in its forward: a DTensor that FSDP2 does not gather there."""
+    if not is_dtensor(base._parameters.get("weight")):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return not isinstance(base, FSDPModule)
 
 
 @torch.no_grad()
@@ -89,7 +93,7 @@ def part_of(weight: Any) -> Part:
 def unsupported(layer: Any, adapter: str, method: Method) -> str | None:
     """Why a new adapter of a layer that is split cannot be perturbed; None if it can, or if the layer is not split."""
     base = layer.get_base_layer()
-    plan, split = getattr(base, "_hf_tp_plan", None), is_split(base)
+    plan, split = getattr(base, "_hf_tp_plan", None), is_dtensor(base._parameters.get("weight"))
     if plan is None and not split:
         return None
     reason = _unsupported_kind(layer, adapter, method)
@@ -150,10 +154,12 @@ def declare_widths(layer: Any, adapter: str) -> None:
     peft 0.21 gives the factors the widths of the part, so that a row-wise layer fails in its first forward.
     """
     base = layer.get_base_layer()
-    if getattr(base, "_hf_tp_plan", None) == "rowwise":
-        layer.lora_A[adapter].in_features = base.in_features
-    elif getattr(base, "_hf_tp_plan", None) == "colwise":
-        layer.lora_B[adapter].out_features = base.out_features
+    plan = getattr(base, "_hf_tp_plan", None)
+    if plan in ("colwise", "rowwise") and isinstance(base, nn.Linear) and adapter in layer.lora_A:
+        if plan == "rowwise":
+            layer.lora_A[adapter].in_features = base.in_features
+        else:
+            layer.lora_B[adapter].out_features = base.out_features
 
 
 # ---- the forward ----

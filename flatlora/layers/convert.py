@@ -15,7 +15,7 @@ from ..config import PerturbedLoraConfig
 from ..ops.registry import unregister
 from ..training.distributed import name_without_fsdp1
 from ..training.perturbation import Perturbation, check_same_settings
-from . import exact_merge
+from . import exact_merge, tensor_parallel
 from .attention import AttentionLayer
 from .experts import ExpertsLayer
 from .flat_layer import OWN_ATTRIBUTES, FlatLayer, flat_layers
@@ -34,7 +34,9 @@ def make_flat(layer: Any, adapter: str, perturbation: Perturbation, rho: float, 
         ValueError: it cannot be perturbed, and `on_unsupported` is "error".
     """
     method = perturbation.settings.method
-    reason = unsupported(layer, adapter) or method.unsupported(layer, adapter)
+    tensor_parallel.declare_widths(layer, adapter)
+    reason = tensor_parallel.unsupported(layer, adapter, method)
+    reason = reason or unsupported(layer, adapter) or method.unsupported(layer, adapter)
     if reason is None:
         perturbation.rhos[adapter] = rho
         for part in _parts(layer):

@@ -12,6 +12,7 @@ as before. A forward that is not perturbed is peft's own forward.
 |                   | embeddings, a base layer changed later      |                                      |
 | attention.py      | torch's MultiheadAttention                  | eps is added to peft's merged weight |
 | experts.py        | parameters (experts of a mixture)           | the same                             |
+| tensor_parallel   | linear, split over processes                | the product of a part has W + eps    |
 | compiled.py       | linear, while `torch.compile` traces        | an operator computes the product     |
 | functorch.py      | inside a transform of torch.func or a trace | W + eps is computed as a tensor      |
 | factor_offsets.py | methods that move A and B instead           | A + E_A and B + E_B                  |
@@ -34,7 +35,7 @@ from ..training.distributed import is_dtensor
 from ..training.forward_passes import tensors
 from ..training.forward_records import Record
 from ..training.perturbation import Perturbation
-from . import additive, base_product, compiled, factor_offsets, functorch, fused
+from . import additive, base_product, compiled, factor_offsets, functorch, fused, tensor_parallel
 from .module_weights import refuse_fsdp1, whole_weight
 from .row_norms import NormCache, row_norms
 from .supported import SPLIT, check_changed_base, is_torch_tensor
@@ -142,6 +143,9 @@ class FlatLayer(_PeftLayer):
 
     def method_forward(self, peft_forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """peft's forward with the perturbation of the method."""
+        if tensor_parallel.is_split(self.get_base_layer()):
+            # the weight may have been split after the adapter was made
+            tensor_parallel.check(self)
         if isinstance(self.perturbation.settings.method, FactorOffset):
             return factor_offsets.forward(self, peft_forward, x, *args, **kwargs)
         return self.noisy_forward(peft_forward, x, *args, **kwargs)
@@ -151,6 +155,8 @@ class FlatLayer(_PeftLayer):
         base: Any = self.get_base_layer()
         if isinstance(base, nn.Embedding):
             return additive.add_row_noise(self, peft_forward(x, *args, **kwargs), x)
+        if tensor_parallel.is_split(base):
+            return tensor_parallel.forward(self, peft_forward, x, *args, **kwargs)
         if self.base_has_changed():
             return additive.add_noise(self, peft_forward(x, *args, **kwargs), x, dtype_of=x)
         if any(self.use_dora.get(name) for name in self.active_lora_adapters()):

@@ -22,6 +22,7 @@ from ..ops.blocks import is_watched
 from ..ops.norms import norm_dtype, vector_norms
 from ..ops.perturb import perturb_weight
 from .module_weights import moved_weight, replaced_forward
+from .tensor_parallel import is_split
 from .weights import rows_of
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ def forward(layer: FlatLayer, peft_forward: Callable[..., Any], x: Tensor, *args
     method = layer.perturbation.settings.method
     known = isinstance(base, (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d))
     known = known and getattr(base, "groups", 1) == 1 and not layer.lora_variant and base.weight.is_floating_point()
-    if not known or layer.base_has_changed() or not method.transforms:
+    if not known or is_split(base) or layer.base_has_changed() or not method.transforms:
         raise RuntimeError(
             f"{type(method).__name__} cannot perturb a {type(layer).__name__} over {type(base).__name__} inside a "
             "transform of torch.func, in forward-mode AD or in a trace. FlatLoraConfig can, for linear, convolution "
-            "(groups=1) and embedding layers without a variant such as DoRA. Use loss.backward(), or call the model "
-            "inside `with flatlora.unperturbed(model):`."
+            "(groups=1) and embedding layers without a variant such as DoRA, on whole weights. Use loss.backward(), or "
+            "call the model inside `with flatlora.unperturbed(model):`."
         )
     if isinstance(method, WeightNoise):
         out = _with_dense_noise(layer, method, peft_forward, x, *args, **kwargs)

@@ -21,6 +21,7 @@ from torch import nn
 from ..config import PerturbedLoraConfig, create_layer
 from ..training.perturbation import Perturbation
 from .convert import make_flat
+from .tensor_parallel import check_config
 
 _PEFT_FOLDER = os.path.dirname(peft.__file__)
 
@@ -32,12 +33,13 @@ def create_flat_layer(target: nn.Module, adapter_name: str, config: Any, **kwarg
         ValueError: the layer cannot be perturbed, and `config.on_unsupported` is "error".
     """
     tuner = _calling_tuner()
+    name = kwargs.get("target_name", adapter_name)
+    check_config(target, config, name)
     with as_lora_config(config):
         create: Any = LoraModel._create_new_module
         layer: nn.Module = create(config, adapter_name, target, **kwargs)
     perturbation = Perturbation.shared(tuner.model, config.settings())
     perturbation.passes.watch(tuner)
-    name = kwargs.get("target_name", adapter_name)
     make_flat(layer, adapter_name, perturbation, config.rho, config.on_unsupported, name)
     return layer
 

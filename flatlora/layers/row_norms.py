@@ -98,15 +98,29 @@ def norms_before_dora(layer: FlatLayer) -> Tensor:
     if not weights.is_dense():
         return _of_quantized(layer, adapters)
     base = weights.base
-    dtype = norm_dtype(base.weight.dtype)
-    weight, groups = rows_of(base), getattr(base, "groups", 1)
+    A, B = map(list, zip(*(weights.factors(name) for name in adapters), strict=True))
+    return norms_of_sum(layer, [base.weight], rows_of(base), A, B, getattr(base, "groups", 1))
+
+
+def norms_of_sum(
+    layer: FlatLayer, stored: list[Tensor], weight: Tensor, A: list[Tensor], B: list[Tensor], groups: int = 1
+) -> Tensor:
+    """``||W_i + sum_k s_k (B_k A_k)_i||`` over the active adapters, (m,).
+
+    Args:
+        layer: keeps ``||W_i||^2``, and has the scales.
+        stored: the tensors that W is computed from.
+        weight: W, (m, n).
+        A, B: the factors of each adapter, (r, n) and (m, r).
+        groups: of a convolution.
+    """
     squared: Any = None
     if groups > 1 or not sums_merged_rows(weight):
-        squared = _of_base(layer, [base.weight], lambda: squared_row_norms(weight))
-    A, B = map(list, zip(*(weights.factors(name) for name in adapters), strict=True))
-    scales = [float(layer.scaling[name]) for name in adapters]
-    if groups == 1 and len(adapters) == 1:
+        squared = _of_base(layer, stored, lambda: squared_row_norms(weight))
+    scales = [float(layer.scaling[name]) for name in layer.active_lora_adapters()]
+    if groups == 1 and len(scales) == 1:
         return merged_row_norms(weight, squared, B[0], A[0], scales[0])
+    dtype = norm_dtype(weight.dtype)
     B = [b.to(dtype) * scale for b, scale in zip(B, scales, strict=True)]
     if groups > 1:
         return grouped_row_norms(weight, squared, B, A, groups)

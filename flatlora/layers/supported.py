@@ -47,9 +47,9 @@ QUANTIZED = (  # by name, because peft defines some of them only if their packag
     "Linear8bitLt",
     "TorchaoLoraLinear",
 )
-SPLIT = "its weight is split by tensor parallelism, and the row norms of a part are not those of the whole"
+SPLIT = "its weight is split by tensor parallelism"
 REASONS = {
-    "LoraParallelLinear": SPLIT,
+    "LoraParallelLinear": f"{SPLIT} in Megatron, which is not supported: use transformers' tp_plan, DDP or FSDP2",
     "TeLinear": "Transformer Engine may normalize x inside the layer, and the noise must multiply what W multiplies",
     "ArrowLinearVariant": "Arrow mixes the adapters for each token, so there is no single merged weight",
 }
@@ -90,10 +90,11 @@ def is_quantized(peft_class: type) -> bool:
 
 
 def unsupported(layer: Any, adapter: str) -> str | None:
-    """Why this adapter of a LoRA layer cannot be perturbed, or None if it can."""
+    """Why this adapter of a LoRA layer cannot be perturbed, or None if it can.
+
+    For layers that are split over processes see also `tensor_parallel.unsupported`.
+    """
     peft_class, base = getattr(type(layer), "peft_class", type(layer)), layer.base_layer
-    if getattr(base, "_hf_tp_plan", None) is not None or is_dtensor(getattr(base, "weight", None)):
-        return f"{SPLIT}; FSDP2's fully_shard comes after the adapter"
     if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):
         return "its forward was replaced, as by X-LoRA, which mixes adapters for each token"
     if isinstance(base, BaseTunerLayer) and not isinstance(base, lora.ParamWrapper):
@@ -106,7 +107,12 @@ def unsupported(layer: Any, adapter: str) -> str | None:
     if peft_class is lora.MultiheadAttention:
         return _unsupported_dtype(base.in_proj_weight)
     if peft_class is lora.ParamWrapper:
-        return _unsupported_dtype(layer.get_param())
+        split = is_dtensor(layer.get_param())
+        return (
+            f"{SPLIT}, and experts are supported whole only: use FSDP2 after the adapter"
+            if split
+            else (_unsupported_dtype(layer.get_param()))
+        )
     if is_quantized(peft_class):
         return None
     return REASONS.get(peft_class.__name__, f"peft adapts it with {peft_class.__name__}, which is not supported")
@@ -120,7 +126,8 @@ def _unsupported_base(layer: Any, base: Any) -> str | None:
         )
     if type(base).forward not in STOCK_FORWARDS and not hasattr(base, "embed_scale"):
         return f"{type(base).__name__} has a forward of its own"
-    if "forward" in base.__dict__ and not hasattr(base, "_hf_hook"):  # accelerate's provides the weight
+    # accelerate's provides the weight, and that of transformers splits x
+    if "forward" in base.__dict__ and not (hasattr(base, "_hf_hook") or is_dtensor(base.weight)):
         return f"the forward of its {type(base).__name__} was replaced, as packages do that quantize x"
     return _unsupported_dtype(base.weight)
 

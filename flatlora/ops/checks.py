@@ -187,6 +187,7 @@ def check_noise(
     out: Tensor,  # (m, n)
     first_row: int = 0,
     rows: Tensor | None = None,  # (m,)
+    first_column: int = 0,
 ) -> None:
     """Check the arguments of `perturb_weight`, but not their memory."""
     if not _fits(weight, row_std, key, out):
@@ -202,6 +203,8 @@ def check_noise(
             integer("first_row", first_row, 0, max(1, MAX_ROWS - m + 1))
     else:
         expect("rows", rows, (m,), INTEGERS, weight.device)
+    if type(first_column) is not int or not 0 <= first_column <= MAX_COLUMNS - n:
+        integer("first_column", first_column, 0, max(1, MAX_COLUMNS - n + 1))
     if n > MAX_COLUMNS or m > MAX_ROWS:
         raise ValueError(f"weight must have at most 2^32 rows and 2^34 columns, got {(m, n)}")
     if not out.is_contiguous() and overlaps_itself(out):

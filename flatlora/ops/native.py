@@ -36,7 +36,7 @@ NORM_DTYPES = frozenset({torch.float32, torch.bfloat16})  # of W, for which the 
 KERNELS = ("baseline", "avx2", "avx512", "avx512bf16")  # the order of KERNELS in noise.c
 FLOAT32 = frozenset({torch.float32})
 CPU = torch.device("cpu")
-ABI = 1  # flatlora_abi() of noise.c
+ABI = 2  # flatlora_abi() of noise.c
 SERIAL = 1 << 16  # below this number of weights (about 0.06 ms) starting other threads takes longer than it saves
 
 
@@ -51,7 +51,7 @@ def _load() -> Any:
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     operand: list[Any] = [pointer, integer, long, long]
     library.flatlora_perturb.argtypes = [
-        *operand, *operand, pointer, ctypes.c_double, pointer, long, pointer, *[long] * 3,
+        *operand, *operand, pointer, ctypes.c_double, pointer, long, pointer, *[long] * 4,
         pointer, pointer, ctypes.c_float, long, integer, integer,
     ]  # fmt: skip
     library.flatlora_add_product.argtypes = [
@@ -79,6 +79,7 @@ def perturb(
     *,
     relative: float = 1.0,
     first_row: int = 0,
+    first_column: int = 0,
     rows: Tensor | None = None,  # (m,) int64
     factors: tuple[Tensor, Tensor, float] | None = None,  # B (m, r), A (r, n), s
     kernel: int | None = None,
@@ -90,7 +91,8 @@ def perturb(
         norms: (m,) float32, or float64 for a float64 weight. With `factors` it is written instead of read.
         key, layer: see `perturb_weight`.
         relative: factor of the norms.
-        first_row, rows: index of the first row in the whole weight; or the indices of all rows.
+        first_row, first_column: index of ``weight[0, 0]`` in the whole weight.
+        rows: the indices of all rows, instead of the first one.
         factors: B, A and s of an adapter: first write the row norms of ``weight + s B A`` into `norms`. Only if
             `has_norms(weight)`.
         kernel: index into `KERNELS`; default: the best one that this machine supports.
@@ -99,7 +101,7 @@ def perturb(
         TypeError, ValueError: an argument of a dtype that the kernel does not support, or whose shape, device or memory
             does not fit.
     """
-    check_noise(weight, norms, key, layer, out, first_row, rows)
+    check_noise(weight, norms, key, layer, out, first_row, rows, first_column)
     if weight.dtype not in DTYPES or out.dtype not in DTYPES:
         _expect_supported("weight", weight)
         _expect_supported("out", out)
@@ -116,7 +118,7 @@ def perturb(
     key = key.contiguous()
     if rows is not None:
         rows = rows.to(torch.int64).contiguous()
-    _call(weight, norms, factors, kernel, out, relative, key, layer, rows, first_row)
+    _call(weight, norms, factors, kernel, out, relative, key, layer, rows, first_row, first_column)
 
 
 def _kernel(kernel: int | None) -> int:
@@ -171,6 +173,7 @@ def _call(
     layer: int = 0,
     rows: Tensor | None = None,
     first_row: int = 0,
+    first_column: int = 0,
 ) -> None:
     """Call the kernel with tensors of checked shapes and dtypes, after checking their memory."""
     m, n = weight.shape
@@ -194,7 +197,7 @@ def _call(
         *((None, 0, 0, 0) if out is None else (out.data_ptr(), DTYPES[out.dtype], *out.stride())),
         weight.data_ptr(), DTYPES[weight.dtype], *weight.stride(),
         norms.data_ptr(), number("relative", relative), None if key is None else key.data_ptr(), layer,
-        None if rows is None else rows.data_ptr(), first_row, m, n,
+        None if rows is None else rows.data_ptr(), first_row, first_column, m, n,
         None if B is None else B.data_ptr(), None if A is None else A.data_ptr(), number("scaling", scaling), r,
         torch.get_num_threads() if m * n >= SERIAL else 1,
         _kernel(kernel),

@@ -1,6 +1,6 @@
 """Generate a perturbed weight W + eps, with one of several backends.
 
-    (W + eps)_ij = W_ij + row_std_i * z(seed, sample, layer, first_row + i, j)
+    (W + eps)_ij = W_ij + row_std_i * z(seed, sample, layer, first_row + i, first_column + j)
 
 | backend     | noise                                                            | devices |
 |-------------|------------------------------------------------------------------|---------|
@@ -9,8 +9,9 @@
 | `triton`    | noise contract, in one kernel (`triton_kernel.py`)               | GPU     |
 | `torch`     | torch's generators; another stream than that of the contract     | any     |
 
-The stream of `torch` is a function of (seed, sample, layer, block of 64 rows): a hash of these four seeds a new
-generator of the weight's device for each block. It differs from the contract, and between device types.
+The stream of `torch` is a function of (seed, sample, layer, block of 64 rows, first column): a hash of these five seeds
+a new generator of the weight's device for each block. It differs from the contract, and between device types, and a
+part of the columns does not have the noise that it has in the whole weight.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def perturb_weight(
     out: Tensor | None = None,  # (m, n)
     relative: float = 1.0,
     factors: ScaledFactors | None = None,
+    first_column: int = 0,
 ) -> Tensor:
-    """The perturbed weight ``W + relative * row_std[:, None] * z`` of a block of rows.
+    """The perturbed weight ``W + relative * row_std[:, None] * z`` of a block of rows, or of another part of a weight.
 
     The sum is computed in float32 (float64 for a float64 weight) and rounded once. The weight is only read.
 
@@ -77,6 +79,7 @@ def perturb_weight(
         relative: factor of `row_std`.
         factors: ``(B, A, s)`` with B (m, r) and A (r, n): first write ``||W_i + s (B A)_i||`` into `row_std`, in the
             same pass over W. Only if `makes_norms` returns True.
+        first_column: index of ``weight[:, 0]`` in the whole weight, with any backend but "triton" (not yet).
 
     Returns:
         `out`, or a new (m, n) contiguous tensor of `dtype`.
@@ -101,15 +104,18 @@ def perturb_weight(
         raise TypeError(f"factors must be a tuple (B, A, s) or None, got {shown(factors)}")
     backend = resolve_backend(backend, weight.device)
     if backend == "c":
-        native.perturb(weight, row_std, key, layer, out, relative=relative, first_row=first_row, factors=factors)
+        native.perturb(
+            weight, row_std, key, layer, out,
+            relative=relative, first_row=first_row, first_column=first_column, factors=factors,
+        )  # fmt: skip
         return out
     if factors is not None:
         raise ValueError(f"factors must be None for backend {backend!r} on {weight.device}: ask makes_norms first")
-    check_noise(weight, row_std, key, layer, out, first_row)
+    check_noise(weight, row_std, key, layer, out, first_row, first_column=first_column)
     if is_plain(weight) and is_plain(out):
         check_memory([("out", out)], [("weight", weight), ("row_std", row_std), ("key", key)])
     row_std = row_std if relative == 1 else row_std * number("relative", relative)
-    BACKENDS[backend](weight, row_std, key, layer, first_row, out)
+    BACKENDS[backend](weight, row_std, key, layer, first_row, first_column, out)
     return out
 
 
@@ -235,10 +241,12 @@ def _add(weight: Tensor, row_std: Tensor, z: Tensor) -> Tensor:
     return torch.addcmul(weight.to(wide), row_std[:, None].to(wide), z.to(wide))
 
 
-def _reference(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, out: Tensor) -> None:
+def _reference(
+    weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, first_column: int, out: Tensor
+) -> None:
     seed, sample = key.tolist()
     rows = torch.arange(first_row, first_row + weight.shape[0], dtype=torch.int64, device=weight.device)
-    out.copy_(_add(weight, row_std, philox.normals(seed, sample, layer, rows, weight.shape[1])))
+    out.copy_(_add(weight, row_std, philox.normals(seed, sample, layer, rows, weight.shape[1], first_column)))
 
 
 def _reference_rows(zero: Tensor, rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
@@ -246,17 +254,26 @@ def _reference_rows(zero: Tensor, rows: Tensor, row_std: Tensor, key: Tensor, la
     out.copy_(row_std[:, None] * philox.normals(seed, sample, layer, rows, out.shape[1]))
 
 
-def _c(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, out: Tensor) -> None:
-    native.perturb(weight, row_std, key, layer, out, first_row=first_row)
+def _c(
+    weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, first_column: int, out: Tensor
+) -> None:
+    native.perturb(weight, row_std, key, layer, out, first_row=first_row, first_column=first_column)
 
 
 def _c_rows(zero: Tensor, rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:
     native.perturb(zero, row_std, key, layer, out, rows=rows)
 
 
-def _triton(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, out: Tensor) -> None:
+def _triton(
+    weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, first_column: int, out: Tensor
+) -> None:
     from . import triton_kernel  # imports triton
 
+    if first_column:
+        raise ValueError(
+            f"first_column must be 0 for backend 'triton', got {first_column}: the kernel makes whole rows. Use "
+            "backend='reference', or backend='torch', whose noise of a part is not that of the whole weight"
+        )
     triton_kernel.perturb(weight, row_std, key, layer, out, first_row=first_row)
 
 
@@ -266,11 +283,13 @@ def _triton_rows(zero: Tensor, rows: Tensor, row_std: Tensor, key: Tensor, layer
     triton_kernel.perturb(zero, row_std, key, layer, out, rows=rows)
 
 
-def _torch(weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, out: Tensor) -> None:
+def _torch(
+    weight: Tensor, row_std: Tensor, key: Tensor, layer: int, first_row: int, first_column: int, out: Tensor
+) -> None:
     seed, sample = key.tolist()
     m, n = weight.shape
     for start in range(first_row - first_row % ROW_BLOCK, first_row + m, ROW_BLOCK):
-        z = _generator_normals(seed, sample, layer, start // ROW_BLOCK, n, weight.device)
+        z = _generator_normals(seed, sample, layer, start // ROW_BLOCK, n, weight.device, first_column)
         a, b = max(start, first_row), min(start + ROW_BLOCK, first_row + m)
         part = slice(a - first_row, b - first_row)
         out[part] = _add(weight[part], row_std[part], z[a - start : b - start])
@@ -285,15 +304,17 @@ def _torch_rows(zero: Tensor, rows: Tensor, row_std: Tensor, key: Tensor, layer:
         out[part] = (row_std[part, None] * z[rows[part] % ROW_BLOCK]).to(out.dtype)
 
 
-def _generator_normals(seed: int, sample: int, layer: int, block: int, n: int, device: torch.device) -> Tensor:
-    low, high, _, _ = philox.philox4x32(
-        (block, 0, layer & philox.WORD, sample & philox.WORD), (seed & philox.WORD, (seed >> 32) & philox.WORD)
-    )
+def _generator_normals(
+    seed: int, sample: int, layer: int, block: int, n: int, device: torch.device, first_column: int = 0
+) -> Tensor:
+    counter = (block, first_column & philox.WORD, layer & philox.WORD, sample & philox.WORD)
+    low, high, _, _ = philox.philox4x32(counter, (seed & philox.WORD, (seed >> 32) & philox.WORD))
     generator = torch.Generator(device=device).manual_seed((high << 32 | low) >> 1)
     return torch.empty(ROW_BLOCK, n, dtype=torch.float32, device=device).normal_(generator=generator)
 
 
-Perturb = Callable[[Tensor, Tensor, Tensor, int, int, Tensor], None]  # weight, row_std, key, layer, first_row, out
+# weight, row_std, key, layer, first_row, first_column, out
+Perturb = Callable[[Tensor, Tensor, Tensor, int, int, int, Tensor], None]
 PerturbRows = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor], None]  # zero, rows, row_std, key, layer, out
 BACKENDS: dict[str, Perturb] = {"reference": _reference, "torch": _torch, "c": _c, "triton": _triton}
 ROW_BACKENDS: dict[str, PerturbRows] = {

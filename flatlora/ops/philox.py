@@ -14,6 +14,8 @@ Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'
 Columns are assigned in tiles of 64, so that a vector unit of up to 16 lanes stores its results contiguously: column
 j = 64*tile + 16*q + lane takes z_q of column block 16*tile + lane.
 
+Rows and columns are those of the whole weight: a part of it, such as a shard, has that part of the noise.
+
 All backends that follow the contract produce the same words bit for bit and the same normals within 1e-5.
 """
 
@@ -63,37 +65,40 @@ def philox4x32(counter: Words4, key: tuple[Any, Any]) -> Words4:
     return c0, c1, c2, c3
 
 
-def words(seed: int, sample: int, layer: int, rows: Tensor, columns: int) -> Tensor:
+def words(seed: int, sample: int, layer: int, rows: Tensor, columns: int, first_column: int = 0) -> Tensor:
     """The random words from which the normals of the given rows are computed.
 
     Args:
         seed, sample, layer: of the noise stream; sample and layer are taken modulo 2^32.
         rows: (m,) int64, row indices of the whole weight.
         columns: n.
+        first_column: index of the first of these columns in the whole weight. The words are those of whole tiles.
 
     Returns:
-        (m, blocks, 4) int64 in [0, 2^32), blocks = 16 * ceil(n / 64).
+        (m, blocks, 4) int64 in [0, 2^32), blocks = 16 * (number of tiles that contain one of the columns).
     """
-    blocks = torch.arange(LANES * math.ceil(columns / TILE), dtype=torch.int64, device=rows.device)
+    first, last = first_column // TILE, math.ceil((first_column + columns) / TILE)
+    blocks = torch.arange(LANES * first, LANES * last, dtype=torch.int64, device=rows.device)
     counter = (blocks[None, :], rows[:, None].to(torch.int64) & WORD, layer & WORD, sample & WORD)
     key = (seed & WORD, (seed >> 32) & WORD)
     found = torch.broadcast_tensors(*philox4x32(counter, key))  # type: ignore[no-untyped-call]  # torch's
     return torch.stack(found, dim=-1)
 
 
-def normals(seed: int, sample: int, layer: int, rows: Tensor, columns: int) -> Tensor:
+def normals(seed: int, sample: int, layer: int, rows: Tensor, columns: int, first_column: int = 0) -> Tensor:
     """The standard normals of the given rows, computed in float64 by definition and rounded once.
 
     Args:
-        seed, sample, layer, rows, columns: see `words`.
+        seed, sample, layer, rows, columns, first_column: see `words`.
 
     Returns:
         (m, n) float32.
     """
-    bits = (words(seed, sample, layer, rows, columns) >> 8).to(torch.float64)
+    bits = (words(seed, sample, layer, rows, columns, first_column) >> 8).to(torch.float64)
     radius = torch.sqrt(-2 * torch.log((bits[..., 0::2] + 0.5) * 2.0**-24))  # (m, blocks, 2)
     angle = (2 * math.pi * 2.0**-24) * bits[..., 1::2]
     z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)  # (m, blocks, pair, cos/sin)
-    z = z.reshape(len(rows), math.ceil(columns / TILE), LANES, 4)
+    z = z.reshape(len(rows), bits.shape[1] // LANES, LANES, 4)
     tiles = z.transpose(2, 3)  # (m, tile, q, lane), the order of the columns
-    return tiles.flatten(1)[:, :columns].float().contiguous()
+    before = first_column % TILE  # columns of the first tile
+    return tiles.flatten(1)[:, before : before + columns].float().contiguous()

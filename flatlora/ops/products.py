@@ -36,12 +36,15 @@ class NoiseSettings(NamedTuple):
         dtype: of W + eps.
         backend: see `perturb_weight`.
         relative: factor of the standard deviations of the rows.
+        first_row, first_column: index of the weight's first element in the whole weight, of which it is a part.
     """
 
     layer: int
     dtype: torch.dtype
     backend: str
     relative: float = 1.0
+    first_row: int = 0
+    first_column: int = 0
 
 
 def perturbed_linear(
@@ -54,8 +57,10 @@ def perturbed_linear(
     *,
     backend: str = "auto",
     owner: int = 0,
+    first_row: int = 0,
+    first_column: int = 0,
 ) -> Tensor:
-    """``x (W + eps)^T + b`` with ``eps_ij = row_std_i * z(key, layer, i, j)``.
+    """``x (W + eps)^T + b`` with ``eps_ij = row_std_i * z(key, layer, first_row + i, first_column + j)``.
 
     Under autocast x and b are cast as in `F.linear`, and W + eps is rounded once, from the precision of W to the
     autocast dtype. The gradients are those of the expression with constant eps.
@@ -70,6 +75,8 @@ def perturbed_linear(
         backend: see `perturb_weight`.
         owner: number of the layer in `registry.LAYERS` whose `on_backward` is called when the backward of this product
             runs; 0 for none.
+        first_row, first_column: index of ``weight[0, 0]`` in the whole weight, of which `weight` is a part (a shard of
+            tensor parallelism). Only 0 in compiled code.
 
     Returns:
         (..., m).
@@ -85,10 +92,13 @@ def perturbed_linear(
         owner = integer("owner", owner, 0, MAX_LAYERS)
     x, bias, dtype = cast_inputs(x, bias, weight.dtype)
     if torch.compiler.is_compiling():  # a custom operator, whose overhead eager calls avoid
+        if first_row or first_column:
+            raise ValueError(f"first_row and first_column must be 0 in compiled code, got {(first_row, first_column)}")
         address = torch.tensor([owner, layer], dtype=torch.int64, device="cpu")
         out = torch.ops.flatlora.perturbed_linear(x, weight, bias, row_std, key, address, dtype, backend)
         return cast(Tensor, out)
-    return apply(_PerturbedLinear, x, weight, bias, row_std, key, NoiseSettings(layer, dtype, backend), owner)
+    settings = NoiseSettings(layer, dtype, backend, first_row=first_row, first_column=first_column)
+    return apply(_PerturbedLinear, x, weight, bias, row_std, key, settings, owner)
 
 
 class _PerturbedLinear(Function):
@@ -282,11 +292,12 @@ def perturbed_block(
     factors: ScaledFactors | None = None,
 ) -> Tensor:
     """W + eps of a block of rows, in the scratch buffer if there is one."""
-    layer, dtype, backend, relative = settings
+    layer, dtype, backend, relative, row, column = settings
     out = scratch(block.shape, dtype, block.device)
     return perturb_weight(
-        block, row_std, key, layer, first_row, dtype=dtype, backend=backend, out=out, relative=relative, factors=factors
-    )
+        block, row_std, key, layer, row + first_row,
+        dtype=dtype, backend=backend, out=out, relative=relative, factors=factors, first_column=column,
+    )  # fmt: skip
 
 
 def sum_parts(parts: Iterable[Tensor]) -> Tensor:

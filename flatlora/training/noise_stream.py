@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..ops.blocks import unwatched
 from ..ops.philox import mix_rank
 from ..utils.arguments import INT64, SEED, Checked, integer
 from ..utils.copying import PartlyCopied
-from .distributed import global_rank
+from .data_parallel import check_shares_noise, data_parallel_rank
 
 
 class NoiseStream(PartlyCopied):
@@ -26,7 +26,7 @@ class NoiseStream(PartlyCopied):
 
     sample: int = Checked(integer, 0, INT64)
     seed: int = Checked(integer, *SEED)
-    not_copied: ClassVar[frozenset[str]] = frozenset({"_key"})
+    not_copied: ClassVar[frozenset[str]] = frozenset({"_key", "mesh", "_checked"})
 
     def __init__(self, seed: int | None, resample: str, backend: str) -> None:
         self.seed = torch.initial_seed() if seed is None else seed
@@ -39,14 +39,26 @@ class NoiseStream(PartlyCopied):
 
     def _start(self) -> None:
         self._key: tuple[tuple[object, ...], Tensor] | None = None  # the last key; a key is never written again
+        self.mesh: Any = None  # device mesh of the model, see `data_parallel.mesh_of`
+        self._checked: Any = None  # a mesh whose processes share their noise
 
     @property
     def rank(self) -> int:
-        return global_rank() if self._rank is None else self._rank
+        return data_parallel_rank(self.mesh) if self._rank is None else self._rank
 
     @rank.setter
     def rank(self, value: int | None) -> None:
         self._rank = integer("rank", value, 0, 2**32 - 1, optional=True)
+
+    def check_shared(self, mesh: Any) -> None:
+        """Check that the processes of this mesh, over which a weight is split, have the same noise.
+
+        Raises:
+            RuntimeError: nothing says that they share a batch.
+        """
+        if self._rank is None and mesh is not self._checked:
+            check_shares_noise(self.mesh, mesh)
+            self._checked = mesh
 
     def mixed_seed(self) -> int:
         """The seed with the rank mixed in."""

@@ -30,6 +30,7 @@ from ..config import Settings
 from ..utils.arguments import INT64, integer
 from ..utils.copying import PartlyCopied
 from .checkpoint import check_state
+from .data_parallel import mesh_of
 from .diagnostics import Diagnostics
 from .distributed import calling_deepspeed, is_deepspeed, is_sharded
 from .forward_passes import ForwardPasses, entrances, listener_of
@@ -69,13 +70,14 @@ class Perturbation(PartlyCopied):
         steps: optimizer steps made.
         sample: index of the current noise sample.
         seed: 64-bit integer; default torch's initial seed, so that `set_seed` reproduces a run.
-        rank: data-parallel rank, which gives each process its own noise. Default: the rank in the default group, which
-            is right for DDP, FSDP and ZeRO. Set it where processes share a batch (context or sequence parallelism).
+        rank: data-parallel rank: processes with different batches have different noise, and processes that share a
+            batch (tensor, context, sequence parallelism) have the same. Default: see `training/data_parallel.py`. Set
+            it where processes share a batch and no device mesh says so.
         enabled: False switches the noise off.
         settings: the settings at construction.
     """
 
-    not_copied: ClassVar[frozenset[str]] = frozenset({"known_modules", "number", "_interval_start"})
+    not_copied: ClassVar[frozenset[str]] = frozenset({"known_modules", "number", "_interval_start", "_has_trained"})
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.settings = settings
@@ -97,6 +99,7 @@ class Perturbation(PartlyCopied):
         self.known_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have called a pass
         self.passes.report_to(self)
         self._interval_start = self._position()
+        self._has_trained = False  # a training pass has ended
         observe(self)
 
     @classmethod
@@ -189,6 +192,7 @@ class Perturbation(PartlyCopied):
 
     @property
     def rank(self) -> int:
+        self._find_mesh()
         return self.noise.rank
 
     @rank.setter
@@ -241,6 +245,7 @@ class Perturbation(PartlyCopied):
         """
         self.registry.bind(module)
         join_calling_parts(self)
+        self._find_mesh()
         engine = calling_deepspeed()
         if engine is None:
             if not self.leader.seen and not self.steps and self._needs_steps():
@@ -254,6 +259,7 @@ class Perturbation(PartlyCopied):
 
     def on_pass_end(self, layers: set[int], outputs: list[Tensor]) -> None:
         """A training pass ends: the numbers of the layers that ran, and the outputs that require a gradient."""
+        self._has_trained = True
         if self.enabled and self.rho > 0:
             self.diagnostics.note_bypassed(layers, outputs)
 
@@ -351,6 +357,11 @@ class Perturbation(PartlyCopied):
                 "own parameters, and here they are sharded or replaced (FSDP, DeepSpeed). Use DDP or one process, or "
                 "FlatLoraConfig, which needs none."
             )
+
+    def _find_mesh(self) -> None:
+        # weights are split before the first pass
+        if self.noise.mesh is None and not self._has_trained and self.model is not None:
+            self.noise.mesh = mesh_of(self.model)
 
     def _leads(self, optimizer: Optimizer) -> bool:
         known = self.leader.is_known(optimizer)

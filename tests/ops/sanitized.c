@@ -51,7 +51,7 @@ static void noise(int kernel) {
     float *b = factors ? memory(B, 4 * m * r, 4) : NULL, *a = factors ? memory(A, 4 * r * n, 4) : NULL;
     memset(o, 0xAB, o_count * size - (too_short == OUT ? size : 0));
     flatlora_perturb(below(8) || !factors ? o : NULL, o_type, o0, o1, w, w_type, w0, w1, norms, 0.1, key, below(1 << 30),
-                     index, below((int64_t)1 << 32), m, n, b, a, 0.5f, r, 1 + (int)below(4), kernel);
+                     index, below((int64_t)1 << 32), below(2) * below(500), m, n, b, a, 0.5f, r, 1 + (int)below(4), kernel);
 
     char *touched = calloc(o_count ? o_count : 1, 1);
     for (int64_t i = 0; i < m; i++)

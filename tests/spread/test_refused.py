@@ -1,12 +1,12 @@
 """What an engine cannot train raises an error that names it, and never trains without noise."""
 
-import os
 from contextlib import nullcontext
 
 import pytest
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from helpers import processes, tiny
+from helpers import tensor_parallel as split
 from helpers.engine_runs import step_with_whole_gradients
 from helpers.runs import flat_model, trainer
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,9 +15,16 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from flatlora import (
+    BarConfig,
+    BiLoraConfig,
+    EFMLoraConfig,
     FlatLoraCallback,
     FlatLoraConfig,
+    FMLoraConfig,
+    LoraSamConfig,
+    RwpConfig,
     get_flat_peft_model,
+    perturbation,
 )
 
 
@@ -27,28 +34,58 @@ def test_methods_that_need_whole_gradients_refuse_shards():
     processes.run(step_with_whole_gradients, ("fsdp2", "fsdp1", "fsdp1-flat"))
 
 
-def split(rank, folder):
-    mesh = init_device_mesh("cpu", (2,))
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    plan = {"tp_plan": "auto"}
-    if "tp_plan" in DistributedConfig.__dataclass_fields__:  # its name in newer versions of transformers
-        plan = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=2)}
-    by_transformers = LlamaForCausalLM.from_pretrained(folder, **plan)
+METHODS = (FMLoraConfig, EFMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig, RwpConfig)
+
+
+def refuse_split_weights(rank, folder):
+    split.environment(rank)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     by_torch = parallelize_module(tiny.base_model(), mesh, {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
-    for model in (by_transformers, by_torch):
-        with pytest.raises(ValueError, match="q_proj' .* its weight is split by tensor parallelism"):
-            get_flat_peft_model(model, FlatLoraConfig(**tiny.LORA))
+    with pytest.raises(ValueError, match="q_proj' .*split by tensor parallelism, and peft does not split the factors"):
+        get_flat_peft_model(by_torch, FlatLoraConfig(**tiny.LORA))
+
+    def base():
+        return LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+
+    for method in METHODS:
+        with pytest.raises(ValueError, match="q_proj' .*split by tensor parallelism, and .* needs .*FlatLoraConfig"):
+            get_flat_peft_model(base(), method(**tiny.LORA))
+    with pytest.raises(ValueError, match="use_dora must be False for the layer .*_proj'.*Use FSDP2, or plain LoRA"):
+        get_flat_peft_model(base(), FlatLoraConfig(use_dora=True, **tiny.LORA))
+    with pytest.warns(UserWarning, match="q_proj' .*trained without noise"):
+        warned = split.with_adapter(base(), RwpConfig(on_unsupported="warn", **tiny.LORA))
+    tiny.loss(warned).backward()
+    refuse_what_is_split_later(mesh)
+
+
+def refuse_what_is_split_later(mesh):
     later = tiny.flat_model()
     parallelize_module(later, mesh, {"base_model.model.model.layers.*.self_attn.q_proj.base_layer": ColwiseParallel()})
-    with pytest.raises(RuntimeError, match="split by tensor parallelism.*Use DDP"):
+    with pytest.raises(RuntimeError, match="split by its rows, and the factors .*not split with it.*lora_B.<adapter>"):
         tiny.loss(later)
+    for config, message in (
+        (LoraSamConfig(**tiny.LORA), "LoraSam needs whole factors"),
+        (RwpConfig(**tiny.LORA), "Rwp needs the norms of all rows"),
+        (FlatLoraConfig(use_dora=True, schedule="constant", **tiny.LORA), "DoraLinearVariant is supported whole only"),
+    ):
+        model = tiny.adapted(config)
+        parallelize_module(model, mesh, split.plan())
+        with pytest.raises(RuntimeError, match=f"split by tensor parallelism, and {message}"):
+            tiny.loss(model)
+    unnamed = init_device_mesh("cpu", (1, 2), mesh_dim_names=("x", "y"))
+    model = tiny.flat_model()
+    parallelize_module(model, unnamed["y"], split.plan())
+    with pytest.raises(RuntimeError, match=r"names \('y',\).*Name the dimension 'tp'"):
+        tiny.loss(model)
+    perturbation(model).rank = 0
+    tiny.loss(model).backward()
 
 
 @pytest.mark.slow
 @processes.patient
-def test_tensor_parallelism_is_refused(tmp_path):
+def test_what_cannot_be_split_is_refused(tmp_path):
     tiny.base_model().save_pretrained(tmp_path)
-    processes.run(split, str(tmp_path))
+    processes.run(refuse_split_weights, str(tmp_path))
 
 
 @pytest.mark.parametrize("version, kind", [(1, "FULL_STATE_DICT"), (1, "SHARDED_STATE_DICT"), (2, "FULL_STATE_DICT")])

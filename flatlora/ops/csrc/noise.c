@@ -49,7 +49,7 @@ typedef struct {
     void *norms;          /* (m,) double if W is double, else float */
     double relative;      /* std_i = relative norm_i */
     const int64_t *index; /* (m,) rows of the whole weight, or NULL: first_row, first_row + 1, ... */
-    int64_t first_row, m, n;
+    int64_t first_row, first_column, m, n; /* W is a part of the whole weight, from there on */
     stream s;
     const float *b, *a;   /* (m, r) and (r, n): write the row norms of W + s B A to norms. NULL: read norms */
     float scaling;        /* s */
@@ -209,7 +209,7 @@ static const struct {
 };
 
 /* Version of the functions below: increment it when their arguments change, here and in ../native.py. */
-EXPORT int flatlora_abi(void) { return 1; }
+EXPORT int flatlora_abi(void) { return 2; }
 
 /* Index of the best of KERNELS that this machine supports. */
 EXPORT int flatlora_best(void) {
@@ -302,13 +302,13 @@ static void start(team *t, int threads) {
  * contiguous rows. If out is NULL, only the norms. Strides are in elements; key: (2,) seed and sample. */
 EXPORT void flatlora_perturb(void *out, int out_type, int64_t o0, int64_t o1, const void *weight, int weight_type,
                              int64_t w0, int64_t w1, void *norms, double relative, const int64_t *key, int64_t layer,
-                             const int64_t *index, int64_t first_row, int64_t m, int64_t n, const float *b, const float *a,
-                             float scaling, int64_t r, int threads, int kernel) {
+                             const int64_t *index, int64_t first_row, int64_t first_column, int64_t m, int64_t n,
+                             const float *b, const float *a, float scaling, int64_t r, int threads, int kernel) {
     static const int64_t none[2];
     int64_t o = SIZE[out_type], w = SIZE[weight_type];
     if (!key) key = none;
-    job j = {out, weight, o0 * o, o1 * o, w0 * w, w1 * w, out_type, weight_type, norms, relative, index, first_row, m, n,
-             {{(uint32_t)key[0], (uint32_t)((uint64_t)key[0] >> 32)}, (uint32_t)layer, (uint32_t)key[1]},
+    job j = {out, weight, o0 * o, o1 * o, w0 * w, w1 * w, out_type, weight_type, norms, relative, index, first_row,
+             first_column, m, n, {{(uint32_t)key[0], (uint32_t)((uint64_t)key[0] >> 32)}, (uint32_t)layer, (uint32_t)key[1]},
              b, a, scaling, r, kernel};
     team t = {perturb, &j, m, 0, 0};
     start(&t, threads);

@@ -200,36 +200,40 @@ static inline TARGET void NAME(add)(
 
 /* Rows begin ... end - 1 of the job, in blocks of rows x COLUMNS. If the rows are contiguous, a block is a part of one row,
  * read and written in place. Otherwise a block has PANEL rows and is copied through buffers, so that each cache line of a
- * column is fetched once; blocks proceed along the columns, so that each page is fetched once. */
+ * column is fetched once; blocks proceed along the columns, so that each page is fetched once. Blocks begin at tiles of the
+ * whole weight: if W begins inside a tile, the first block has some columns before those of W, which are not accessed. */
 static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
     enum { COLUMNS = SPAN / LANES * TILE };
     ALIGNED char weight_buffer[PANEL * COLUMNS * 8], out_buffer[PANEL * COLUMNS * 8];
     int64_t w_size = SIZE[j->w_type], o_size = SIZE[j->o_type];
     int w_apart = j->w1 != w_size, o_apart = j->o1 != o_size;
     int down = (w_apart && j->w1 != 0) || o_apart, height = down ? PANEL : 1;
-    int64_t high = (end - begin + height - 1) / height, wide = (j->n + COLUMNS - 1) / COLUMNS;
+    int64_t before = j->first_column % TILE; /* columns of the first tile before those of W */
+    int64_t high = (end - begin + height - 1) / height, wide = (before + j->n + COLUMNS - 1) / COLUMNS;
     for (int64_t outer = 0; outer < (down ? wide : high); outer++) {
         for (int64_t inner = 0; inner < (down ? high : wide); inner++) {
-            int64_t i0 = begin + (down ? inner : outer) * height, j0 = (down ? outer : inner) * COLUMNS;
+            int64_t i0 = begin + (down ? inner : outer) * height, j0 = (down ? outer : inner) * COLUMNS - before;
             int rows = end - i0 < height ? (int)(end - i0) : height;
-            int columns = j->n - j0 < COLUMNS ? (int)(j->n - j0) : COLUMNS;
-            const char *w = j->weight + i0 * j->w0 + j0 * j->w1;
-            char *o = j->out + i0 * j->o0 + j0 * j->o1;
-            int w_copy = w_apart || columns < COLUMNS, o_copy = o_apart || columns < COLUMNS;
-            if (w_copy) copy(weight_buffer, COLUMNS * w_size, w_size, w, j->w0, j->w1, rows, columns, w_size);
+            int skip = j0 < 0 ? (int)-j0 : 0, columns = j->n - j0 < COLUMNS ? (int)(j->n - j0) : COLUMNS;
+            const char *w = j->weight + i0 * j->w0 + (j0 + skip) * j->w1;
+            char *o = j->out + i0 * j->o0 + (j0 + skip) * j->o1;
+            int partial = columns - skip < COLUMNS, w_copy = w_apart || partial, o_copy = o_apart || partial;
+            if (w_copy)
+                copy(weight_buffer + skip * w_size, COLUMNS * w_size, w_size, w, j->w0, j->w1, rows, columns - skip, w_size);
             for (int i = 0; i < rows; i++) {
                 const char *from = w_copy ? weight_buffer + i * COLUMNS * w_size : w + i * j->w0;
                 char *to = o_copy ? out_buffer + i * COLUMNS * o_size : o + i * j->o0;
                 ALIGNED uint32_t words[4][SPAN];
                 ALIGNED float z[TILE];
                 double std = std_of(j, i0 + i);
-                NAME(philox)(words, (uint32_t)(j0 / TILE * LANES), row_of(j, i0 + i), &j->s);
+                NAME(philox)(words, (uint32_t)((j->first_column + j0) / TILE * LANES), row_of(j, i0 + i), &j->s);
                 for (int t = 0; t * TILE < columns; t++) {
                     NAME(box_muller)(z, words, t * LANES);
                     NAME(add)(to + t * TILE * o_size, j->o_type, from + t * TILE * w_size, j->w_type, std, z);
                 }
             }
-            if (o_copy) copy(o, j->o0, j->o1, out_buffer, COLUMNS * o_size, o_size, rows, columns, o_size);
+            if (o_copy)
+                copy(o, j->o0, j->o1, out_buffer + skip * o_size, COLUMNS * o_size, o_size, rows, columns - skip, o_size);
         }
     }
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .merged import MergedLayer
 from .module_weights import AppliedFunction, attributes, refuse_fsdp1
+from .peft_versions import adapted_dimensions
 from .weights import LayerWeights
 
 
@@ -37,7 +38,7 @@ class ExpertsLayer(MergedLayer):
         refuse_fsdp1("An expert parameter", factors, "Use FSDP2 or ZeRO-3.")
         wrapper: Any = self
         base: Any = self.get_base_layer()
-        transposed = wrapper._param_ndim == 3 and not wrapper._did_swap_in_out_features
+        transposed = adapted_dimensions(wrapper) == 3 and not wrapper._did_swap_in_out_features
         key, _ = self.perturbation.draw(wrapper.get_param().device)
 
         @contextmanager

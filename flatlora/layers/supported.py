@@ -14,6 +14,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear  # x W^T + b
 from transformers.pytorch_utils import Conv1D
 
 from ..training.distributed import is_dtensor
+from .peft_versions import variants_by_name
 
 # They add B A x to the base product, or something that tends to it. DoRA also rescales, see `additive.py`.
 VARIANTS = (
@@ -23,12 +24,12 @@ VARIANTS = (
     variants.DoraConv1dVariant,
     variants.DoraConv2dVariant,
     variants.DoraConv3dVariant,
-    variants.KasaLinearVariant,
     variants.MiCAEmbeddingVariant,
     variants.MiCALinearVariant,
     variants.MontecloraLinearVariant,  # its noise in A has mean zero and does not enter the row norms
     variants.QALoraLinearVariant,
     variants.VeloraLinearVariant,
+    *variants_by_name("KasaLinearVariant"),
 )
 LAYERS_OF_PEFT = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, SVDLinear, SVDConv2d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -14,7 +14,6 @@ from transformers.models.falcon.modeling_falcon import FalconLinear  # x W^T + b
 from transformers.pytorch_utils import Conv1D
 
 from ..training.distributed import is_dtensor
-from .peft_versions import variants_by_name
 
 # They add B A x to the base product, or something that tends to it. DoRA also rescales, see `additive.py`.
 VARIANTS = (
@@ -29,7 +28,7 @@ VARIANTS = (
     variants.MontecloraLinearVariant,  # its noise in A has mean zero and does not enter the row norms
     variants.QALoraLinearVariant,
     variants.VeloraLinearVariant,
-    *variants_by_name("KasaLinearVariant"),
+    *(getattr(variants, name) for name in ("KasaLinearVariant",) if hasattr(variants, name)),  # not in peft 0.20
 )
 LAYERS_OF_PEFT = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, SVDLinear, SVDConv2d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

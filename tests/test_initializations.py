@@ -3,11 +3,11 @@
 import peft
 import pytest
 import torch
-from helpers import tiny
+from helpers import tiny, versions
 from helpers.dense import assert_dense
 from helpers.internals import row_norms
 from peft import EvaConfig, LoftQConfig, LoraConfig, initialize_lora_eva_weights
-from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -40,7 +40,7 @@ SHAPED = {
 OPTIMIZERS = {
     "lora+": lambda model: create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4),
     "lora-fa": lambda model: create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2),
-    "riemannian": lambda model: create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2),
+    **versions.riemannian(),
 }
 
 

@@ -4,11 +4,11 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import versions
 from helpers.internals import row_norms
 from helpers.layer_cases import SEED, Holder
 from helpers.noise import epsilon
 from peft.tuners.lora import BdLoraConfig, MontecloraConfig, VeloraConfig
-from peft.tuners.lora.config import KasaConfig
 from torch import nn
 
 from flatlora import EFMLoraConfig, FlatLoraConfig, get_flat_peft_model, unperturbed
@@ -19,7 +19,7 @@ VARIANTS = {
     "velora": {"velora_config": VeloraConfig(num_groups=2)},
     "bdlora-a": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["layer"], nblocks=2)},
     "bdlora-b": {"use_bdlora": BdLoraConfig(target_modules_bd_b=["layer"], nblocks=2)},
-    "kasa": {"kasa_config": KasaConfig()},
+    **versions.kasa(),
     "monteclora": {"monteclora_config": MontecloraConfig()},
     "mica": {"init_lora_weights": "mica"},
 }

@@ -11,6 +11,7 @@ OPTIONAL = (
     "bitsandbytes", "curvlinops", "datasets", "deepspeed", "diffusers", "hqq", "lightning", "liger_kernel",
     "matplotlib", "scipy", "sentence_transformers", "tensorboard", "torchao", "triton", "trl",
 )  # fmt: skip
+HIDDEN = (*OPTIONAL, "sklearn")  # it needs scipy, and transformers 5.6 imports it if it is there
 
 
 class WithoutOptional:
@@ -20,7 +21,7 @@ class WithoutOptional:
         self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in OPTIONAL:
+        if name.partition(".")[0] in HIDDEN:
             return None
         return self.finder.find_spec(name, path, target)
 
@@ -29,7 +30,7 @@ class WithoutOptional:
 
 
 def hide():
-    found = [name for name in OPTIONAL if name in sys.modules]
+    found = [name for name in HIDDEN if name in sys.modules]
     if found:
         raise RuntimeError(f"imported before they could be hidden: {found}")
     sys.meta_path[:] = [WithoutOptional(finder) for finder in sys.meta_path]

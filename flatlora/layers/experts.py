@@ -37,8 +37,10 @@ class ExpertsLayer(MergedLayer):
         refuse_fsdp1("An expert parameter", factors, "Use FSDP2 or ZeRO-3.")
         wrapper: Any = self
         base: Any = self.get_base_layer()
-        transposed = wrapper._param_ndim == 3 and not wrapper._did_swap_in_out_features
-        key, _ = self.perturbation.draw(wrapper.get_param().device)
+        parameter = wrapper.get_param()
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 may not have gathered it yet
+        transposed = len(shape) == 3 and not wrapper._did_swap_in_out_features
+        key, _ = self.perturbation.draw(parameter.device)
 
         @contextmanager
         def activate(active_adapters: list[str]) -> Iterator[None]:

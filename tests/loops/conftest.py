@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedModel
 
 from flatlora.ops import products
@@ -46,9 +47,12 @@ class Pass:
 
 @pytest.fixture
 def passes(monkeypatch):
-    """passes(model): a list that grows with each pass of a transformers model (or of the given kind) inside."""
+    """passes(model): a list that grows with each pass of a transformers model (or of the given kind) inside.
 
-    def watch(model, kind=PreTrainedModel):
+    peft 0.20 calls the `forward` of its model, whose hooks do not run then, so a pass begins at its tuner.
+    """
+
+    def watch(model, kind=(PreTrainedModel, BaseTuner)):
         seen, entered = [], []
         perturb = products.perturb_weight
 

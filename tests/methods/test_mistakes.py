@@ -4,8 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers import tiny, twin
-from peft.tuners.lora.config import KasaConfig
+from helpers import tiny, twin, versions
 from torch import nn
 from transformers import TrainerState
 
@@ -40,7 +39,7 @@ IN_THE_ADAPTER = {RwpConfig: {"space": "adapter"}}
 UNDEFINED = [
     *[(kind, "linear", {"use_dora": True}, "not defined for DoRA") for kind in (*FACTOR_METHODS, RwpConfig)],
     *[(kind, "embedding", {}, "not defined for embeddings") for kind in (*FACTOR_METHODS, RwpConfig)],
-    *[(kind, "linear", {"kasa_config": KasaConfig()}, "not defined for Kasa") for kind in FACTOR_METHODS],
+    *[(kind, "linear", kasa, "not defined for Kasa") for kasa in versions.kasa().values() for kind in FACTOR_METHODS],
     (BiLoraConfig, "convolution", {}, "not defined for convolutions"),
     *[(kind, "grouped", {}, "not defined for a convolution with 2 groups") for kind in (FMLoraConfig, EFMLoraConfig)],
 ]

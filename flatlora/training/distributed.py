@@ -25,6 +25,21 @@ def is_sharded(parameter: Tensor) -> bool:
     return is_dtensor(parameter) or hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened")
 
 
+def is_zero(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO keeps the value that its optimizer updates elsewhere, divided among the processes."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def is_divided(parameter: Tensor) -> bool:
+    """Whether this process updates only a part of a parameter (FSDP, ZeRO)."""
+    return is_sharded(parameter) or is_zero(parameter)
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter in one process. ZeRO-3 leaves nothing of it in place."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def name_without_fsdp1(name: str) -> str:
     """The name of a module without the names of FSDP1's wrappers."""
     return name.replace(f"{FSDP1_MODULE}.", "")

@@ -217,12 +217,13 @@ def ascent(model: nn.Module) -> AbstractContextManager[None]:
     Raises:
         ValueError: the model has no flat layer.
         TypeError: its method makes one pass.
-        RuntimeError: there was no backward inside.
+        RuntimeError: there was no backward inside, or FSDP1 divides the adapter.
     """
     state = perturbation(model)
     method = state.settings.method
     if not isinstance(method, TwoPass):
         raise TypeError(f"ascent is for methods with two passes, and {type(method).__name__} has one")
+    state.check_readable()
     return first_pass(model, state, method)
 
 

@@ -22,7 +22,12 @@ def global_rank() -> int:
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether this process holds only a part of a parameter between forwards (FSDP, ZeRO-3, tensor parallelism)."""
-    return is_dtensor(parameter) or hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened")
+    return is_dtensor(parameter) or hasattr(parameter, "ds_id") or is_fsdp1(parameter)
+
+
+def is_fsdp1(parameter: Tensor | None) -> bool:
+    """Whether this is a part of FSDP1's flattened parameters."""
+    return hasattr(parameter, "_fsdp_flattened")
 
 
 def is_zero(parameter: Tensor) -> bool:

@@ -88,6 +88,11 @@ def overflowed(optimizer: Optimizer) -> bool:
     return found is not None and bool(found.item())
 
 
+def creates_state(optimizer: Optimizer) -> bool:
+    """Whether no parameter can change in this step: torch.distributed.checkpoint makes one to create the state."""
+    return all(group.get("lr", 1) == 0 for group in optimizer.param_groups)
+
+
 class LeadingOptimizer(PartlyCopied):
     """The optimizer whose steps count, among those that hold adapter parameters.
 

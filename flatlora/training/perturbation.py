@@ -43,6 +43,7 @@ from .optimizer_steps import (
     LeadingOptimizer,
     NoisePosition,
     RunPosition,
+    creates_state,
     ignore,
     observe,
     overflowed,
@@ -289,20 +290,22 @@ class Perturbation(PartlyCopied):
             if active:
                 self.diagnostics.check_single_optimizer(method, optimizer)
             return
-        if self.leader.prepared or overflowed(optimizer):
+        if self.leader.prepared or overflowed(optimizer) or self._only_creates_state(optimizer):
             return
         self.leader.prepared = True
         if active and self.enabled:
             self.diagnostics.check_layers_run()
             self.diagnostics.check_train_mode()
         if active and method.uses_gradients:
+            self.check_readable()
             self.schedule.warn_of_unknown_length()
         method.before_step(self, optimizer)
 
     def on_step_end(self, optimizer: Optimizer) -> None:
         """Count the step, if it is one of the adapter's optimizer."""
         nested = self.leader.is_nested(optimizer, self.steps)
-        if self.schedule.counter.engine is not None or nested or overflowed(optimizer):
+        counted = self.schedule.counter.engine is not None or nested
+        if counted or overflowed(optimizer) or self._only_creates_state(optimizer):
             return
         if not self._leads(optimizer):
             self.leader.note_other(optimizer)
@@ -361,6 +364,14 @@ class Perturbation(PartlyCopied):
         self._on_steps_changed()
         self._begin_interval()
 
+    def check_readable(self) -> None:
+        """Check that the method can read the factors and their gradients.
+
+        Raises:
+            RuntimeError: FSDP1 divides them.
+        """
+        self.whole.check(self.registry.first_factor(), type(self.settings.method).__name__)
+
     def _leads(self, optimizer: Optimizer) -> bool:
         known = self.leader.is_known(optimizer)
         trained = self.diagnostics.has_trained()
@@ -368,6 +379,9 @@ class Perturbation(PartlyCopied):
         if leads and not known:
             watch_rollbacks(self, optimizer)
         return leads
+
+    def _only_creates_state(self, optimizer: Optimizer) -> bool:
+        return not self.diagnostics.has_trained() and creates_state(optimizer)
 
     def _is_stepping(self) -> bool:
         """Whether an optimizer of the adapter has begun a step."""

@@ -6,6 +6,10 @@
 | FSDP2, HSDP      | `full_tensor()`                | `full_tensor()` of `.grad`                | the own shard      |
 | ZeRO 1, 2, 3     | `safe_get_full_fp32_param`     | `safe_get_full_grad`, before engine.step  | the own partition  |
 
+FSDP1 keeps slices of flattened parameters. Neither their place nor the whole shape can be seen from a slice, and torch
+makes a parameter whole (`summon_full_params`) only together with the others of its unit, W among them. So these methods
+refuse it.
+
 The values are those that the optimizer updates: float32 where the forward runs in half precision (MixedPrecisionPolicy,
 ZeRO with bf16). The factors are O(r (m + n)); the frozen weights are never gathered here.
 """
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .distributed import is_divided, is_dtensor, is_zero, whole_shape
+from .distributed import is_divided, is_dtensor, is_fsdp1, is_zero, whole_shape
 
 
 class WholeParameters:
@@ -33,6 +37,19 @@ class WholeParameters:
     def __init__(self) -> None:
         self._held: dict[nn.Parameter, Tensor] | None = None
         self._groups: list[dict[str, Any]] | None = None
+
+    def check(self, parameter: Tensor | None, method: str) -> None:
+        """Check that parameters like this one can be read.
+
+        Raises:
+            RuntimeError: FSDP1 divides them.
+        """
+        if is_fsdp1(parameter):
+            raise RuntimeError(
+                f"{method} needs whole factors and gradients at the optimizer's step, and FSDP1 keeps slices of "
+                "flattened parameters. Use FSDP2 (fully_shard, fsdp_version: 2), DeepSpeed ZeRO, DDP or one process, "
+                "or FlatLoraConfig, which needs none."
+            )
 
     @contextmanager
     def hold(

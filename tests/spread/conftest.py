@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import launch_tests, processes, tiny
+from helpers import launch_tests, method_runs, processes, tiny
 from helpers.engine_runs import names_of, record
 from helpers.engines import ENGINES
 
@@ -13,6 +13,14 @@ def ranks(request, engine, tmp_path_factory):
     folder, count = tmp_path_factory.mktemp(engine), ENGINES[engine].processes
     processes.run(record, engine, names_of(engine, request.cls.four_bit), str(folder), processes=count)
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+@pytest.fixture(scope="class", name="method_runs")
+def folder_of_method_runs(engine, tmp_path_factory):
+    """The folder where the processes of one engine saved their runs with the methods that use gradients."""
+    folder = tmp_path_factory.mktemp(engine)
+    processes.run(method_runs.record, engine, str(folder), processes=ENGINES[engine].processes)
+    return folder
 
 
 @pytest.fixture(scope="class")

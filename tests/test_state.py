@@ -12,7 +12,6 @@ from helpers import tiny
 from helpers.internals import row_norms
 
 from flatlora import (
-    EFMLoraConfig,
     FlatLoraConfig,
     attach,
     get_flat_peft_model,
@@ -139,9 +138,6 @@ def test_a_deepspeed_engine_counts_from_where_the_model_was(monkeypatch):
         tiny.loss(engine)
         assert state.steps == state.sample == 1 + made - skipped
         assert state.progress == (1 + made - skipped) / 10
-    model = tiny.adapted(EFMLoraConfig(rho=0.1, schedule="constant", **tiny.LORA))
-    with pytest.raises(RuntimeError, match="EFMLora needs whole gradients at the optimizer's step"):
-        tiny.loss(Engine(model))
 
 
 def test_an_unknown_length_runs_at_full_strength_and_says_so_once():

@@ -52,9 +52,7 @@ class WholeParameters:
             )
 
     @contextmanager
-    def hold(
-        self, gradients: dict[nn.Parameter, Tensor], groups: list[dict[str, Any]] | None = None
-    ) -> Iterator[None]:
+    def hold(self, gradients: dict[nn.Parameter, Tensor], groups: list[dict[str, Any]] | None = None) -> Iterator[None]:
         """Inside, these are the whole gradients of all parameters, and the parameter groups of the optimizer."""
         self._held, self._groups = gradients, groups
         try:
@@ -119,7 +117,7 @@ class WholeParameters:
             for group in groups:
                 torch.distributed.all_reduce(flat, group=group)
                 flat /= torch.distributed.get_world_size(group)
-            *means, count = flat.split([*(t.numel() for t in same), len(same)])
+            *means, count = torch.split(flat, [*(t.numel() for t in same), len(same)])
             for tensor, mean, some in zip(same, means, count.tolist(), strict=True):
                 tensor.grad = mean.view_as(tensor).clone() if some else None
 

@@ -21,6 +21,7 @@ KINDS = {
     "bilora": (BiLoraConfig, {}),
 }
 
+
 def make(name, lora=tiny.LORA, **more):
     kind, settings = KINDS[name]
     return tiny.adapted(kind(rho=0.3, total_steps=STEPS, **settings, **more, **lora))

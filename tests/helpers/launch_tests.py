@@ -56,21 +56,21 @@ def launch(launcher, engine, jobs, folder):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def run_and_resume(launcher, engine, base, folder):
+def run_and_resume(launcher, engine, base, folder, method):
     """Folders of a whole run, and of a run resumed in the middle of it."""
-    common = ["--model", base, "--rho", str(RHO), *["--trainer"] * (launcher == "torchrun")]
+    common = ["--model", base, "--method", method, "--rho", str(RHO), *["--trainer"] * (launcher == "torchrun")]
     whole, resumed = folder / "whole", folder / "resumed"
     again = ["--resume", str(whole / f"checkpoint-{HALF}")]
     launch(launcher, engine, [[*common, "--out", str(whole)], [*common, *again, "--out", str(resumed)]], folder)
     return whole, resumed
 
 
-def train_alone(base):
+def train_alone(base, method):
     """Losses and adapter of the same training in one process."""
     specification = importlib.util.spec_from_file_location("distributed_train", EXAMPLES / "train.py")
     example = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(example)
-    args = example.parse(["--model", base, "--rho", str(RHO)])
+    args = example.parse(["--model", base, "--method", method, "--rho", str(RHO)])
 
     def make():
         set_seed(0)
@@ -108,6 +108,7 @@ class LaunchTests:
 
     pytestmark = [processes.patient, pytest.mark.slow]
     engines = ()
+    method = "FlatLoraConfig"
 
     def pytest_generate_tests(self, metafunc):
         if "engine" in metafunc.fixturenames:

@@ -32,12 +32,12 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="class")
-def runs(launcher, engine, base, tmp_path_factory):
+def runs(request, launcher, engine, base, tmp_path_factory):
     """Folders of a whole run, and of a run resumed in the middle of it."""
-    return launch_tests.run_and_resume(launcher, engine, base, tmp_path_factory.mktemp(engine))
+    return launch_tests.run_and_resume(launcher, engine, base, tmp_path_factory.mktemp(engine), request.cls.method)
 
 
 @pytest.fixture(scope="class")
-def expected(base):
+def expected(request, base):
     """Losses and adapter of the same training in one process."""
-    return launch_tests.train_alone(base)
+    return launch_tests.train_alone(base, request.cls.method)

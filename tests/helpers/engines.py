@@ -4,7 +4,7 @@ import torch
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.engine_models import KINDS
@@ -19,6 +19,8 @@ class Run:
     kinds = ()  # names of models in engine_models.py
     micro_batches = 1  # of an optimizer step
     largest_norm = 1e9  # of the gradients
+    half = False  # forward and backward in bfloat16, and the optimizer in float32
+    offload = False  # the optimizer's values on the CPU
 
     def __init__(self, model):
         self.module = model
@@ -76,8 +78,12 @@ class FSDP2(Run):
     def spread(self, model):
         mesh, decoder_layers = self.mesh(), model.get_base_model()._no_split_modules
         for layer in [module for module in model.modules() if type(module).__name__ in decoder_layers]:
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=self.precision())
+        return fully_shard(model, mesh=mesh, mp_policy=self.precision())
+
+    def precision(self):
+        half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if self.half else {}
+        return MixedPrecisionPolicy(**half)
 
     def mesh(self):
         return None  # all processes
@@ -159,11 +165,14 @@ class Zero2(Run):
         config = {
             "train_micro_batch_size_per_gpu": 2,
             "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+            "bf16": {"enabled": self.half},
             "gradient_accumulation_steps": self.micro_batches,
             "gradient_clipping": self.largest_norm,  # the default is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+        if self.offload:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         self.module = model
         optimizer = torch.optim.SGD(self.trainable_of(model), lr=LEARNING_RATE, momentum=0.9)
         self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

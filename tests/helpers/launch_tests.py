@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 from transformers import set_seed
 
+from flatlora import ascent, perturbation
 from helpers import processes, tiny
 from helpers.engine_runs import STEPS, train_together
 
@@ -76,7 +77,7 @@ def train_alone(base, method):
         set_seed(0)
         return example.make_model(args).train()
 
-    models = [make(), make()]
+    models = [make(), make()] if method == "FlatLoraConfig" else [make()]
     rows = example.make_rows(args, models[0], 2 * STEPS * args.batch_size)
     optimizers = [torch.optim.AdamW(tiny.trainable(model), lr=args.lr) for model in models]
 
@@ -84,7 +85,18 @@ def train_alone(base, method):
         first = (2 * step + rank) * args.batch_size
         return model(**default_collate(rows[first : first + args.batch_size])).loss
 
-    losses = train_together(models, optimizers, loss)
+    def mean_loss(model, step, rank):
+        """Of both processes' batches, for a method without noise."""
+
+        def compute():
+            return (loss(model, step, 0) + loss(model, step, 1)) / 2
+
+        if perturbation(model).settings.method.passes == 2:
+            with ascent(model):
+                compute().backward()
+        return compute()
+
+    losses = train_together(models, optimizers, loss if len(models) == 2 else mean_loss)
     return losses, {name: p.detach() for name, p in models[0].named_parameters() if p.requires_grad}
 
 

@@ -8,10 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora import BarConfig, BiLoraConfig, EFMLoraConfig, FMLoraConfig, LoraSamConfig, ascent, perturbation
+from flatlora.ops.ascent import full_weight_ascent
 from helpers import tiny
 from helpers.engines import ENGINES, LEARNING_RATE
 
-STEPS, MICRO_BATCHES, LARGEST_NORM = 10, 2, 0.5
+STEPS, ACCUMULATED = 10, 3  # optimizer steps of a run, and of one that accumulates gradients
+MICRO_BATCHES, LARGEST_NORM = 2, 0.5
 KINDS = {
     "efmlora": (EFMLoraConfig, {}),
     "fmlora": (FMLoraConfig, {}),
@@ -55,15 +57,14 @@ def record(rank, engine, folder):
     """Train with each method. What the tests look at is saved."""
     os.environ["LOCAL_RANK"] = str(rank)
     for name in KINDS:
-        found = {kind: train(rank, engine, name, accumulate=kind == "accumulated") for kind in ("plain", "accumulated")}
-        found["resumed"] = resume(rank, engine, name, f"{folder}/checkpoint-{name}")
+        plain, resumed = train_and_resume(rank, engine, name, f"{folder}/checkpoint-{name}")
+        run = engine_of(engine, accumulate=True)(make(name))
+        found = {"plain": plain, "resumed": resumed, "accumulated": train(rank, run, 0, ACCUMULATED)}
         found["communicated"] = communicate(rank, engine, name)
         torch.save(found, f"{folder}/{name}-{rank}")
 
 
-def train(rank, engine, name, accumulate=False, first=0, last=STEPS, run=None):
-    run = run or engine_of(engine, accumulate)(make(name))
-
+def train(rank, run, first, last):
     def loss(model, step, place):
         return tiny.loss(model, seed=seed(step, place, rank, run.processes))
 
@@ -74,18 +75,18 @@ def train(rank, engine, name, accumulate=False, first=0, last=STEPS, run=None):
     return {"after": run.whole(), "offsets": offsets, "steps": perturbation(run.module).steps}
 
 
-def resume(rank, engine, name, folder):
-    """A run that is saved in its middle, and continued by another model."""
+def train_and_resume(rank, engine, name, folder):
+    """A run that is saved in its middle, and another model that continues it from there."""
     Path(folder).mkdir(exist_ok=True)
     half = STEPS // 2
-    first = ENGINES[engine](make(name))
-    train(rank, engine, name, last=half, run=first)
+    first, second = (ENGINES[engine](make(name)) for _ in range(2))
+    begun = train(rank, first, 0, half)
     first.save(folder)
     torch.save(perturbation(first.module).state_dict(), f"{folder}/state-{rank}")
-    second = ENGINES[engine](make(name))
+    whole = train(rank, first, half, STEPS)
     second.load(folder)
     perturbation(second.module).load_state_dict(torch.load(f"{folder}/state-{rank}"))
-    return train(rank, engine, name, first=half, run=second)
+    return {**whole, "offsets": begun["offsets"] + whole["offsets"]}, train(rank, second, half, STEPS)
 
 
 class Communicated(TorchDispatchMode):
@@ -123,18 +124,67 @@ def communicate(rank, engine, name):
     return {"sizes": seen.sizes, "weight": min(weights), "adapter": sum(p.numel() for p in tiny.trainable(whole))}
 
 
+def step_in_half(rank, engine, read):
+    """The offset of EFMLoRA comes from float32 values and gradients. `read` returns those of a parameter."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    model = make("efmlora")
+    run = type(engine, (ENGINES[engine],), {"half": True})(model)
+    for step in range(2):
+        run.backward(tiny.loss(run.model, seed=seed(step, 0, rank, run.processes)))
+        expected = {name: offset_of(layer, read) for name, layer in perturbation(model).flat_layers()}
+        before, state = perturbation(model).tensors(), perturbation(model)
+        scale, beta = state.rho * state.ramp, state.settings.method.beta
+        run.update()
+        found = perturbation(model).tensors()
+        assert len(found) == len(expected) > 0
+        for name, make_offset in expected.items():
+            key = f"{name}.lora_B.default"
+            E = make_offset(before.get(key), scale, beta)
+            assert found[key].dtype == torch.float32 and found[key].abs().max() > 0
+            torch.testing.assert_close(found[key], E, rtol=1e-4, atol=1e-7)
+
+
+def offset_of(layer, read):
+    (A, grad_A), (B, grad_B) = (read(getattr(layer, factor)["default"].weight) for factor in ("lora_A", "lora_B"))
+    assert {t.dtype for t in (A, B, grad_A, grad_B)} == {torch.float32}
+
+    def make_offset(before, rho, beta):
+        here = B if before is None else B + before
+        E = full_weight_ascent(A, here, grad_A, grad_B, scaling=layer.scaling["default"], rho=rho)
+        return E if before is None else torch.lerp(before, E, beta)
+
+    return make_offset
+
+
+def skip_a_step(rank, engine):
+    """A step that DeepSpeed skips changes nothing, and is not counted."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    for name in ("efmlora", "obar", "bilora"):
+        model = make(name)
+        run, state = ENGINES[engine](model), perturbation(model)
+        run.step(tiny.loss(run.model, seed=rank))
+        before = run.whole(), {key: t.clone() for key, t in state.tensors().items()}, state.steps
+        run.step(tiny.loss(run.model, seed=rank) * float("inf"))
+        after = run.whole(), state.tensors(), state.steps
+        assert before[2] == after[2] == 1 and run.model.skipped_steps == 1
+        for kept, found in zip(before[:2], after[:2], strict=True):
+            assert kept.keys() == found.keys() and all(torch.equal(t, found[key]) for key, t in kept.items())
+        run.step(tiny.loss(run.model, seed=rank))
+        assert state.steps == 2 and not all(torch.equal(t, before[0][key]) for key, t in run.whole().items())
+
+
 @cache
 def alone(name, ranks, accumulate):
     """The same training in one process: parameters, and offsets after each step."""
     model = make(name)
     optimizer = torch.optim.SGD(tiny.trainable(model), lr=LEARNING_RATE, momentum=0.9)
-    count = MICRO_BATCHES if accumulate else 1
+    count, steps = (MICRO_BATCHES, ACCUMULATED) if accumulate else (1, STEPS)
 
     def loss(model, step, place):
         return sum(tiny.loss(model, seed=seed(step, place, rank, ranks)) for rank in range(ranks)) / ranks
 
     offsets = []
-    for step in range(STEPS):
+    for step in range(steps):
         made = losses(model, loss, step)
         for _ in range(count):
             (next(made) / count).backward()
@@ -143,4 +193,5 @@ def alone(name, ranks, accumulate):
         optimizer.step()
         optimizer.zero_grad()
         offsets.append({key: t.clone() for key, t in perturbation(model).tensors().items()})
-    return {"after": {key: p.detach() for key, p in model.named_parameters()}, "offsets": offsets}
+    after = {key: p.detach() for key, p in model.named_parameters()}
+    return {"after": after, "offsets": offsets, "steps": steps}

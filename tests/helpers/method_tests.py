@@ -41,7 +41,7 @@ class MethodTests:
     def test_the_training_is_that_of_one_process(self, ranks, name, way, accumulate):
         expected = alone(name, len(ranks), accumulate)
         for rank in ranks:
-            assert rank[way]["steps"] == STEPS
+            assert rank[way]["steps"] == expected["steps"]
             assert_close(rank[way]["after"], expected["after"])
             for found, offsets in zip(rank[way]["offsets"], expected["offsets"], strict=True):
                 assert_close(found, offsets)

@@ -6,9 +6,8 @@
 | FSDP2, HSDP      | `full_tensor()`                | `full_tensor()` of `.grad`                | the own shard      |
 | ZeRO 1, 2, 3     | `safe_get_full_fp32_param`     | `safe_get_full_grad`, before engine.step  | the own partition  |
 
-FSDP1 keeps slices of flattened parameters. Neither their place nor the whole shape can be seen from a slice, and torch
-makes a parameter whole (`summon_full_params`) only together with the others of its unit, W among them. So these methods
-refuse it.
+FSDP1 is refused. It keeps slices of flattened parameters, from which neither the whole shape nor the place can be seen,
+and torch makes only whole units complete (`summon_full_params`), which contain W unless the wrap policy is peft's.
 
 The values are those that the optimizer updates: float32 where the forward runs in half precision (MixedPrecisionPolicy,
 ZeRO with bf16). The factors are O(r (m + n)); the frozen weights are never gathered here.

@@ -4,6 +4,7 @@ import os
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -170,7 +171,19 @@ def skip_a_step(rank, engine):
         for kept, found in zip(before[:2], after[:2], strict=True):
             assert kept.keys() == found.keys() and all(torch.equal(t, found[key]) for key, t in kept.items())
         run.step(tiny.loss(run.model, seed=rank))
-        assert state.steps == 2 and not all(torch.equal(t, before[0][key]) for key, t in run.whole().items())
+        assert state.steps == 2
+        assert not all(torch.equal(t, before[0][key]) for key, t in run.whole().items())
+
+
+def ascend_without_the_engine(rank, engine):
+    """Before the engine has run, the model does not know it."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    model = make("fmlora")
+    ENGINES[engine](model)
+    with pytest.raises(RuntimeError, match="trains with DeepSpeed: pass its engine"):
+        with ascent(model):
+            pass
+    assert all(p.requires_grad == ("lora_" in key) for key, p in model.named_parameters())
 
 
 @cache

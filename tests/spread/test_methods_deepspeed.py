@@ -2,7 +2,7 @@
 
 import pytest
 from helpers import processes
-from helpers.method_runs import skip_a_step, step_in_half
+from helpers.method_runs import ascend_without_the_engine, skip_a_step, step_in_half
 from helpers.method_tests import MethodTests
 
 pytest.importorskip("deepspeed")
@@ -28,3 +28,7 @@ def test_a_half_precision_forward_has_float32_offsets(stage):
 @each_stage
 def test_a_step_that_deepspeed_skips_changes_nothing(stage):
     processes.run(skip_a_step, stage)
+
+
+def test_the_first_pass_asks_for_the_engine():
+    processes.run(ascend_without_the_engine, "zero2")

@@ -10,9 +10,12 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.internals import row_norms
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from flatlora import (
+    EFMLoraConfig,
     FlatLoraConfig,
+    FMLoraConfig,
     attach,
     get_flat_peft_model,
     load,
@@ -114,6 +117,14 @@ def test_only_the_optimizer_of_the_adapters_counts():
         for optimizer in halves:  # two optimizers of one model: a step of the pair is one step
             optimizer.step()
         assert state.steps == step + 1
+
+
+@pytest.mark.parametrize("kind", [FlatLoraConfig, FMLoraConfig, EFMLoraConfig])
+def test_creating_the_state_of_an_optimizer_is_not_a_step(kind):
+    model = tiny.adapted(kind(rho=0.1, schedule="constant", **tiny.LORA))
+    optimizer = torch.optim.AdamW(tiny.trainable(model))
+    get_optimizer_state_dict(model, optimizer)  # makes a step with zero gradients
+    assert optimizer.state and perturbation(model).steps == 0 and not perturbation(model).tensors()
 
 
 class Engine(torch.nn.Module):

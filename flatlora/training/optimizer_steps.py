@@ -89,8 +89,10 @@ def overflowed(optimizer: Optimizer) -> bool:
 
 
 def creates_state(optimizer: Optimizer) -> bool:
-    """Whether no parameter can change in this step: torch.distributed.checkpoint makes one to create the state."""
-    return all(group.get("lr", 1) == 0 for group in optimizer.param_groups)
+    """Whether this looks like the step by which torch.distributed.checkpoint creates the state: no learning rate."""
+    groups = optimizer.param_groups
+    has_gradients = any(p.grad is not None for group in groups for p in group["params"])
+    return has_gradients and all(group.get("lr", 1) == 0 for group in groups)
 
 
 class LeadingOptimizer(PartlyCopied):

@@ -208,7 +208,8 @@ def ascent(model: nn.Module) -> AbstractContextManager[None]:
     rho = 0 is plain LoRA) and the statistics of batch normalization are what they were. With gradient accumulation,
     either run a first pass for each micro-batch, or run the first passes of all micro-batches in one `with` and then
     all second passes. Under DDP the gradients of the first pass are not averaged: each process perturbs by its own
-    batch, as is usual for SAM. The scale of a GradScaler cancels.
+    batch, as is usual for SAM. Where the adapter is divided among processes (FSDP, ZeRO) they are averaged, so that all
+    have the same perturbation. The scale of a GradScaler cancels.
 
     Args:
         model: a model with an `FMLoraConfig` or a `LoraSamConfig`, also wrapped (DDP, compiled).
@@ -216,13 +217,13 @@ def ascent(model: nn.Module) -> AbstractContextManager[None]:
     Raises:
         ValueError: the model has no flat layer.
         TypeError: its method makes one pass.
-        RuntimeError: there was no backward inside, or the adapter is sharded (FSDP, ZeRO).
+        RuntimeError: there was no backward inside, or FSDP1 divides the adapter.
     """
     state = perturbation(model)
     method = state.settings.method
     if not isinstance(method, TwoPass):
         raise TypeError(f"ascent is for methods with two passes, and {type(method).__name__} has one")
-    state.check_whole_gradients(model)
+    state.check_readable()
     return first_pass(model, state, method)
 
 

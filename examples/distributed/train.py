@@ -26,7 +26,15 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Trainer, TrainingArguments
 
-from flatlora import FlatLoraCallback, FlatLoraConfig, get_flat_peft_model, methods, perturbation
+from flatlora import (
+    FlatLoraCallback,
+    FlatLoraConfig,
+    TwoPassTrainerMixin,
+    ascent,
+    get_flat_peft_model,
+    methods,
+    perturbation,
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -116,6 +124,9 @@ def loop(args: argparse.Namespace) -> dict[str, Any]:
     model.train()
     losses, strengths = [], []
     for step, batch in enumerate(loader, start=first + 1):
+        if state.settings.method.passes == 2:  # FMLoRA and LoRA-SAM
+            with ascent(model):
+                accelerator.backward(model(**batch).loss)
         loss = model(**batch).loss
         strengths.append(state.rho_t)
         accelerator.backward(loss)
@@ -138,6 +149,10 @@ class ResumingTrainer(Trainer):
         return optimizer
 
 
+class TwoPassTrainer(TwoPassTrainerMixin, ResumingTrainer):
+    pass
+
+
 def train(args: argparse.Namespace) -> dict[str, Any]:
     arguments = TrainingArguments(
         args.out,
@@ -154,7 +169,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     set_seed(0)
     model = make_model(args)
     rows = make_rows(args, model, args.steps * args.batch_size * arguments.world_size)
-    kind = ResumingTrainer if args.resume else Trainer
+    kind: type[Trainer] = ResumingTrainer if args.resume else Trainer
+    if perturbation(model).settings.method.passes == 2:
+        kind = TwoPassTrainer
     trainer = kind(model, arguments, train_dataset=rows, callbacks=[FlatLoraCallback()])
     trainer.train(resume_from_checkpoint=args.resume)
     if trainer.is_fsdp_enabled:

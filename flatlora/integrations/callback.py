@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from ..api import flat_parts
 from ..config import check_rho
 from ..training.checkpoint import METHOD
+from ..training.distributed import is_divided
 from ..training.perturbation import Perturbation
 from ..utils.arguments import WrongType, batches, function, integer, refuse
 
@@ -123,7 +124,7 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
                 )
             for each, numbers in zip(self._perturbations, kept, strict=True):
                 each.load_state_dict(numbers)
-                self._load_from_optimizer(each, kwargs.get("optimizer"))
+                self._load_tensors(each, **kwargs)
         for each in self._perturbations:
             step = each.steps if resumed else state.global_step  # without steps that a GradScaler has skipped
             total_steps = each.settings.total_steps
@@ -134,15 +135,15 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
     ) -> None:
         for each in self._perturbations:
             method = each.settings.method
-            if method.uses_gradients and not each.leader.seen:
+            if method.uses_gradients and not each.counts_steps:
                 raise RuntimeError(
                     f"{type(method).__name__} needs to see the optimizer's step on the adapter's own parameters, and "
-                    "here they are replaced (FSDP1, DeepSpeed). Use DDP or one process, or FlatLoraConfig."
+                    "here they are replaced (FSDP1). Use FSDP2, DeepSpeed, DDP or one process, or FlatLoraConfig."
                 )
             if not each.counts_steps:
                 each.set_step(state.global_step)
             if method.uses_gradients:
-                self._save_in_optimizer(each, kwargs["optimizer"])
+                self._save_tensors(each, **kwargs)
         if self._every is not None and self._perturbations and state.global_step % self._every == 0:
             self._sharpness = self._measure(model)
             control.should_log = True
@@ -185,16 +186,38 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         )
         return {"args": {}, "attributes": {"perturbation": first, **({"others": others} if others else {})}}
 
-    def _save_in_optimizer(self, perturbation: Perturbation, optimizer: Any) -> None:
-        """Tensors cannot be in the JSON file, so they are saved in the state of the optimizer."""
+    def _save_tensors(self, perturbation: Perturbation, optimizer: Any, lr_scheduler: Any = None, **_: Any) -> None:
+        """Tensors cannot be in the JSON file, so they are saved in the state of the optimizer.
+
+        Where the factors are divided among processes (FSDP, ZeRO), that state is divided in a way of its own. Then they
+        are saved in the state of the learning rate scheduler, which is the same in all processes.
+        """
         known = perturbation.state_dict()
         kept = {name: known[name] for name in METHOD}
         anchor = perturbation.registry.first_factor()
-        if kept["tensors"] and anchor is not None and optimizer.state.get(anchor):
+        if anchor is None or not kept["tensors"]:
+            return
+        if is_divided(anchor):
+            number = str(self._perturbations.index(perturbation))
+            vars(_innermost(lr_scheduler)).setdefault("flatlora", {})[number] = kept
+        elif optimizer.state.get(anchor):
             optimizer.state[anchor]["flatlora"] = kept
 
-    def _load_from_optimizer(self, perturbation: Perturbation, optimizer: Any) -> None:
+    def _load_tensors(
+        self, perturbation: Perturbation, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
         anchor = perturbation.registry.first_factor()
-        kept = None if optimizer is None or anchor is None else optimizer.state.get(anchor, {}).pop("flatlora", None)
+        if anchor is None:
+            return
+        if is_divided(anchor):
+            number = str(self._perturbations.index(perturbation))
+            kept = vars(_innermost(lr_scheduler)).get("flatlora", {}).get(number)
+        else:
+            kept = None if optimizer is None else optimizer.state.get(anchor, {}).pop("flatlora", None)
         if kept is not None:
             perturbation.load_state_dict({**perturbation.state_dict(), **kept})
+
+
+def _innermost(lr_scheduler: Any) -> Any:
+    """The scheduler that accelerate wraps."""
+    return getattr(lr_scheduler, "scheduler", lr_scheduler)

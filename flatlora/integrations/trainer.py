@@ -19,15 +19,14 @@ GENERATING = {
 class TwoPassTrainerMixin:
     """Runs both passes of FMLoRA and LoRA-SAM in each `training_step` of a `transformers.Trainer` subclass.
 
-    The first pass is not synchronized between processes. With gradient accumulation each micro-batch has its own first
-    pass.
+    Under DDP the first pass is not synchronized between processes, see `flatlora.ascent`. With gradient accumulation
+    each micro-batch has its own first pass.
 
         class SamTrainer(TwoPassTrainerMixin, Trainer): ...
 
     Raises:
         TypeError: the trainer generates the data of a step in the step, so that two passes would see different data
             (TRL's GRPOTrainer and others).
-        RuntimeError: DeepSpeed is used, which steps the optimizer in its backward.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -40,11 +39,6 @@ class TwoPassTrainerMixin:
             )
 
     def training_step(self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.is_deepspeed_enabled:
-            raise RuntimeError(
-                "two passes do not work with DeepSpeed, which steps the optimizer in its backward: use DDP or one "
-                "process, or EFMLoraConfig, which makes one pass"
-            )
         # super() is a Trainer, which the type of a mix-in does not say
         with ascent(model):
             super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]

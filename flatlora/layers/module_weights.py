@@ -62,6 +62,8 @@ def whole_weight(module: Any) -> Tensor:
 def moved_weight(module: Any, offset: Tensor) -> Iterator[None]:
     """Inside, a module has weight + offset for its weight. Nothing is written.
 
+    An offset that is a leaf and requires a gradient gets the one of the weight, in place of the parameter.
+
     A parametrized module computes its weight whenever it is read, so the offset is one more parametrization. FSDP1,
     ZeRO-3, offloading and pre-hooks provide the weight when the module is called, so the offset is added in the call.
     To any other weight it is added here.
@@ -79,13 +81,14 @@ def moved_weight(module: Any, offset: Tensor) -> Iterator[None]:
             f"{type(inner).__name__}.weight is a property of its class, to which nothing can be added for one call. "
             "Use torch.nn.utils.parametrize.register_parametrization, or leave the layer out of target_modules."
         )
-    here = _is_here(module)
-    ready = inner.weight + offset.to(inner.weight) if here else None
+    # ZeRO-3 may have fetched the weight ahead of the call, and frees it in the backward of the call
+    here = _is_here(module) and not hasattr(inner.weight, "ds_id")
+    ready = _moved(inner.weight, offset) if here else None
     forward = getattr(inner, _forward_name(inner))
 
     def moved(x: Tensor) -> Tensor:
         weight = inner.weight
-        with attributes(inner, weight=weight if weight is ready else weight + offset.to(weight)):
+        with attributes(inner, weight=weight if weight is ready else _moved(weight, offset)):
             out: Tensor = forward(x)
             return out
 
@@ -95,6 +98,12 @@ def moved_weight(module: Any, offset: Tensor) -> Iterator[None]:
         if not here or inner._forward_pre_hooks:
             stack.enter_context(replaced_forward(inner, moved))
         yield
+
+
+def _moved(weight: Tensor, offset: Tensor) -> Tensor:
+    takes_gradient = offset.is_leaf and offset.requires_grad
+    moved: Tensor = (weight.detach() if takes_gradient else weight) + offset.to(weight)
+    return moved
 
 
 class AppliedFunction(nn.Module):
@@ -153,7 +162,11 @@ def _inner(module: Any) -> Any:
 
 def _is_here(module: Any) -> bool:
     weight = module.weight
-    return _inner(module) is module and weight.numel() > 0 and not weight.is_meta and not is_dtensor(weight)
+    if _inner(module) is not module or weight.numel() == 0 or weight.is_meta or is_dtensor(weight):
+        return False
+    # ZeRO-3 gives a weight its memory before it has arrived
+    status = getattr(weight, "ds_status", None)
+    return status is None or status.name == "AVAILABLE"
 
 
 def _forward_name(module: nn.Module) -> str:
@@ -165,7 +178,7 @@ def _forward_name(module: nn.Module) -> str:
 def _one_more_parametrization(module: Any, offset: Tensor) -> Iterator[None]:
     """Add the offset in a last parametrization. `parametrize.cached()` must keep neither weight."""
     parts, cached = module.parametrizations["weight"], (id(module), "weight")
-    parts.append(AppliedFunction(lambda weight: weight + offset.to(weight)))
+    parts.append(AppliedFunction(lambda weight: _moved(weight, offset)))
     parametrize._cache.pop(cached, None)
     try:
         yield

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..config import PerturbedLoraConfig, ScheduleName, Unset, schedule_field
@@ -58,20 +58,18 @@ class Bar(FactorOffset):
     def before_step(self, run: TrainingRun, optimizer: Optimizer) -> None:
         if run.rho == 0:
             return
-        rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        rates = {p: group["lr"] for group in run.whole.groups(optimizer) for p in group["params"]}
         for f in trained_factors(run):
             alpha = run.rhos[f.adapter] * run.ramp
-            grow_A = self.grows(f.A, f.B)
-            for parameter, grows in ((f.A, grow_A), (f.B, ~grow_A)):
+            A, B = run.whole.value(f.A), run.whole.value(f.B)
+            if self.variant == "obar":
+                grow_A = _norm(A) < _norm(B)
+            else:
+                grow_A = _norm(gradient(run, f.A)) > _norm(gradient(run, f.B))
+            for parameter, value, grows in ((f.A, A, grow_A), (f.B, B, ~grow_A)):
                 if parameter in rates:  # a frozen factor stays as it is
                     step = alpha * rates[parameter]
-                    parameter.copy_(torch.where(grows, parameter * (1 + step), parameter * (1 - step)))
-
-    def grows(self, A: nn.Parameter, B: nn.Parameter) -> Tensor:
-        """Whether A grows, and not B."""
-        if self.variant == "obar":
-            return _norm(A) < _norm(B)
-        return _norm(gradient(A)) > _norm(gradient(B))
+                    run.whole.write(parameter, torch.where(grows, value * (1 + step), value * (1 - step)))
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ tensors by (factor, adapter), and in a `MethodState`. Both are copied, pickled a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -55,6 +55,7 @@ class Factors(NamedTuple):
     name: str  # of the layer in the model
     layer: AdaptedLayer
     adapter: str
+    # the model's parameters, which may be divided: `run.whole` has their values and gradients
     A: nn.Parameter  # (r, n), for a convolution (r, in, *kernel)
     B: nn.Parameter  # (m, r), for a convolution (m, r, 1, ...)
 
@@ -63,8 +64,38 @@ class Factors(NamedTuple):
         return self.layer.scaling[self.adapter]
 
 
+class WholeParameters(Protocol):
+    """Parameters as whole tensors, where a model may be divided among processes.
+
+    All processes call a method of it for the same parameters, in the same order.
+    """
+
+    def shape(self, parameter: Tensor) -> torch.Size:
+        """The whole shape."""
+
+    def value(self, parameter: nn.Parameter) -> Tensor:
+        """The whole value that the optimizer updates, possibly in higher precision than the forward's. Not a copy."""
+
+    def has_gradient(self, parameter: nn.Parameter) -> bool: ...
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The whole gradient, None without one. It may have the scale of a GradScaler, and it may be clipped."""
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the whole value."""
+
+    def average_gradients(self, like: nn.Parameter, tensors: Sequence[Tensor]) -> None:
+        """Average `.grad` of tensors over the processes among which `like` is divided; nothing if it is whole."""
+
+    def groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups, with the model's parameters in them."""
+
+
 class TrainingRun(Protocol):
     """What a method sees of the model that trains: its `Perturbation`."""
+
+    @property
+    def whole(self) -> WholeParameters: ...
 
     @property
     def rho(self) -> float: ...
@@ -218,10 +249,11 @@ def trained_factors(run: TrainingRun) -> Iterator[Factors]:
                     f"those of {name!r} is computed in each forward (weight_norm, prune or another parametrization). "
                     "Remove the parametrization from the adapter, or use FlatLoraConfig, which needs no gradients."
                 )
-            if A.grad is not None or B.grad is not None:
+            if run.whole.has_gradient(A) or run.whole.has_gradient(B):
                 yield Factors(name, layer, adapter, A, B)
 
 
-def gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient of a parameter; zeros if it has none because it is frozen or this backward did not use it."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+def gradient(run: TrainingRun, parameter: nn.Parameter) -> Tensor:
+    """The whole gradient of a parameter; zeros if it has none because it is frozen or this backward did not use it."""
+    found = run.whole.gradient(parameter)
+    return torch.zeros_like(run.whole.value(parameter)) if found is None else found

@@ -7,7 +7,8 @@ learning rate of A, and B_2 with that of B.
 
 What changes the gradients of `parameters()` does not apply to the ascent factors: they are not clipped, each process of
 DDP has its own, and with a GradScaler their gradients keep the scale. Adam-like optimizers do not depend on the scale;
-SGD does.
+SGD does. Where A and B are divided among processes (FSDP, ZeRO), the gradients of A_2 and B_2 are averaged, so that all
+processes have the same ascent factors.
 """
 
 from __future__ import annotations
@@ -153,7 +154,11 @@ class BiLora(FactorOffset):
 
     def before_step(self, run: TrainingRun, optimizer: Optimizer) -> None:
         """Ascend, unless gradients are not finite because of an overflow."""
-        tensors = [tensor for _, layer in run.flat_layers() for tensor in layer.offsets.values()]
+        tensors = []
+        for _, layer in run.flat_layers():
+            tensors += layer.offsets.values()
+        if tensors:
+            run.whole.average_gradients(next(layer.lora_A.parameters()), tensors)
         gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
         if gradients and torch.nn.utils.get_total_norm(gradients).isfinite():
             run.method_state.step(run, optimizer)
@@ -204,7 +209,8 @@ def _corresponding_groups(run: TrainingRun, optimizer: Optimizer) -> list[tuple[
 
     If a factor is frozen, its ascent factor goes to the group of the other one.
     """
-    place = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    found = run.whole.groups(optimizer)
+    place = {p: i for i, group in enumerate(found) for p in group["params"]}
     tensors: dict[int, list[Tensor]] = defaultdict(list)
     for _, layer in run.flat_layers():
         for (name, adapter), tensor in layer.offsets.items():
@@ -213,7 +219,7 @@ def _corresponding_groups(run: TrainingRun, optimizer: Optimizer) -> list[tuple[
             own = first if first in place else second
             if own in place:
                 tensors[place[own]].append(tensor)
-    return [(optimizer.param_groups[i], tensors[i]) for i in sorted(tensors)]
+    return [(found[i], tensors[i]) for i in sorted(tensors)]
 
 
 def _check_moment(name: str, moment: Tensor, shapes: set[tuple[int, ...]]) -> None:

@@ -10,7 +10,7 @@ E_B, of size ||s E_B A||_F <= rho_t in each layer, is `ops.ascent.full_weight_as
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,10 +88,11 @@ class _FullWeightAscent:
     def perturbations(self, run: TrainingRun) -> Iterator[tuple[Factors, Tensor]]:
         """E_B of each layer from its gradients. Layers of equal shape are computed in one batch."""
         rho_t = {name: rho * run.ramp for name, rho in run.rhos.items()}
-        for group in _of_equal_shape(trained_factors(run)):
-            A, B = torch.stack([f.A for f in group]), torch.stack([_B_of_gradient(f) for f in group])
-            grad_A = torch.stack([gradient(f.A) for f in group])
-            grad_B = torch.stack([gradient(f.B) for f in group])
+        for group in _of_equal_shape(run):
+            A = torch.stack([run.whole.value(f.A) for f in group])
+            B = torch.stack([_B_of_gradient(f, run) for f in group])
+            grad_A = torch.stack([gradient(run, f.A) for f in group])
+            grad_B = torch.stack([gradient(run, f.B) for f in group])
             flat = (t.flatten(2) for t in (A, B, grad_A, grad_B))
             E = full_weight_ascent(*flat, scaling=group[0].scaling, rho=rho_t[group[0].adapter], rtol=self.rtol)
             yield from zip(group, E.view(B.shape), strict=True)
@@ -128,18 +129,19 @@ class EFMLora(_FullWeightAscent, FactorOffset):
             layer.offsets["lora_B", adapter] = E if before is None else torch.lerp(before.to(E), E, self.beta)
 
 
-def _B_of_gradient(f: Factors) -> Tensor:
+def _B_of_gradient(f: Factors, run: TrainingRun) -> Tensor:
     """The value of B at which the gradient was computed: dL/dA = s (B + E)^T dL/dW."""
-    offset = f.layer.offsets.get(("lora_B", f.adapter))
-    return f.B if offset is None else f.B + offset.to(f.B)
+    B, offset = run.whole.value(f.B), f.layer.offsets.get(("lora_B", f.adapter))
+    return B if offset is None else B + offset.to(B)
 
 
-def _of_equal_shape(factors: Iterable[Factors]) -> Iterator[list[Factors]]:
+def _of_equal_shape(run: TrainingRun) -> Iterator[list[Factors]]:
     groups: dict[tuple[Any, ...], list[Factors]] = defaultdict(list)
-    for f in factors:
-        groups[f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scaling, f.adapter].append(f)
-    for group in groups.values():
-        size = max(1, LARGEST_STACK // max(group[0].A.numel(), group[0].B.numel()))
+    for f in trained_factors(run):
+        A, B = run.whole.shape(f.A), run.whole.shape(f.B)
+        groups[A, B, f.A.dtype, f.A.device, f.scaling, f.adapter].append(f)
+    for (A, B, *_), group in groups.items():
+        size = max(1, LARGEST_STACK // max(A.numel(), B.numel()))
         for start in range(0, len(group), size):
             yield group[start : start + size]
 

@@ -37,12 +37,12 @@ class LoraSam(TwoPass):
         factors = list(trained_factors(run))
         if not factors:
             return
-        norms = [torch.linalg.vector_norm(gradient(p), dtype=torch.float64) for f in factors for p in (f.A, f.B)]
+        gradients = [(gradient(run, f.A), gradient(run, f.B)) for f in factors]
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for pair in gradients for grad in pair]
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
         scale = torch.where((norm > 0) & norm.isfinite(), 1 / norm, 0.0)
-        for f in factors:
+        for f, pair in zip(factors, gradients, strict=True):
             rho_t = run.rhos[f.adapter] * run.ramp
-            for name, parameter in (("lora_A", f.A), ("lora_B", f.B)):
-                grad = gradient(parameter)
+            for name, grad in zip(("lora_A", "lora_B"), pair, strict=True):
                 here = scale.to(grad.device)
                 f.layer.offsets[name, f.adapter] = torch.where(here > 0, grad * (rho_t * here), 0.0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import check_rho
 from ..methods.base import MethodState
 from ..utils.arguments import INT64, SEED, WrongType, boolean, integer, number, shown
+from .distributed import whole_shape
 from .layer_registry import LayerRegistry
 
 NUMBERS = ("seed", "sample", "sample_used", "steps", "total_steps", "origin", "rhos")
@@ -97,7 +98,7 @@ def _shapes(registry: LayerRegistry) -> dict[str, tuple[int, ...]]:
         for adapter in layer.flat_adapters:
             for factor in ("lora_A", "lora_B"):
                 if adapter in getattr(layer, factor, {}):
-                    found[f"{name}.{factor}.{adapter}"] = tuple(getattr(layer, factor)[adapter].weight.shape)
+                    found[f"{name}.{factor}.{adapter}"] = tuple(whole_shape(getattr(layer, factor)[adapter].weight))
         found |= {f"{name}.{factor}.{adapter}": tuple(t.shape) for (factor, adapter), t in layer.offsets.items()}
     return found
 

@@ -22,7 +22,27 @@ def global_rank() -> int:
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether this process holds only a part of a parameter between forwards (FSDP, ZeRO-3, tensor parallelism)."""
-    return is_dtensor(parameter) or hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened")
+    return is_dtensor(parameter) or hasattr(parameter, "ds_id") or is_fsdp1(parameter)
+
+
+def is_fsdp1(parameter: Tensor | None) -> bool:
+    """Whether this is a part of FSDP1's flattened parameters."""
+    return hasattr(parameter, "_fsdp_flattened")
+
+
+def is_zero(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO keeps the value that its optimizer updates elsewhere, divided among the processes."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def is_divided(parameter: Tensor) -> bool:
+    """Whether this process updates only a part of a parameter (FSDP, ZeRO)."""
+    return is_sharded(parameter) or is_zero(parameter)
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter in one process. ZeRO-3 leaves nothing of it in place."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def name_without_fsdp1(name: str) -> str:

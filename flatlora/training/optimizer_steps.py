@@ -88,6 +88,13 @@ def overflowed(optimizer: Optimizer) -> bool:
     return found is not None and bool(found.item())
 
 
+def creates_state(optimizer: Optimizer) -> bool:
+    """Whether this looks like the step by which torch.distributed.checkpoint creates the state: no learning rate."""
+    groups = optimizer.param_groups
+    has_gradients = any(p.grad is not None for group in groups for p in group["params"])
+    return has_gradients and all(group.get("lr", 1) == 0 for group in groups)
+
+
 class LeadingOptimizer(PartlyCopied):
     """The optimizer whose steps count, among those that hold adapter parameters.
 

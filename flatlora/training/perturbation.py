@@ -10,6 +10,7 @@
 | `registry`     | layer_registry.py  | the flat layers and their noise streams                     |
 | `leader`       | optimizer_steps.py | the optimizer whose steps count                             |
 | `diagnostics`  | diagnostics.py     | training that silently runs without noise                   |
+| `whole`        | whole_parameters.py | factors and gradients that are divided among processes     |
 | `method_state` | methods/           | what the method remembers                                   |
 """
 
@@ -32,7 +33,8 @@ from ..utils.copying import PartlyCopied
 from .checkpoint import check_state
 from .data_parallel import mesh_of
 from .diagnostics import Diagnostics
-from .distributed import calling_deepspeed, is_deepspeed, is_sharded
+from .distributed import calling_deepspeed
+from .engine_steps import observe_engine
 from .forward_passes import ForwardPasses, entrances, listener_of
 from .forward_records import ForwardRecords, PassRecord
 from .layer_registry import LayerRegistry
@@ -42,6 +44,7 @@ from .optimizer_steps import (
     LeadingOptimizer,
     NoisePosition,
     RunPosition,
+    creates_state,
     ignore,
     observe,
     overflowed,
@@ -49,6 +52,7 @@ from .optimizer_steps import (
 )
 from .overrides import Overrides
 from .schedule import Schedule
+from .whole_parameters import WholeParameters
 
 _numbers = itertools.count(1)
 
@@ -89,6 +93,7 @@ class Perturbation(PartlyCopied):
         self.records = ForwardRecords(self.passes, self.overrides, self.noise, self.schedule)
         self.leader = LeadingOptimizer()
         self.diagnostics = Diagnostics(self.registry, self.passes)
+        self.whole = WholeParameters()
         self.method_state: Any = settings.method.make_state()  # a MethodState of the method's own class
         for module in entrances(model):
             self.passes.watch(module)
@@ -241,7 +246,7 @@ class Perturbation(PartlyCopied):
         """The outermost module of a pass is entered.
 
         Raises:
-            RuntimeError: DeepSpeed makes the optimizer's steps, and the method needs to see them.
+            RuntimeError: DeepSpeed makes the optimizer's steps, and the method cannot see them.
         """
         self.registry.bind(module)
         join_calling_parts(self)
@@ -251,11 +256,19 @@ class Perturbation(PartlyCopied):
             if not self.leader.seen and not self.steps and self._needs_steps():
                 self.diagnostics.check_steps_observed(self._is_stepping)
             return
-        if self.settings.method.uses_gradients and self.rho > 0:
-            self.check_whole_gradients(engine)
-        if engine is not self.schedule.counter.engine:
-            self.schedule.counter.follow(engine)
+        self.follow_engine(engine)
         self._on_steps_changed()
+
+    def follow_engine(self, engine: Any) -> None:
+        """A DeepSpeed engine trains the model: it counts the steps.
+
+        Raises:
+            RuntimeError: the method needs to see its steps, and cannot.
+        """
+        if engine is not self.schedule.counter.engine:
+            if self.settings.method.uses_gradients:
+                observe_engine(self, engine)
+            self.schedule.counter.follow(engine)
 
     def on_pass_end(self, layers: set[int], outputs: list[Tensor]) -> None:
         """A training pass ends: the numbers of the layers that ran, and the outputs that require a gradient."""
@@ -279,25 +292,26 @@ class Perturbation(PartlyCopied):
     def on_gradients_ready(self, optimizer: Optimizer) -> None:
         """The gradients are those that the optimizer is about to use."""
         method, active = self.settings.method, self.rho > 0
-        if not self._leads(optimizer):
+        if not self.whole.is_held and not self._leads(optimizer):
             if active:
                 self.diagnostics.check_single_optimizer(method, optimizer)
             return
-        if self.leader.prepared or overflowed(optimizer):
+        if self.leader.prepared or overflowed(optimizer) or self._only_creates_state(optimizer):
             return
         self.leader.prepared = True
         if active and self.enabled:
             self.diagnostics.check_layers_run()
             self.diagnostics.check_train_mode()
         if active and method.uses_gradients:
-            self.check_whole_gradients()
+            self.check_readable()
             self.schedule.warn_of_unknown_length()
         method.before_step(self, optimizer)
 
     def on_step_end(self, optimizer: Optimizer) -> None:
         """Count the step, if it is one of the adapter's optimizer."""
         nested = self.leader.is_nested(optimizer, self.steps)
-        if self.schedule.counter.engine is not None or nested or overflowed(optimizer):
+        counted = self.schedule.counter.engine is not None or nested
+        if counted or overflowed(optimizer) or self._only_creates_state(optimizer):
             return
         if not self._leads(optimizer):
             self.leader.note_other(optimizer)
@@ -315,6 +329,18 @@ class Perturbation(PartlyCopied):
             self._on_steps_changed()
             self._begin_interval()
             method.after_step(self, optimizer)
+
+    def on_engine_step_end(self, optimizer: Optimizer) -> None:
+        """A DeepSpeed engine has made a step."""
+        if self.rho > 0 and not self.leader.prepared:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} is not a torch.optim.Optimizer, so {type(self.settings.method).__name__} "
+                "has not seen the gradients: use an optimizer of torch or DeepSpeed, or FlatLoraConfig"
+            )
+        self.leader.prepared = False
+        self._on_steps_changed()
+        self._begin_interval()
+        self.settings.method.after_step(self, optimizer)
 
     def noise_position(self) -> NoisePosition:
         return NoisePosition(self.noise.sample, self.noise.sample_used)
@@ -344,19 +370,13 @@ class Perturbation(PartlyCopied):
         self._on_steps_changed()
         self._begin_interval()
 
-    def check_whole_gradients(self, model: nn.Module | None = None) -> None:
-        """Check that the gradients at the optimizer's step are whole.
+    def check_readable(self) -> None:
+        """Check that the method can read the factors and their gradients.
 
         Raises:
-            RuntimeError: the adapter is sharded (FSDP, ZeRO), or `model` is a DeepSpeed engine.
+            RuntimeError: FSDP1 divides them.
         """
-        factor = self.registry.first_factor()
-        if is_deepspeed(model) or (factor is not None and is_sharded(factor)):
-            raise RuntimeError(
-                f"{type(self.settings.method).__name__} needs whole gradients at the optimizer's step on the adapter's "
-                "own parameters, and here they are sharded or replaced (FSDP, DeepSpeed). Use DDP or one process, or "
-                "FlatLoraConfig, which needs none."
-            )
+        self.whole.check(self.registry.first_factor(), type(self.settings.method).__name__)
 
     def _find_mesh(self) -> None:
         # weights are split before the first pass
@@ -370,6 +390,9 @@ class Perturbation(PartlyCopied):
         if leads and not known:
             watch_rollbacks(self, optimizer)
         return leads
+
+    def _only_creates_state(self, optimizer: Optimizer) -> bool:
+        return not self.diagnostics.has_trained() and creates_state(optimizer)
 
     def _is_stepping(self) -> bool:
         """Whether an optimizer of the adapter has begun a step."""

@@ -2,8 +2,9 @@
 
 import torch
 from peft.utils.other import fsdp_auto_wrap_policy
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.engine_models import KINDS
@@ -16,6 +17,10 @@ class Run:
 
     processes = 2
     kinds = ()  # names of models in engine_models.py
+    micro_batches = 1  # of an optimizer step
+    largest_norm = 1e9  # of the gradients
+    half = False  # forward and backward in bfloat16, and the optimizer in float32
+    offload = False  # the optimizer's values on the CPU
 
     def __init__(self, model):
         self.module = model
@@ -30,6 +35,24 @@ class Run:
 
     def step(self, loss):
         loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step_over(self, losses):
+        """A step over micro-batches, with clipped gradients. `losses` computes a loss when it is asked for the next."""
+        for place in range(self.micro_batches):
+            self.reduce_gradients(place == self.micro_batches - 1)
+            (next(losses) / self.micro_batches).backward()
+        self.update()
+
+    def reduce_gradients(self, now):
+        """Whether the next backward reduces the gradients."""
+
+    def update(self):
+        torch.nn.utils.clip_grad_norm_(self.trainable(), self.largest_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -55,11 +78,26 @@ class FSDP2(Run):
     def spread(self, model):
         mesh, decoder_layers = self.mesh(), model.get_base_model()._no_split_modules
         for layer in [module for module in model.modules() if type(module).__name__ in decoder_layers]:
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=self.precision())
+        return fully_shard(model, mesh=mesh, mp_policy=self.precision())
+
+    def precision(self):
+        half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if self.half else {}
+        return MixedPrecisionPolicy(**half)
 
     def mesh(self):
         return None  # all processes
+
+    def reduce_gradients(self, now):
+        self.model.set_requires_gradient_sync(now)
+
+    def save(self, folder):
+        states = get_state_dict(self.model, self.optimizer)
+        torch.save(states, f"{folder}/{torch.distributed.get_rank()}")
+
+    def load(self, folder):
+        model, optimizer = torch.load(f"{folder}/{torch.distributed.get_rank()}", weights_only=False)
+        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
     def whole(self):
         return {name: p.detach().full_tensor() for name, p in self.module.named_parameters()}
@@ -71,11 +109,22 @@ class FSDP2(Run):
 class HSDP(FSDP2):
     """Two replicas, each sharded over two processes."""
 
-    processes = 4
-    kinds = ("dora",)
+    processes, kinds, shape = 4, ("dora",), (2, 2)
 
     def mesh(self):
-        return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh("cpu", self.shape, mesh_dim_names=("replicate", "shard"))
+
+
+class ShardedReplica(HSDP):
+    """One replica, sharded over two processes."""
+
+    processes, kinds, shape = 2, (), (1, 2)
+
+
+class TwoReplicas(ShardedReplica):
+    """Two replicas, each in one process."""
+
+    shape = (2, 1)
 
 
 class FSDP1(Run):
@@ -116,10 +165,14 @@ class Zero2(Run):
         config = {
             "train_micro_batch_size_per_gpu": 2,
             "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
-            "gradient_clipping": 1e9,  # the default is 1
+            "bf16": {"enabled": self.half},
+            "gradient_accumulation_steps": self.micro_batches,
+            "gradient_clipping": self.largest_norm,  # the default is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+        if self.offload:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         self.module = model
         optimizer = torch.optim.SGD(self.trainable_of(model), lr=LEARNING_RATE, momentum=0.9)
         self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -130,6 +183,22 @@ class Zero2(Run):
     def step(self, loss):
         self.model.backward(loss)
         self.model.step()
+
+    def backward(self, loss):
+        self.model.backward(loss)
+
+    def step_over(self, losses):
+        for _ in range(self.micro_batches):
+            self.step(next(losses))
+
+    def update(self):
+        self.model.step()
+
+    def save(self, folder):
+        self.model.save_checkpoint(folder)
+
+    def load(self, folder):
+        self.model.load_checkpoint(folder)
 
     def whole(self):
         import deepspeed
@@ -154,6 +223,8 @@ ENGINES = {
     "ddp": DDP,
     "fsdp2": FSDP2,
     "hsdp": HSDP,
+    "hsdp-1x2": ShardedReplica,
+    "hsdp-2x1": TwoReplicas,
     "fsdp1": FSDP1,
     "fsdp1-flat": FSDP1Flat,
     "zero2": Zero2,

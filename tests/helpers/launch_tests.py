@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 from transformers import set_seed
 
+from flatlora import ascent, perturbation
 from helpers import processes, tiny
 from helpers.engine_runs import STEPS, train_together
 
@@ -56,27 +57,27 @@ def launch(launcher, engine, jobs, folder):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def run_and_resume(launcher, engine, base, folder):
+def run_and_resume(launcher, engine, base, folder, method):
     """Folders of a whole run, and of a run resumed in the middle of it."""
-    common = ["--model", base, "--rho", str(RHO), *["--trainer"] * (launcher == "torchrun")]
+    common = ["--model", base, "--method", method, "--rho", str(RHO), *["--trainer"] * (launcher == "torchrun")]
     whole, resumed = folder / "whole", folder / "resumed"
     again = ["--resume", str(whole / f"checkpoint-{HALF}")]
     launch(launcher, engine, [[*common, "--out", str(whole)], [*common, *again, "--out", str(resumed)]], folder)
     return whole, resumed
 
 
-def train_alone(base):
+def train_alone(base, method):
     """Losses and adapter of the same training in one process."""
     specification = importlib.util.spec_from_file_location("distributed_train", EXAMPLES / "train.py")
     example = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(example)
-    args = example.parse(["--model", base, "--rho", str(RHO)])
+    args = example.parse(["--model", base, "--method", method, "--rho", str(RHO)])
 
     def make():
         set_seed(0)
         return example.make_model(args).train()
 
-    models = [make(), make()]
+    models = [make(), make()] if method == "FlatLoraConfig" else [make()]
     rows = example.make_rows(args, models[0], 2 * STEPS * args.batch_size)
     optimizers = [torch.optim.AdamW(tiny.trainable(model), lr=args.lr) for model in models]
 
@@ -84,7 +85,18 @@ def train_alone(base):
         first = (2 * step + rank) * args.batch_size
         return model(**default_collate(rows[first : first + args.batch_size])).loss
 
-    losses = train_together(models, optimizers, loss)
+    def mean_loss(model, step, rank):
+        """Of both processes' batches, for a method without noise."""
+
+        def compute():
+            return (loss(model, step, 0) + loss(model, step, 1)) / 2
+
+        if perturbation(model).settings.method.passes == 2:
+            with ascent(model):
+                compute().backward()
+        return compute()
+
+    losses = train_together(models, optimizers, loss if len(models) == 2 else mean_loss)
     return losses, {name: p.detach() for name, p in models[0].named_parameters() if p.requires_grad}
 
 
@@ -108,6 +120,7 @@ class LaunchTests:
 
     pytestmark = [processes.patient, pytest.mark.slow]
     engines = ()
+    method = "FlatLoraConfig"
 
     def pytest_generate_tests(self, metafunc):
         if "engine" in metafunc.fixturenames:

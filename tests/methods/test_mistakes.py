@@ -60,12 +60,11 @@ def test_rwp_needs_the_norm_of_a_whole_weight():
 
 
 @pytest.mark.parametrize("kind", FACTOR_METHODS)
-@pytest.mark.parametrize("mark", ["ds_id", "device_mesh"], ids=["DeepSpeed", "FSDP"])
-def test_sharded_factors_are_refused(kind, mark):
+def test_factors_that_fsdp1_divides_are_refused(kind):
     model = twin.adapted(kind, rho=0.1, schedule="constant")
     for p in twin.trainable(model):
-        setattr(p, mark, 0)
-    with pytest.raises(RuntimeError, match="needs whole gradients.*sharded.*Use DDP or one process"):
+        p._fsdp_flattened = True
+    with pytest.raises(RuntimeError, match="needs whole factors.*FSDP1 keeps slices.*Use FSDP2"):
         with ascent(model) if kind in (FMLoraConfig, LoraSamConfig) else contextlib.nullcontext():
             twin.loss(model, 0).backward()
         torch.optim.SGD(twin.trainable(model), lr=0.1).step()
@@ -75,7 +74,7 @@ def test_sharded_factors_are_refused(kind, mark):
 def test_a_trainer_whose_optimizer_steps_are_not_seen_is_refused(kind):
     model, callback, state = twin.adapted(kind), FlatLoraCallback(), TrainerState(max_steps=3)
     callback.on_train_begin(None, state, None, model=model)
-    with pytest.raises(RuntimeError, match="needs to see the optimizer's step.*Use DDP or one process"):
+    with pytest.raises(RuntimeError, match="needs to see the optimizer's step.*FSDP1.*Use FSDP2"):
         callback.on_step_end(None, state, None, model=model)
 
 

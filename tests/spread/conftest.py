@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import launch_tests, processes, tiny
+from helpers import launch_tests, method_runs, processes, tiny
 from helpers.engine_runs import names_of, record
 from helpers.engines import ENGINES
 
@@ -15,6 +15,14 @@ def ranks(request, engine, tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 
+@pytest.fixture(scope="class", name="method_runs")
+def folder_of_method_runs(engine, tmp_path_factory):
+    """The folder where the processes of one engine saved their runs with the methods that use gradients."""
+    folder = tmp_path_factory.mktemp(engine)
+    processes.run(method_runs.record, engine, str(folder), processes=ENGINES[engine].processes)
+    return folder
+
+
 @pytest.fixture(scope="class")
 def base(tmp_path_factory):
     """The folder of a tiny Llama."""
@@ -24,12 +32,12 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="class")
-def runs(launcher, engine, base, tmp_path_factory):
+def runs(request, launcher, engine, base, tmp_path_factory):
     """Folders of a whole run, and of a run resumed in the middle of it."""
-    return launch_tests.run_and_resume(launcher, engine, base, tmp_path_factory.mktemp(engine))
+    return launch_tests.run_and_resume(launcher, engine, base, tmp_path_factory.mktemp(engine), request.cls.method)
 
 
 @pytest.fixture(scope="class")
-def expected(base):
+def expected(request, base):
     """Losses and adapter of the same training in one process."""
-    return launch_tests.train_alone(base)
+    return launch_tests.train_alone(base, request.cls.method)

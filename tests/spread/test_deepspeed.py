@@ -2,7 +2,6 @@
 
 import pytest
 from helpers import processes
-from helpers.engine_runs import step_with_whole_gradients
 from helpers.engine_tests import EngineTests
 
 pytest.importorskip("deepspeed")
@@ -11,8 +10,3 @@ pytestmark = processes.patient
 
 class TestDeepspeed(EngineTests):
     engines = ("zero2", "zero3")
-
-
-@pytest.mark.slow
-def test_methods_that_need_whole_gradients_refuse_shards():
-    processes.run(step_with_whole_gradients, TestDeepspeed.engines)

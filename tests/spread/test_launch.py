@@ -5,3 +5,11 @@ from helpers.launch_tests import ENGINES, LaunchTests
 
 class TestLaunch(LaunchTests):
     engines = [engine for engine in ENGINES if not engine.startswith("zero")]
+
+
+class TestLaunchOfEFMLora(LaunchTests):
+    engines, method = ("fsdp2",), "EFMLoraConfig"
+
+
+class TestLaunchOfFMLora(LaunchTests):
+    engines, method = ("fsdp2",), "FMLoraConfig"

@@ -8,3 +8,11 @@ pytest.importorskip("deepspeed")
 
 class TestLaunch(LaunchTests):
     engines = [engine for engine in ENGINES if engine.startswith("zero")]
+
+
+class TestLaunchOfEFMLora(LaunchTests):
+    engines, method = ("zero2", "zero3"), "EFMLoraConfig"
+
+
+class TestLaunchOfFMLora(LaunchTests):
+    engines, method = ("zero2", "zero3"), "FMLoraConfig"

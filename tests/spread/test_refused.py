@@ -7,7 +7,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from helpers import processes, tiny
 from helpers import tensor_parallel as split
-from helpers.engine_runs import step_with_whole_gradients
+from helpers.engine_runs import step_with_gradients
 from helpers.runs import flat_model, trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -30,8 +30,8 @@ from flatlora import (
 
 @pytest.mark.slow
 @processes.patient
-def test_methods_that_need_whole_gradients_refuse_shards():
-    processes.run(step_with_whole_gradients, ("fsdp2", "fsdp1", "fsdp1-flat"))
+def test_methods_that_use_gradients_refuse_fsdp1():
+    processes.run(step_with_gradients, ("fsdp1", "fsdp1-flat"))
 
 
 METHODS = (FMLoraConfig, EFMLoraConfig, LoraSamConfig, BiLoraConfig, BarConfig, RwpConfig)

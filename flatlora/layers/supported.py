@@ -23,12 +23,12 @@ VARIANTS = (
     variants.DoraConv1dVariant,
     variants.DoraConv2dVariant,
     variants.DoraConv3dVariant,
-    variants.KasaLinearVariant,
     variants.MiCAEmbeddingVariant,
     variants.MiCALinearVariant,
     variants.MontecloraLinearVariant,  # its noise in A has mean zero and does not enter the row norms
     variants.QALoraLinearVariant,
     variants.VeloraLinearVariant,
+    *([variants.KasaLinearVariant] if hasattr(variants, "KasaLinearVariant") else []),  # not in peft 0.20
 )
 LAYERS_OF_PEFT = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, SVDLinear, SVDConv2d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -37,7 +37,9 @@ class ExpertsLayer(MergedLayer):
         refuse_fsdp1("An expert parameter", factors, "Use FSDP2 or ZeRO-3.")
         wrapper: Any = self
         base: Any = self.get_base_layer()
-        transposed = getattr(wrapper, "_param_ndim", wrapper.get_param().ndim) == 3 and not wrapper._did_swap_in_out_features
+        transposed = (
+            getattr(wrapper, "_param_ndim", wrapper.get_param().ndim) == 3 and not wrapper._did_swap_in_out_features
+        )
         key, _ = self.perturbation.draw(wrapper.get_param().device)
 
         @contextmanager

@@ -50,11 +50,14 @@ class FlatLoraPlugin(BasePlugin):
             return
         if adapter not in ("flatlora", "lora", "qlora"):
             raise ValueError(f"{', '.join(keys)}: the adapter must be flatlora, lora, or qlora, got {adapter!r}")
-        flat_config({**keys, **FlatLoraArgs(**keys).model_dump()})
+        config = flat_config({**keys, **FlatLoraArgs(**keys).model_dump()})
         _refuse(cfg)
         if adapter == "flatlora":
             cfg["adapter"] = "qlora" if cfg.get("load_in_4bit") else "lora"
         cfg["flat_method"] = keys.get("flat_method", "flatlora")
+        # older versions of axolotl create the adapter before they set torch's seed
+        if getattr(config, "seed", 0) is None and cfg.get("seed") is not None:
+            cfg["flat_seed"] = cfg["seed"]
         # axolotl switches them on if none of them is set
         cfg.update(dict.fromkeys(KERNELS, False))
 

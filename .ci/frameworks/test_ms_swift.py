@@ -17,7 +17,14 @@ SMALL = {
     **{"model": "model", "model_type": "llama", "template": "llama", "use_hf": None, "dataset": "chat.jsonl"},
     **{"max_steps": STEPS, "save_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 4},
     **{"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_ratio": None, "torch_dtype": "float32"},
-    **{"max_length": 64, "system": "one", "add_version": False, "report_to": "none", "external_plugins": "plugin.py"},
+    **{
+        "max_length": 64,
+        "system": "one",
+        "check_model": False,
+        "add_version": False,
+        "report_to": "none",
+        "external_plugins": "plugin.py",
+    },
     **{"dataset_num_proc": 1, "dataloader_num_workers": 0, "gradient_checkpointing": False},
 }
 PLAIN = {"tuner_type": "lora", "callbacks": None, "model_kwargs": None}

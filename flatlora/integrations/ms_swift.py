@@ -49,12 +49,14 @@ class FlatLoraTuner(PeftTuner):
 
     @staticmethod
     def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> nn.Module:
-        """Load an adapter. One that continues to train has the settings it was saved with, unless they are set anew."""
+        """Load an adapter, which continues to train with its saved settings and those that are set anew."""
         loaded: PeftModel = PeftTuner.from_pretrained(model, model_id, **kwargs)
         # a second adapter is the reference of DPO, KTO or GRPO
         if not kwargs.get("is_trainable") or kwargs.get("adapter_name", "default") != "default":
             return loaded
-        return _make_flat(loaded, {**_saved_settings(model_id), **settings_of_environment()})
+        given = settings_of_environment()
+        # another method would not know the saved settings
+        return _make_flat(loaded, given if "flat_method" in given else {**_saved_settings(model_id), **given})
 
     @staticmethod
     def save_pretrained(model: nn.Module, save_directory: str, *args: Any, **kwargs: Any) -> None:

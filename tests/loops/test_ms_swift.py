@@ -130,6 +130,10 @@ def test_what_is_saved_continues_with_its_settings(swift, environment, monkeypat
     assert settings.method == flatlora.RwpConfig(space="adapter").make_method()
     assert (perturbation(again).rho, settings.seed) == (0.3, 4)
 
+    environment(FLAT_METHOD="efmlora")  # its settings are not those that were saved
+    other = tuner.from_pretrained(tiny.base_model(), str(tmp_path), is_trainable=True)
+    assert perturbation(other).settings.method == flatlora.EFMLoraConfig().make_method()
+
 
 def test_an_adapter_for_inference_or_reference_stays_plain(swift, tmp_path):
     tuner = swift.FlatLoraTuner

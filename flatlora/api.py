@@ -117,7 +117,14 @@ def attach(
     arguments.module("model", model)
     rho = CHECKS["rho"]("rho", rho)
     settings = Settings(FlatLora(), schedule, total_steps, resample, seed, backend)
-    on_unsupported = CHECKS["on_unsupported"]("on_unsupported", on_unsupported)
+    attach_method(model, settings, rho, CHECKS["on_unsupported"]("on_unsupported", on_unsupported), adapter_names)
+    return model
+
+
+def attach_method(
+    model: nn.Module, settings: Settings, rho: float, on_unsupported: str, adapter_names: Sequence[str] | None
+) -> None:
+    """What `attach` does, for any method. The arguments have been checked, apart from the names."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layer: create one with get_flat_peft_model")
@@ -138,7 +145,6 @@ def attach(
         if before is None:
             state.close()
         raise
-    return model
 
 
 def detach(model: nn.Module) -> nn.Module:

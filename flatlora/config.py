@@ -192,11 +192,15 @@ class PerturbedLoraConfig(LoraConfig):
         keywords("save_pretrained", kwargs, {"auto_mapping_dict"})
         self.check()
         super().save_pretrained(save_directory, **kwargs)
+        self.save_own(save_directory)
+        warn_of_no_tensors(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME))
+
+    def save_own(self, save_directory: str) -> None:
+        """Save our own settings in `flatlora_config.json`."""
         own = {name: value for name, value in asdict(self).items() if name in own_fields(type(self))}
         if type(self).__name__ != DEFAULT_CLASS:
             own["config_class"] = type(self).__name__
         jsonfiles.write(os.path.join(save_directory, CONFIG_NAME), json.dumps(own, indent=2, sort_keys=True))
-        warn_of_no_tensors(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME))
 
     @classmethod
     def from_pretrained(

@@ -20,7 +20,6 @@ class Run:
     micro_batches = 1  # of an optimizer step
     largest_norm = 1e9  # of the gradients
     half = False  # forward and backward in bfloat16, and the optimizer in float32
-    offload = False  # the optimizer's values on the CPU
 
     def __init__(self, model):
         self.module = model
@@ -171,8 +170,6 @@ class Zero2(Run):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-        if self.offload:
-            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         self.module = model
         optimizer = torch.optim.SGD(self.trainable_of(model), lr=LEARNING_RATE, momentum=0.9)
         self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -60,8 +60,8 @@ class MethodTests:
             for kept, again in ((whole["after"], resumed["after"]), (whole["offsets"][-1], resumed["offsets"][-1])):
                 assert kept.keys() == again.keys() and all(torch.equal(t, again[key]) for key, t in kept.items())
 
-    def test_no_weight_is_gathered(self, ranks):
+    def test_no_weight_is_gathered(self, engine, ranks):
         for rank in ranks:
             seen = rank["communicated"]
-            assert seen["sizes"] and seen["adapter"] < seen["weight"] / 2
-            assert max(seen["sizes"]) < seen["weight"] / 2
+            assert seen["sizes"] or engine == "hsdp-2x1"  # where each process has whole factors
+            assert max(seen["sizes"], default=0) < seen["weight"] / 2 > seen["adapter"]

@@ -17,7 +17,6 @@ from flatlora import (
     FMLoraConfig,
     LoraSamConfig,
     RwpConfig,
-    TwoPassTrainerMixin,
     ascent,
     get_flat_peft_model,
 )
@@ -76,24 +75,6 @@ def test_a_trainer_whose_optimizer_steps_are_not_seen_is_refused(kind):
     callback.on_train_begin(None, state, None, model=model)
     with pytest.raises(RuntimeError, match="needs to see the optimizer's step.*FSDP1.*Use FSDP2"):
         callback.on_step_end(None, state, None, model=model)
-
-
-class Unstepped:
-    """A stand-in for a Trainer."""
-
-    is_deepspeed_enabled = False
-
-    def training_step(self, model, inputs):
-        raise AssertionError("not reached")
-
-
-class OnDeepSpeed(TwoPassTrainerMixin, Unstepped):
-    is_deepspeed_enabled = True
-
-
-def test_two_passes_under_deepspeed_are_refused():
-    with pytest.raises(RuntimeError, match="two passes do not work with DeepSpeed.*EFMLoraConfig"):
-        OnDeepSpeed().training_step(twin.adapted(FMLoraConfig), {})
 
 
 def test_two_methods_in_one_model_are_refused():

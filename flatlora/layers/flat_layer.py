@@ -224,9 +224,12 @@ class FlatLayer(_PeftLayer):
         assert isinstance(method, WeightNoise)
         return method.row_scale(norms) * self.relative_std(columns)
 
-    def relative_std(self, columns: int) -> float:
-        """rho_t / sqrt(n): the ratio of the standard deviation of the noise in a row to the row norm."""
-        return self.rho() * self.perturbation.ramp / math.sqrt(columns)
+    def relative_std(self, columns: int) -> Any:
+        """rho_t / sqrt(n): the ratio of the standard deviation of the noise in a row to the row norm.
+
+        A number, or a tensor of shape () where a CUDA graph is being captured.
+        """
+        return self.perturbation.rho_of(self.active_flat_adapters(), self.weights.device) / math.sqrt(columns)
 
     def row_norms(self) -> Tensor:
         """``||W'_i||`` of the merged weight, (m,); with DoRA the absolute value of the magnitude vector."""

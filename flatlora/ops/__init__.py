@@ -5,6 +5,7 @@ This package imports torch only, and `flatlora.utils`.
 
 from . import custom_ops  # noqa: F401  (registers the operators)
 from .convolution import perturbed_conv
+from .four_bit import DoubleScales, FourBitWeight
 from .fused_lora import RowNoise, lora_linear
 from .inplace import add_noise_
 from .norms import merged_row_norms, row_norms_of_sum, squared_row_norms, sums_merged_rows
@@ -13,6 +14,8 @@ from .products import perturbed_linear, rebuilt_linear
 
 __all__ = [
     "BACKENDS",
+    "DoubleScales",
+    "FourBitWeight",
     "RowNoise",
     "add_noise_",
     "lora_linear",

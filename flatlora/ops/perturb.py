@@ -40,15 +40,17 @@ from .checks import (
     matrix,
     number,
 )
+from .four_bit import FourBitWeight
 
 logger = logging.getLogger(__name__)
 
 ScaledFactors = tuple[Tensor, Tensor, float]  # B (m, r), A (r, n) and s of an adapter s B A
+MERGED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})  # of weights whose norms "triton" computes
 ROW_BLOCK = 64  # rows that share one generator in the `torch` backend
 
 
 def perturb_weight(
-    weight: Tensor,  # (m, n)
+    weight: Tensor | FourBitWeight,  # (m, n)
     row_std: Tensor,  # (m,)
     key: Tensor,  # (2,) int64
     layer: int,
@@ -57,7 +59,7 @@ def perturb_weight(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     out: Tensor | None = None,  # (m, n)
-    relative: float = 1.0,
+    relative: float | Tensor = 1.0,
     factors: ScaledFactors | None = None,
 ) -> Tensor:
     """The perturbed weight ``W + relative * row_std[:, None] * z`` of a block of rows.
@@ -65,7 +67,8 @@ def perturb_weight(
     The sum is computed in float32 (float64 for a float64 weight) and rounded once. The weight is only read.
 
     Args:
-        weight: (m, n) floating-point, any strides.
+        weight: (m, n) floating-point, any strides; or in 4 bits, which "triton" decodes in its kernel and the other
+            backends dequantize first.
         row_std: (m,) standard deviation of each row, float32, or float64 for a float64 weight.
         key: (2,) int64 on the weight's device: the seed (with the rank mixed in) and the sample.
         layer: index of the layer in the noise stream.
@@ -73,7 +76,8 @@ def perturb_weight(
         dtype: of the result; default: that of the weight.
         backend: one of `BACKENDS`, or "auto".
         out: tensor for the result, any strides; it must not overlap the weight. Its dtype is that of the result.
-        relative: factor of `row_std`.
+        relative: factor of `row_std`; a tensor of shape () on the weight's device is read when the kernel runs, so that
+            a CUDA graph uses the value at replay.
         factors: ``(B, A, s)`` with B (m, r) and A (r, n): first write ``||W_i + s (B A)_i||`` into `row_std`, in the
             same pass over W. Only if `makes_norms` returns True.
 
@@ -99,6 +103,14 @@ def perturb_weight(
     if factors is not None and not (isinstance(factors, tuple) and len(factors) == 3):
         raise TypeError(f"factors must be a tuple (B, A, s) or None, got {shown(factors)}")
     backend = resolve_backend(backend, weight.device)
+    if backend == "triton":
+        _in_triton(weight, row_std, key, layer, out, relative, first_row, factors)
+        return out
+    if isinstance(weight, FourBitWeight):
+        weight = weight.dequantize()
+    if isinstance(relative, Tensor):
+        expect("relative", relative, (), None, weight.device)
+        relative = float(relative)
     if backend == "c":
         native.perturb(weight, row_std, key, layer, out, relative=relative, first_row=first_row, factors=factors)
         return out
@@ -112,19 +124,44 @@ def perturb_weight(
     return out
 
 
-def makes_norms(weight: Tensor, backend: str) -> bool:
+def _in_triton(
+    weight: Tensor | FourBitWeight,
+    row_std: Tensor,
+    key: Tensor,
+    layer: int,
+    out: Tensor,
+    relative: float | Tensor,
+    first_row: int,
+    factors: ScaledFactors | None,
+) -> None:
+    from . import triton_kernel  # imports triton
+
+    if factors is None:
+        triton_kernel.perturb(weight, row_std, key, layer, out, relative=relative, first_row=first_row)
+    else:
+        triton_kernel.perturb_merged(weight, row_std, key, layer, out, factors, relative=relative, first_row=first_row)
+
+
+def makes_norms(weight: Tensor | FourBitWeight, backend: str) -> bool:
     """Whether `perturb_weight` can compute the row norms of W + s B A in its pass over W (its argument `factors`).
 
     Args:
-        weight: (m, n).
+        weight: (m, n), dense or in 4 bits.
         backend: one of `BACKENDS`, or "auto".
 
     Raises:
         TypeError, ValueError: `weight` is no tensor, or the backend does not support its device.
     """
+    if isinstance(weight, FourBitWeight):
+        return resolve_backend(backend, weight.device) == "triton"
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor of shape (m, n), got {type(weight).__name__}")
-    return weight.ndim == 2 and resolve_backend(backend, weight.device) == "c" and native.has_norms(weight)
+    if weight.ndim != 2:
+        return False
+    backend = resolve_backend(backend, weight.device)
+    return (backend == "c" and native.has_norms(weight)) or (
+        backend == "triton" and weight.dtype in MERGED_DTYPES and is_plain(weight)
+    )
 
 
 def row_noise(

@@ -18,7 +18,7 @@ import triton.language as tl
 
 LANES, TILE = tl.constexpr(16), tl.constexpr(64)
 SMALLEST = tl.constexpr(2.0**-102)  # see `norms.SMALLEST`
-COLUMNS = tl.constexpr(128)  # of a merged row that are in registers at a time: 2^7, see `squared_rows`
+COLUMNS = tl.constexpr(128)  # of a merged row that are in registers at a time
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
@@ -99,20 +99,19 @@ def load_weight(
     rows = (first_stored + i).to(tl.int64)[:, None] * w0
     if SIZE < 0:
         inside = (i < m)[:, None] & is_inside(j, n)[None, :]
-        return tl.load(weight + (rows + j.to(tl.int64)[None, :] * w1), mask=inside, other=0, eviction_policy=EVICT)
-    if PAIRED:
-        e = rows + pair.to(tl.int64)[None, :]
-        inside = (i < m)[:, None] & is_inside(pair, n)[None, :]
-        byte = tl.load(weight + (e >> 1), mask=inside, other=0, eviction_policy=EVICT).to(tl.int32)
-        scale = four_bit_scale(e, scales, outer_codes, outer_scales, offset, inside, SIZE, OUTER)
-        value = tl.interleave(tl.load(codes + (byte >> 4)) * scale, tl.load(codes + (byte & 15)) * scale)
+        value = tl.load(weight + (rows + j.to(tl.int64)[None, :] * w1), mask=inside, other=0, eviction_policy=EVICT)
     else:
-        e = rows + j.to(tl.int64)[None, :]
-        inside = (i < m)[:, None] & is_inside(j, n)[None, :]
+        column = pair if PAIRED else j
+        e = rows + column.to(tl.int64)[None, :]
+        inside = (i < m)[:, None] & is_inside(column, n)[None, :]
         byte = tl.load(weight + (e >> 1), mask=inside, other=0, eviction_policy=EVICT).to(tl.int32)
         scale = four_bit_scale(e, scales, outer_codes, outer_scales, offset, inside, SIZE, OUTER)
-        value = tl.load(codes + ((byte >> (4 - 4 * (e & 1).to(tl.int32))) & 15)) * scale
-    return value.to(ROUND)
+        if PAIRED:
+            value = tl.interleave(tl.load(codes + (byte >> 4)) * scale, tl.load(codes + (byte & 15)) * scale)
+        else:
+            value = tl.load(codes + ((byte >> (4 - 4 * (e & 1).to(tl.int32))) & 15)) * scale
+        value = value.to(ROUND)
+    return value
 
 
 @triton.jit
@@ -179,30 +178,38 @@ def squared_rows(
     """``||factor_i (W + s B A)_i||^2``, (ROWS,); without the factor unless SCALED.
 
     COLUMNS of the merged rows are in registers at a time. The product is that of the tensor cores with float32
-    accuracy (each operand as a sum of two tf32 numbers). The order of the sums depends neither on ROWS nor on the
-    number of warps, so that norms have the same bits whatever block size is chosen.
+    accuracy (each operand as a sum of two tf32 numbers).
     """
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, n, COLUMNS):
-        j, pair = first + tl.arange(0, COLUMNS), first + 2 * tl.arange(0, COLUMNS // 2)
-        merged = load_weight(
+    j, pair = tl.arange(0, COLUMNS), 2 * tl.arange(0, COLUMNS // 2)
+    if SIZE < 0:
+        w = load_weight(
             weight, w0, w1, first_stored, codes, scales, outer_codes, outer_scales, offset,
             i, j, pair, m, n, SIZE, OUTER, PAIRED, ROUND, "evict_last",
-        ).to(tl.float32)  # fmt: skip
+        )  # fmt: skip
+    for first in range(0, n, COLUMNS):
+        if SIZE < 0:  # load the next columns before the product, which hides the latency of the memory
+            merged, following = w.to(tl.float32), first + COLUMNS
+            w = load_weight(
+                weight, w0, w1, first_stored, codes, scales, outer_codes, outer_scales, offset,
+                i, j + following, pair + following, m, n, SIZE, OUTER, PAIRED, ROUND, "evict_last",
+            )  # fmt: skip
+        else:  # what decoding needs, would not fit into the registers beside the product
+            merged = load_weight(
+                weight, w0, w1, first_stored, codes, scales, outer_codes, outer_scales, offset,
+                i, j + first, pair + first, m, n, SIZE, OUTER, PAIRED, ROUND, "evict_last",
+            ).to(tl.float32)  # fmt: skip
         if CHUNKED:
             for rank in range(0, r, RANKS):
-                b, a = load_ranks(B, b0, A, a0, i, j, rank, r, m, n, RANKS)
+                b, a = load_ranks(B, b0, A, a0, i, j + first, rank, r, m, n, RANKS)
                 merged = tl.dot(b * scaling, a, merged, input_precision="tf32x3")
         else:  # B stays where it is from one block of columns to the next
-            b, a = load_ranks(B, b0, A, a0, i, j, 0, r, m, n, RANKS)
+            b, a = load_ranks(B, b0, A, a0, i, j + first, 0, r, m, n, RANKS)
             merged = tl.dot(b * scaling, a, merged, input_precision="tf32x3")
         if SCALED:
             merged = merged * factor[:, None]
         total += merged * merged
-    for k in tl.static_range(7):
-        even, odd = tl.split(tl.reshape(total, (ROWS, COLUMNS >> (k + 1), 2)))
-        total = even + odd
-    return tl.reshape(total, (ROWS,))
+    return tl.sum(total, axis=1)
 
 
 @triton.jit

@@ -41,9 +41,8 @@ from .triton_tuning import MERGED, NOISE, BlockSize, choose
 
 OPEN = ["layer", "first_row", "first_tile", "first_stored", "m", "r"]  # one compiled kernel serves all of their values
 MAX_SIZE = (1 << 31) - 512  # row and column indices within the weight are signed 32-bit integers
-RANKS = 64  # of the factors at a time in shared memory
+RANKS = 32  # of the factors at a time in shared memory
 ROUND = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-DENSE = frozenset(ROUND)  # dtypes of the weights for which `perturb_merged` is compiled
 
 
 @triton.jit(do_not_specialize=[name for name in OPEN if name != "r"])
@@ -199,7 +198,7 @@ def perturb_merged(
 
 def has_norms(weight: Tensor | FourBitWeight) -> bool:
     """Whether `perturb_merged` takes this weight."""
-    return isinstance(weight, FourBitWeight) or weight.dtype in DENSE
+    return isinstance(weight, FourBitWeight) or weight.dtype in ROUND
 
 
 def _check(

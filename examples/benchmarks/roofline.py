@@ -3,16 +3,17 @@
     python examples/benchmarks/roofline.py              # writes results/roofline.csv, prints the tables
     python examples/benchmarks/roofline.py --count      # counts the instructions again (needs triton, on Linux)
 
-W -> W + eps is one kernel (flatlora/ops/triton_kernel.py). Its time per weight is the longest of
+W -> W + eps is one kernel (flatlora/ops/triton_kernel.py): `merged` in forward, which first computes the row norms of
+W + s B A (rank up to 16) and reads W again from the L2 cache, and `perturb` in backward. The time per weight of each is
+the longest of
 
-    memory     (bytes of W + bytes of W + eps) / bandwidth
+    memory     (bytes of W + bytes of W + eps) / bandwidth; with `merged` also 2 W + W + eps + A / 16 rows / L2's
     issue      instructions / (4 warps of 32 lanes per cycle and multiprocessor)
     integer    logic, shifts, integer sums, comparisons, selections / their lanes
     product    float instructions and integer products / the float lanes; a wide product counts twice
     special    square roots (before sm_90 conversions too) / 16 lanes
 
-and a step has it twice per weight, in forward and in backward. It also has the row norms once, a product of W with the
-r rows of A: reading W. The products of the frozen layer in forward and backward are 4 x tokens floating point
+The products of the row norms are on the tensor cores and are not counted. The products of the frozen layer in forward and backward are 4 x tokens floating point
 operations per weight. Their ratio is the expected cost over LoRA's linear layers alone; attention, LoRA's own products,
 the output layer and the optimizer make the step longer, and the ratio smaller. `tokens` are those of one forward.
 

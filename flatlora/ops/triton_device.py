@@ -80,7 +80,7 @@ def four_bit_scale(e, scales, outer_codes, outer_scales, offset, mask, SIZE: tl.
     scale = tl.load(scales + block, mask=mask, other=0)
     if OUTER >= 0:
         scale = tl.load(outer_codes + scale.to(tl.int32)) * tl.load(outer_scales + (block >> OUTER), mask=mask, other=0)
-        scale = scale + tl.load(offset)
+        scale = tl.where(mask, scale + tl.load(offset), 0.0)  # elements outside of the weight are zero
     return scale
 
 

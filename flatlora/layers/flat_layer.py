@@ -222,7 +222,8 @@ class FlatLayer(_PeftLayer):
         """Standard deviation of each row of eps, (m,), from the row norms of the merged weight, (m,)."""
         method = self.perturbation.settings.method
         assert isinstance(method, WeightNoise)
-        return method.row_scale(norms) * self.relative_std(columns)
+        row_std: Tensor = method.row_scale(norms) * self.relative_std(columns)
+        return row_std
 
     def relative_std(self, columns: int) -> Any:
         """rho_t / sqrt(n): the ratio of the standard deviation of the noise in a row to the row norm.

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels ahead of time: `python -m helpers.triton_compiled CAPABILITY` prints what they use."""
+"""Compile the Triton kernels ahead of time: `python -m helpers.triton_compiled CAPABILITY` prints a line of JSON for each."""
 
 import json
 import os
@@ -83,13 +83,14 @@ def record(kernel, capability, *case, **options):
 
 
 def main(capability):
-    records = [record(perturb_kernel, capability, *case, NOISE[0]) for case in NOISE_CASES]
-    records += [record(merged_kernel, capability, *case, MERGED[0]) for case in MERGED_CASES]
-    records += [record(perturb_kernel, capability, *NOISE_CASES[0], size) for size in NOISE[1:]]
-    records += [record(merged_kernel, capability, *MERGED_CASES[-1], size) for size in MERGED[1:]]
-    records.append(record(perturb_kernel, capability, *NOISE_CASES[3], NOISE[0], gather=True))
-    records += [record(merged_kernel, capability, *MERGED_CASES[0], MERGED[0], rank=rank) for rank in (32, 128)]
-    print(json.dumps(records))
+    cases = [(perturb_kernel, *case, NOISE[0], {}) for case in NOISE_CASES]
+    cases += [(merged_kernel, *case, MERGED[0], {}) for case in MERGED_CASES]
+    cases += [(perturb_kernel, *NOISE_CASES[0], size, {}) for size in NOISE[1:]]
+    cases += [(merged_kernel, *MERGED_CASES[-1], size, {}) for size in MERGED[1:]]
+    cases.append((perturb_kernel, *NOISE_CASES[3], NOISE[0], {"gather": True}))
+    cases += [(merged_kernel, *MERGED_CASES[0], MERGED[0], {"rank": rank}) for rank in (32, 128)]
+    for kernel, *case, options in cases:
+        print(json.dumps(record(kernel, capability, *case, **options)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels ahead of time: `python -m helpers.triton_compiled CAPABILITY` prints a JSON line for each."""
+"""Compile the Triton kernels ahead of time: `python -m helpers.triton_compiled CAPABILITY`; a JSON line for each."""
 
 import json
 import os

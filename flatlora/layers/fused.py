@@ -72,7 +72,7 @@ def _with_noise(layer: FlatLayer, operands: Operands, x: Tensor) -> Tensor:
     else:
         norms = layer._norms.get_or_compute("merged", source, lambda: compute_row_norms(layer))
         scale = method.row_scale(norms)
-    noise = RowNoise(scale, layer.relative_std(weight.shape[1]), key, layer.stream, in_kernel)
+    noise = RowNoise(scale, layer.relative_std(weight.shape[1], weight.device), key, layer.stream, in_kernel)
     out = _lora_linear(layer, operands, x, noise)
     if in_kernel:
         layer._norms.keep("merged", source, norms)

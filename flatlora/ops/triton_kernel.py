@@ -37,7 +37,7 @@ from ..utils.dtypes import accumulation_dtype
 from .checks import MAX_COLUMNS, check_memory, check_noise, expect, expect_factors, integer, number
 from .four_bit import FourBitWeight
 from .triton_device import TILE, merged_norms, perturb_tiles
-from .triton_tuning import MERGED, NOISE, BlockSize, choose
+from .triton_tuning import MERGED, NOISE, BlockSize, choose, register_limit
 
 OPEN = ["layer", "first_row", "first_tile", "first_stored", "m", "r"]  # one compiled kernel serves all of their values
 MAX_SIZE = (1 << 31) - 512  # row and column indices within the weight are signed 32-bit integers
@@ -131,7 +131,7 @@ def perturb(
     index = key if rows is None else rows.to(torch.int64).contiguous()
     check_memory([("out", out)], [*_stored(weight), ("row_std", row_std), ("key", key), ("rows", rows)])
     shared = _operands(weight, out, first_column)
-    noise = _noise(relative, key, layer, first_row)
+    noise = _noise(relative, key, layer, first_row) | register_limit(isinstance(weight, FourBitWeight))
 
     def run(size: BlockSize) -> None:
         groups = triton.cdiv(n + shared["shift"], TILE.value * size.tiles)
@@ -184,8 +184,8 @@ def perturb_merged(
     if r == 0:
         B = A = norms  # nothing is read from them
     shared = _operands(weight, out, first_column)
-    noise = _noise(relative, key, layer, first_row)
     ranks = min(max(16, triton.next_power_of_2(r)), RANKS)
+    noise = _noise(relative, key, layer, first_row) | register_limit(isinstance(weight, FourBitWeight), ranks)
 
     def run(size: BlockSize) -> None:
         merged_kernel[(triton.cdiv(m, size.rows),)](

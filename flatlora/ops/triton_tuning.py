@@ -13,6 +13,11 @@ from typing import NamedTuple
 import torch
 
 
+def register_limit(four_bit: bool, ranks: int = 16) -> dict[str, int]:
+    """The option of a launch that limits its registers."""
+    return {"maxnreg": MOST_REGISTERS} if four_bit and ranks <= 16 and torch.version.hip is None else {}
+
+
 class BlockSize(NamedTuple):
     """How the work is divided.
 
@@ -29,6 +34,9 @@ class BlockSize(NamedTuple):
 
 NOISE = (BlockSize(32, 1, 4), BlockSize(16, 4, 8), BlockSize(16, 2, 4), BlockSize(64, 1, 8))
 MERGED = (BlockSize(16, 4, 8), BlockSize(16, 8, 8))  # 16 rows are those of a tensor core
+# Registers of a thread that decodes 4-bit weights, for ranks up to 16: two programs of eight warps have as many. Without a
+# limit of ours, NVIDIA's assembler spills a few for sm_80 to have three. AMD's compiler has no such option.
+MOST_REGISTERS = 128
 TUNED_FROM = 1 << 20  # weights: compiling the others takes longer than a small weight can win
 REPEATS = 5
 

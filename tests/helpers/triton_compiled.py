@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flatlora.ops.triton_kernel import RANKS, merged_kernel, perturb_kernel
-from flatlora.ops.triton_tuning import MERGED, NOISE
+from flatlora.ops.triton_tuning import MERGED, NOISE, register_limit
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ROUND = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
@@ -61,7 +61,8 @@ def specification(kernel, stored, weight, out, size, rank, gather):
 def compiled(kernel, capability, stored, weight, out, size, rank=8, gather=False):
     """The kernel for this architecture."""
     source = ASTSource(kernel, *specification(kernel, stored, weight, out, size, rank, gather))
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": size.warps})
+    options = {"num_warps": size.warps} | register_limit(stored != "dense", min(rank, RANKS))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def run_tool(name, option, cubin):

@@ -34,29 +34,8 @@ class BlockSize(NamedTuple):
 
 NOISE = (BlockSize(32, 1, 4), BlockSize(16, 4, 8), BlockSize(16, 2, 4), BlockSize(64, 1, 8))
 MERGED = (BlockSize(16, 4, 8), BlockSize(16, 8, 8))  # 16 rows are those of a tensor core
-# Registers of a thread that decodes 4-bit weights, for ranks up to 16: two programs of eight warps have as many. Without
-# this limit, NVIDIA's assembler spills a few for sm_80 to have three. AMD's compiler has no such option.
-MOST_REGISTERS} if four_bit and ranks <= 16 and torch.version.hip is None else {}
-
-
-class BlockSize(NamedTuple):
-    """How the work is divided.
-
-    Attributes:
-        rows: of a program.
-        tiles: of 64 columns that a program computes at a time.
-        warps: of a program.
-    """
-
-    rows: int
-    tiles: int
-    warps: int
-
-
-NOISE = (BlockSize(32, 1, 4), BlockSize(16, 4, 8), BlockSize(16, 2, 4), BlockSize(64, 1, 8))
-MERGED = (BlockSize(16, 4, 8), BlockSize(16, 8, 8))  # 16 rows are those of a tensor core
-# Registers of a thread that decodes 4-bit weights, for ranks up to 16: two programs of eight warps have as many. Without a
-# limit of ours, NVIDIA's assembler spills a few for sm_80 to have three. AMD's compiler has no such option.
+# Registers of a thread that decodes 4-bit weights, for ranks up to 16: two programs of eight warps have as many.
+# Without it, NVIDIA's assembler spills a few for sm_80 to have room for three. AMD's compiler has no such option.
 MOST_REGISTERS = 128
 TUNED_FROM = 1 << 20  # weights: compiling the others takes longer than a small weight can win
 REPEATS = 5

@@ -3,7 +3,9 @@
     python examples/benchmarks/roofline.py              # writes results/roofline.csv, prints the tables
     python examples/benchmarks/roofline.py --count      # counts the instructions again (needs triton, on Linux)
 
-W -> W + eps is one kernel (flatlora/ops/triton_kernel.py). Its time per weight is the longest of
+W -> W + eps is one kernel (flatlora/ops/triton_kernel.py): in forward `merged`, which first computes the row norms of
+W + s B A (rank up to 16) and then reads W again from the L2 cache, and in backward `perturb`. The time per weight is
+the longest of
 
     memory     (bytes of W + bytes of W + eps) / bandwidth
     issue      instructions / (4 warps of 32 lanes per cycle and multiprocessor)
@@ -11,10 +13,11 @@ W -> W + eps is one kernel (flatlora/ops/triton_kernel.py). Its time per weight 
     product    float instructions and integer products / the float lanes; a wide product counts twice
     special    square roots (before sm_90 conversions too) / 16 lanes
 
-and a step has it twice per weight, in forward and in backward. It also has the row norms once, a product of W with the
-r rows of A: reading W. The products of the frozen layer in forward and backward are 4 x tokens floating point
-operations per weight. Their ratio is the expected cost over LoRA's linear layers alone; attention, LoRA's own products,
-the output layer and the optimizer make the step longer, and the ratio smaller. `tokens` are those of one forward.
+The products of the row norms are on the tensor cores, of which they need little. The products of the frozen layer in
+forward and backward are 4 x tokens floating point operations per weight. Their ratio is the expected cost over LoRA's
+linear layers alone; attention, LoRA's own products, the output layer and the optimizer make the step longer, and the
+ratio smaller. `tokens` are those of one forward. What plain LoRA does and the kernels make unnecessary is subtracted:
+under autocast the cast of W in forward, with 4 bits the dequantization in forward and backward.
 
 Two readings: with the products at the limit of the tensor cores, which no real step reaches, and at half of it; the
 noise is at its own limit in both. For the add-and-remove scheme the bytes alone are counted: z written, W and z read,
@@ -23,10 +26,8 @@ W written, all twice.
 
 import argparse
 import collections
-import os
 import re
-import subprocess
-import tempfile
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,12 +54,78 @@ GPUS = [
     Gpu("H100 SXM", 90, 3.35e12, 989.4e12, 132, 1.83e9, 128),
     Gpu("A100 SXM 80 GB", 80, 2.039e12, 312e12, 108, 1.41e9, 64),
 ]
-# Instructions per weight in the machine code of the kernel (triton 3.9, 2,048 weights in 128 threads): --count
+# Instructions per weight in the machine code of the kernels for bf16 (triton 3.9), by capability, kernel and how W is
+# stored, 4 bits with double quantization: --count
 COUNTS = {
-    90: {"wide product": 4.56, "product": 1.38, "float": 13.62, "special": 0.69, "integer": 22.75, "other": 3.44},
-    80: {"wide product": 4.56, "product": 2.25, "float": 13.56, "special": 2.69, "integer": 20.44, "other": 4.19},
+    (90, "perturb", "dense"): {
+        "wide product": 4.94,
+        "product": 1.06,
+        "float": 14.12,
+        "special": 0.69,
+        "integer": 21.81,
+        "other": 5.81,
+    },
+    (90, "perturb", "4 bits"): {
+        "wide product": 4.88,
+        "product": 3.38,
+        "float": 15.5,
+        "special": 0.69,
+        "integer": 36.5,
+        "other": 10.81,
+    },
+    (90, "merged", "dense"): {
+        "wide product": 4.69,
+        "product": 2.62,
+        "float": 15.5,
+        "special": 0.5,
+        "integer": 29.25,
+        "other": 8.38,
+    },
+    (90, "merged", "4 bits"): {
+        "wide product": 4.94,
+        "product": 3.75,
+        "float": 18.5,
+        "special": 0.5,
+        "integer": 56.88,
+        "other": 15.69,
+    },
+    (80, "perturb", "dense"): {
+        "wide product": 4.94,
+        "product": 2.06,
+        "float": 14.25,
+        "special": 2.69,
+        "integer": 20.94,
+        "other": 4.19,
+    },
+    (80, "perturb", "4 bits"): {
+        "wide product": 4.88,
+        "product": 4.69,
+        "float": 15.5,
+        "special": 2.69,
+        "integer": 35.56,
+        "other": 8.88,
+    },
+    (80, "merged", "dense"): {
+        "wide product": 4.69,
+        "product": 2.62,
+        "float": 15.5,
+        "special": 2.5,
+        "integer": 27.38,
+        "other": 8.81,
+    },
+    (80, "merged", "4 bits"): {
+        "wide product": 4.94,
+        "product": 4.25,
+        "float": 18.5,
+        "special": 2.5,
+        "integer": 55.19,
+        "other": 15.88,
+    },
 }
-BYTES = {"bf16": (2, 2), "fp32 to bf16": (4, 2), "fp32": (4, 4)}  # of W, of W + eps
+BYTES = {  # of W, of W + eps
+    "bf16": (2, 2), "fp32 to bf16": (4, 2), "fp32": (4, 4),
+    "nf4": (0.5 + 4 / 64, 2), "nf4 double": (0.5 + 1 / 64 + 4 / (64 * 256), 2),
+}  # fmt: skip
 TOKENS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
 CLASSES = [  # the first that matches
     ("wide product", r"IMAD\.WIDE|IMAD\.HI"),
@@ -70,9 +137,10 @@ CLASSES = [  # the first that matches
 ]
 
 
-def limits(gpu: Gpu, kind: str) -> dict[str, float]:
+def limits(gpu: Gpu, kind: str, kernel: str = "perturb") -> dict[str, float]:
     """Picoseconds per weight that each resource needs."""
-    n, rate = COUNTS[gpu.capability], gpu.processors * gpu.clock
+    stored = "4 bits" if kind.startswith("nf4") else "dense"
+    n, rate = COUNTS[gpu.capability, kernel, stored], gpu.processors * gpu.clock
     times = {
         "memory": sum(BYTES[kind]) / gpu.bandwidth,
         "issue": sum(n.values()) / (gpu.issue_lanes * rate),
@@ -85,9 +153,10 @@ def limits(gpu: Gpu, kind: str) -> dict[str, float]:
 
 def overhead(gpu: Gpu, kind: str, tokens: int, utilisation: float) -> float:
     """Cost of the noise over the frozen layers' products, as a fraction."""
-    norms = BYTES[kind][0] / gpu.bandwidth
-    cast = sum(BYTES[kind]) / gpu.bandwidth if kind == "fp32 to bf16" else 0  # plain LoRA's own, in forward: spared
-    return (2e-12 * max(limits(gpu, kind).values()) + norms - cast) / products(gpu, kind, tokens, utilisation)
+    noise = 1e-12 * sum(max(limits(gpu, kind, kernel).values()) for kernel in ("merged", "perturb"))
+    passes = {"fp32 to bf16": 1, "nf4": 2, "nf4 double": 2}.get(kind, 0)  # of plain LoRA over W, spared
+    spared = passes * sum(BYTES[kind]) / gpu.bandwidth
+    return (noise - spared) / products(gpu, kind, tokens, utilisation)
 
 
 def products(gpu: Gpu, kind: str, tokens: int, utilisation: float) -> float:
@@ -96,7 +165,12 @@ def products(gpu: Gpu, kind: str, tokens: int, utilisation: float) -> float:
 
 
 def add_and_remove(gpu: Gpu, kind: str, tokens: int, utilisation: float) -> float:
-    """The same of the add-and-remove scheme, by its bytes alone; its products cast W where plain LoRA's do."""
+    """The same of the add-and-remove scheme, by its bytes alone; its products cast W where plain LoRA's do.
+
+    NaN with 4 bits, where it cannot be done.
+    """
+    if kind.startswith("nf4"):
+        return float("nan")
     size = BYTES[kind][0]
     return (2 * 4 * size + size) / gpu.bandwidth / products(gpu, kind, tokens, utilisation)
 
@@ -112,6 +186,8 @@ def rows() -> list[dict]:
                     "gpu": gpu.name, "dtype": kind, "tokens": tokens,
                     **{f"{name} ps": f"{value:.3f}" for name, value in need.items()},
                     "bound": max(need, key=need.get), "W + eps ps": f"{max(need.values()):.3f}",
+                    "with norms ps": f"{max(limits(gpu, kind, 'merged').values()):.3f}",
+                    "bytes": f"{sum(BYTES[kind]):.4f}",
                     "overhead, products at limit": f"{overhead(gpu, kind, tokens, 1.0):.4f}",
                     "overhead, products at half": f"{overhead(gpu, kind, tokens, 0.5):.4f}",
                     "add and remove, products at half": f"{add_and_remove(gpu, kind, tokens, 0.5):.4f}",
@@ -120,33 +196,39 @@ def rows() -> list[dict]:
     return table
 
 
-def count(capability: int) -> dict[str, float]:
+def count(capability: int, kernel: str, stored: str) -> dict[str, float]:
     """Instructions per weight of each class in the kernel's machine code, for a bf16 weight and a bf16 result."""
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    sys.path.append(str(Path(__file__).parents[2] / "tests"))
+    from helpers import triton_compiled
 
     from flatlora.ops import triton_kernel
 
-    kernel = triton_kernel.perturb_kernel
-    constants = {"o1": 1, "w1": 1, "GATHER": False, "ROWS": triton_kernel.ROWS}
-    types = {"out": "*bf16", "weight": "*bf16", "row_std": "*fp32", "key": "*i64", "index": "*i64"}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = {*types, "n", "o0", "w0"}
-    hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, hints),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": triton_kernel.WARPS},
-    )
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
-    per_thread = triton_kernel.ROWS * triton_kernel.TILE.value / (32 * triton_kernel.WARPS)
-    return {name: found / per_thread for name, found in classify(text).items()}
+    function = {"perturb": triton_kernel.perturb_kernel, "merged": triton_kernel.merged_kernel}[kernel]
+    size = (triton_kernel.NOISE if kernel == "perturb" else triton_kernel.MERGED)[0]
+    case = ("double" if stored == "4 bits" else "dense", "bf16", "bf16", size)
+    binary = triton_compiled.compiled(function, capability, *case)
+    text = triton_compiled.run_tool("nvdisasm", "-c", binary.asm["cubin"])
+    threads = 32 * size.warps
+    noise, norms = size.rows * size.tiles * 64 / threads, size.rows * 128 / threads  # weights of a thread in a round
+    if kernel == "perturb":
+        return {name: found / noise for name, found in classify(text).items()}
+    # the loop over columns for the norms, the same for rows out of range (rare), and the loop over groups of tiles
+    first, _, last = (classify(body) for body in loops(text) if sum(classify(body).values()) > 20)
+    return {name: first[name] / norms + last[name] / noise for name in first}
+
+
+def loops(text: str) -> list[str]:
+    """The bodies of the innermost loops of a disassembly, in their order."""
+    labels: dict[str, int] = {}
+    found, lines = [], text.splitlines()
+    for k, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = k
+        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if branch and branch[1] in labels:
+            found.append((labels[branch[1]], k))
+    inner = [(a, b) for a, b in found if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in found)]
+    return ["\n".join(lines[a : b + 1]) for a, b in inner]
 
 
 def classify(text: str) -> collections.Counter:
@@ -165,9 +247,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS / "roofline.csv")
     options = parser.parse_args(arguments)
     if options.count:
-        for gpu in GPUS:
-            counts = {name: round(n, 2) for name, n in count(gpu.capability).items()}
-            print(f"{gpu.capability}: {counts},")
+        for kernel in COUNTS:
+            counts = {name: round(n, 2) for name, n in count(*kernel).items()}
+            print(f"{kernel}: {counts},")
         return
     table = rows()
     options.csv.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +258,8 @@ def main(arguments: list[str] | None = None) -> None:
     print("products of the frozen layers (at the limit of the tensor cores, at half of it):")
     for row in table:
         print(
-            f"{row['gpu']:15s} {row['dtype']:12s} {row['tokens']:6d} tokens  {row['W + eps ps']} ps ({row['bound']})  "
+            f"{row['gpu']:15s} {row['dtype']:12s} {row['tokens']:6d} tokens  {row['W + eps ps']} ps ({row['bound']}), "
+            f"with norms {row['with norms ps']} ps  "
             f"{100 * float(row['overhead, products at limit']):5.1f} %  "
             f"{100 * float(row['overhead, products at half']):5.1f} %"
         )

@@ -229,11 +229,15 @@ class FlatLayer(_PeftLayer):
         """Standard deviation of each row of eps, (m,), from the row norms of the merged weight, (m,)."""
         method = self.perturbation.settings.method
         assert isinstance(method, WeightNoise)
-        return method.row_scale(norms) * self.relative_std(columns)
+        row_std: Tensor = method.row_scale(norms) * self.relative_std(columns, norms.device)
+        return row_std
 
-    def relative_std(self, columns: int) -> float:
-        """rho_t / sqrt(n): the ratio of the standard deviation of the noise in a row to the row norm."""
-        return self.rho() * self.perturbation.ramp / math.sqrt(columns)
+    def relative_std(self, columns: int, device: torch.device) -> Any:
+        """rho_t / sqrt(n): the ratio of the standard deviation of the noise in a row to the row norm.
+
+        A number, or a tensor of shape () where a CUDA graph is being captured on this device.
+        """
+        return self.perturbation.rho_of(self.active_flat_adapters(), device) / math.sqrt(columns)
 
     def row_norms(self) -> Tensor:
         """``||W'_i||`` of the merged weight, (m,); with DoRA the absolute value of the magnitude vector."""

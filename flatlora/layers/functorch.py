@@ -98,7 +98,7 @@ def _dense_noise(layer: FlatLayer, method: WeightNoise) -> Tensor:
         merged = rows.to(dtype)
         for name in layer.active_lora_adapters():
             merged = merged + layer.scaling[name] * _delta(layer, name).to(dtype)
-        row_std = method.row_scale(vector_norms(merged, dtype)) * layer.relative_std(n)
+        row_std = method.row_scale(vector_norms(merged, dtype)) * layer.relative_std(n, merged.device)
         like = torch.empty(0, dtype=dtype, device=rows.device)
         backend = perturbation.settings.backend
         z = torch.ops.flatlora.normals(like, m, n, seed, sample, layer.stream, backend)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..methods.base import FactorOffset, WeightNoise
-from ..ops import Branch, RowNoise, adapted_linear, dora_linear, makes_norms
+from ..ops import Branch, RowNoise, adapted_linear, dora_linear, makes_norms, resolve_backend
 from ..ops.checks import Matrix
 from . import factor_offsets
 from .quantized_rows import FourBitRows
@@ -41,10 +41,12 @@ class Operands(NamedTuple):
         """Whether W is not quantized."""
         return type(self.base) in (nn.Linear, Conv1D)
 
-    def rows(self) -> Matrix:
-        """W with one output per row, (m, n): Conv1D stores (n, m)."""
+    def rows(self, backend: str = "auto") -> Matrix:
+        """W with one output per row, (m, n): Conv1D stores (n, m). A Triton kernel reads the 4 bits themselves."""
         if not self.is_dense:
-            return FourBitRows(self.base)
+            rows = FourBitRows(self.base)
+            decoded = self.magnitude is None and resolve_backend(backend, rows.device) == "triton"
+            return rows.in_four_bits() if decoded else rows
         weight: Tensor = self.base.weight
         return weight.T if isinstance(self.base, Conv1D) else weight
 
@@ -110,12 +112,13 @@ def forward(layer: FlatLayer, operands: Operands, x: Tensor) -> Any:
 
 def _with_noise(layer: FlatLayer, operands: Operands, x: Tensor) -> Tensor:
     """If the row norms are not known and the kernel can compute them, it does so in the pass that adds the noise."""
-    perturbation, weight = layer.perturbation, operands.rows()
+    perturbation = layer.perturbation
+    weight = operands.rows(perturbation.settings.backend)
     method = perturbation.settings.method
     assert isinstance(method, WeightNoise)
     key, _ = perturbation.draw(x.device)
     source = merged_source(layer, [adapter.name for adapter in operands.adapters], operands.tensors())
-    relative = layer.relative_std(weight.shape[1])
+    relative = layer.relative_std(weight.shape[1], x.device)
     if operands.magnitude is not None:
         before = layer._norms.get_or_compute("before DoRA", source, lambda: norms_before_dora(layer))
         return _dora_linear(layer, operands, weight, x, RowNoise(before, relative, key, layer.stream))

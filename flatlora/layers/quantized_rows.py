@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..ops import merged_row_norms, row_norms_of_sum, squared_row_norms
 from ..ops.blocks import row_blocks
 from ..ops.checks import Matrix
+from ..ops.four_bit import DoubleScales, FourBitWeight
 from .supported import FLOATS
 
 
@@ -54,6 +55,16 @@ class FourBitRows:
             scales, (stop // n - rows.start, n), blocksize=size, quant_type=self.state.quant_type, dtype=self.dtype
         )
         return F.dequantize_4bit(self.packed.view(torch.uint8).view(-1)[start // 2 : stop // 2], state)
+
+    def in_four_bits(self) -> FourBitWeight:
+        """The weight as it is stored, for a kernel that decodes it."""
+        state, double = self.state, None
+        if state.nested:
+            outer = state.state2
+            double = DoubleScales(outer.code.float(), outer.absmax.float(), state.offset.float(), outer.blocksize)
+        scales = state.absmax if state.nested else state.absmax.float()
+        packed = self.packed.view(torch.uint8).view(-1)
+        return FourBitWeight(packed, scales, state.code.float(), self.shape, self.dtype, state.blocksize, double)
 
     def _scales(self, first: int, last: int) -> Tensor:
         import bitsandbytes.functional as F

@@ -5,6 +5,7 @@ This package imports torch only, and `flatlora.utils`.
 
 from . import custom_ops  # noqa: F401  (registers the operators)
 from .convolution import perturbed_conv
+from .four_bit import DoubleScales, FourBitWeight
 from .fused_dora import dora_linear
 from .fused_lora import Branch, RowNoise, adapted_linear, lora_linear
 from .inplace import add_noise_
@@ -15,6 +16,8 @@ from .products import perturbed_linear, rebuilt_linear
 __all__ = [
     "BACKENDS",
     "Branch",
+    "DoubleScales",
+    "FourBitWeight",
     "RowNoise",
     "adapted_linear",
     "add_noise_",

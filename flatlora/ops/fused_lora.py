@@ -42,7 +42,7 @@ from .registry import backward_began
 
 class _RowNoise(NamedTuple):
     norms: Tensor
-    relative: float
+    relative: float | Tensor
     key: Tensor
     layer: int
     compute_norms: bool
@@ -53,7 +53,7 @@ class RowNoise(_RowNoise):
 
     Attributes:
         norms: (m,) float32, or float64 for a float64 weight.
-        relative: ratio of standard deviation to row norm.
+        relative: ratio of standard deviation to row norm, see `perturb_weight`.
         key, layer: see `perturbed_linear`.
         compute_norms: first write the row norms of W + s B A into `norms`; only if `makes_norms` returns True. Its
             former name `stale` is accepted as a keyword and as an attribute.
@@ -64,7 +64,7 @@ class RowNoise(_RowNoise):
     def __new__(
         cls,
         norms: Tensor,
-        relative: float,
+        relative: float | Tensor,
         key: Tensor,
         layer: int,
         compute_norms: bool = False,

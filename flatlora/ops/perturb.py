@@ -21,6 +21,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,15 +43,17 @@ from .checks import (
     matrix,
     number,
 )
+from .four_bit import FourBitWeight
 
 logger = logging.getLogger(__name__)
 
 ScaledFactors = tuple[Tensor, Tensor, float]  # B (m, r), A (r, n) and s of an adapter s B A
+MERGED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})  # of weights whose norms "triton" computes
 ROW_BLOCK = 64  # rows that share one generator in the `torch` backend
 
 
 def perturb_weight(
-    weight: Tensor,  # (m, n)
+    weight: Tensor | FourBitWeight,  # (m, n)
     row_std: Tensor,  # (m,)
     key: Tensor,  # (2,) int64
     layer: int,
@@ -59,7 +62,7 @@ def perturb_weight(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     out: Tensor | None = None,  # (m, n)
-    relative: float = 1.0,
+    relative: float | Tensor = 1.0,
     factors: ScaledFactors | None = None,
     first_column: int = 0,
 ) -> Tensor:
@@ -68,7 +71,8 @@ def perturb_weight(
     The sum is computed in float32 (float64 for a float64 weight) and rounded once. The weight is only read.
 
     Args:
-        weight: (m, n) floating-point, any strides.
+        weight: (m, n) floating-point, any strides; or in 4 bits, which "triton" decodes in its kernel and the other
+            backends dequantize first.
         row_std: (m,) standard deviation of each row, float32, or float64 for a float64 weight.
         key: (2,) int64 on the weight's device: the seed (with the rank mixed in) and the sample.
         layer: index of the layer in the noise stream.
@@ -76,10 +80,11 @@ def perturb_weight(
         dtype: of the result; default: that of the weight.
         backend: one of `BACKENDS`, or "auto".
         out: tensor for the result, any strides; it must not overlap the weight. Its dtype is that of the result.
-        relative: factor of `row_std`.
+        relative: factor of `row_std`; a tensor of shape () on the weight's device is read when the kernel runs, so that
+            a CUDA graph uses the value at replay.
         factors: ``(B, A, s)`` with B (m, r) and A (r, n): first write ``||W_i + s (B A)_i||`` into `row_std`, in the
             same pass over W. Only if `makes_norms` returns True.
-        first_column: index of ``weight[:, 0]`` in the whole weight, with any backend but "triton" (not yet).
+        first_column: index of ``weight[:, 0]`` in the whole weight.
 
     Returns:
         `out`, or a new (m, n) contiguous tensor of `dtype`.
@@ -103,6 +108,14 @@ def perturb_weight(
     if factors is not None and not (isinstance(factors, tuple) and len(factors) == 3):
         raise TypeError(f"factors must be a tuple (B, A, s) or None, got {shown(factors)}")
     backend = resolve_backend(backend, weight.device)
+    if backend == "triton":
+        _in_triton(weight, row_std, key, layer, out, relative, first_row, first_column, factors)
+        return out
+    if isinstance(weight, FourBitWeight):
+        weight = weight.dequantize()
+    if isinstance(relative, Tensor):
+        expect("relative", relative, (), None, weight.device)
+        relative = float(relative)
     if backend == "c":
         native.perturb(
             weight, row_std, key, layer, out,
@@ -119,22 +132,49 @@ def perturb_weight(
     return out
 
 
+def _in_triton(
+    weight: Tensor | FourBitWeight,
+    row_std: Tensor,
+    key: Tensor,
+    layer: int,
+    out: Tensor,
+    relative: float | Tensor,
+    first_row: int,
+    first_column: int,
+    factors: ScaledFactors | None,
+) -> None:
+    from . import triton_kernel  # imports triton
+
+    where: dict[str, Any] = {"first_row": first_row, "first_column": first_column}
+    if factors is None:
+        triton_kernel.perturb(weight, row_std, key, layer, out, relative=relative, **where)
+    else:
+        triton_kernel.perturb_merged(weight, row_std, key, layer, out, factors, relative=relative, **where)
+
+
 def makes_norms(weight: Matrix, backend: str) -> bool:
     """Whether `perturb_weight` can compute the row norms of W + s B A in its pass over W (its argument `factors`).
 
     Args:
-        weight: (m, n), a tensor, or a weight in another form with a `device`, whose rows are rebuilt as tensors.
+        weight: (m, n), a tensor, a `FourBitWeight`, or a weight in another form with a `device`, whose rows are rebuilt
+            as tensors.
         backend: one of `BACKENDS`, or "auto".
 
     Raises:
         TypeError, ValueError: `weight` is neither, or the backend does not support its device.
     """
     device = getattr(weight, "device", None)
+    if not isinstance(device, torch.device):
+        raise TypeError(f"weight must be a matrix on a device, of shape (m, n), got {type(weight).__name__}")
+    if len(weight.shape) != 2:
+        return False
+    backend = resolve_backend(backend, device)
     if not isinstance(weight, Tensor):
-        if not isinstance(device, torch.device):
-            raise TypeError(f"weight must be a matrix on a device, of shape (m, n), got {type(weight).__name__}")
-        return resolve_backend(backend, device) == "c" and weight.dtype in native.NORM_DTYPES
-    return weight.ndim == 2 and resolve_backend(backend, weight.device) == "c" and native.has_norms(weight)
+        known = {"c": native.NORM_DTYPES, "triton": MERGED_DTYPES}.get(backend, frozenset())
+        return weight.dtype in known
+    if backend == "triton":
+        return weight.dtype in MERGED_DTYPES and is_plain(weight)
+    return backend == "c" and native.has_norms(weight)
 
 
 def row_noise(
@@ -269,12 +309,7 @@ def _triton(
 ) -> None:
     from . import triton_kernel  # imports triton
 
-    if first_column:
-        raise ValueError(
-            f"first_column must be 0 for backend 'triton', got {first_column}: the kernel makes whole rows. Use "
-            "backend='reference', or backend='torch', whose noise of a part is not that of the whole weight"
-        )
-    triton_kernel.perturb(weight, row_std, key, layer, out, first_row=first_row)
+    triton_kernel.perturb(weight, row_std, key, layer, out, first_row=first_row, first_column=first_column)
 
 
 def _triton_rows(zero: Tensor, rows: Tensor, row_std: Tensor, key: Tensor, layer: int, out: Tensor) -> None:

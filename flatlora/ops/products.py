@@ -21,6 +21,7 @@ from . import blocks
 from .autograd import Context, Gradients, apply
 from .blocks import row_blocks, scratch
 from .checks import MAX_LAYERS, Matrix, expect, expect_columns, expect_factors, integer, matrix
+from .four_bit import FourBitWeight
 from .norms import no_autocast
 from .perturb import ScaledFactors, perturb_weight
 from .registry import backward_began
@@ -35,14 +36,14 @@ class NoiseSettings(NamedTuple):
         layer: index of the layer in the noise stream.
         dtype: of W + eps.
         backend: see `perturb_weight`.
-        relative: factor of the standard deviations of the rows.
+        relative: factor of the standard deviations of the rows, see `perturb_weight`.
         first_row, first_column: index of the weight's first element in the whole weight, of which it is a part.
     """
 
     layer: int
     dtype: torch.dtype
     backend: str
-    relative: float = 1.0
+    relative: float | Tensor = 1.0
     first_row: int = 0
     first_column: int = 0
 
@@ -146,7 +147,8 @@ def rebuilt_linear(
 
     Args:
         x: (..., n).
-        weight: (m, n), frozen; ``weight[rows]`` returns a block of its rows.
+        weight: (m, n), frozen; ``weight[rows]`` returns a block of its rows. A `FourBitWeight` is decoded in the kernel
+            that adds the noise, if there is one for its device.
         bias: (m,) of x's dtype, or None.
         row_std, key, layer, backend: see `perturbed_linear`.
 
@@ -189,8 +191,10 @@ class _RebuiltLinear(Function):
 
 
 def as_tensor_if_small(weight: Matrix, dtype: torch.dtype) -> Matrix:
-    """Rebuild a weight that fits into one block."""
+    """Rebuild a weight that fits into one block, unless the noise is added to it as it is stored."""
     m, n = weight.shape
+    if isinstance(weight, FourBitWeight):
+        return weight
     return weight[:m] if m * n * dtype.itemsize <= blocks.BLOCK_BYTES else weight
 
 
@@ -273,18 +277,20 @@ def _perturbed_blocks(
     m, n = matrix("weight", weight)
     itemsize = settings.dtype.itemsize
     if m * n * itemsize <= blocks.BLOCK_BYTES:  # the usual case, without slices
-        yield slice(0, m), perturbed_block(cast(Tensor, weight), row_std, key, 0, settings, factors)
+        whole = cast("Tensor | FourBitWeight", weight)
+        yield slice(0, m), perturbed_block(whole, row_std, key, 0, settings, factors)
         return
     expect("row_std", row_std, (m,), None, None)  # a slice of one that is too long would pass the check of a block
     if factors is not None:
         expect_factors(factors[0], factors[1], m, n, None)
     for rows in row_blocks(m, n, itemsize):
         part = None if factors is None else (factors[0][rows], factors[1], factors[2])
-        yield rows, perturbed_block(weight[rows], row_std[rows], key, rows.start, settings, part)
+        block = weight.block_of_rows(rows) if isinstance(weight, FourBitWeight) else weight[rows]
+        yield rows, perturbed_block(block, row_std[rows], key, rows.start, settings, part)
 
 
 def perturbed_block(
-    block: Tensor,  # (rows, n)
+    block: Tensor | FourBitWeight,  # (rows, n)
     row_std: Tensor,  # (rows,)
     key: Tensor,  # (2,) int64
     first_row: int,

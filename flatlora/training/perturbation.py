@@ -4,6 +4,7 @@
 | -------------- | ------------------ | ----------------------------------------------------------- |
 | `schedule`     | schedule.py        | rho, progress, rho_t                                        |
 | `noise`        | noise_stream.py    | seed, rank, sample, key                                     |
+| `graph`        | graph_tensors.py   | the key and rho_t that captured CUDA graphs read            |
 | `passes`       | forward_passes.py  | where a forward pass begins and ends, and whether it trains |
 | `overrides`    | overrides.py       | `enabled`, `perturbed`, `unperturbed`                       |
 | `records`      | forward_records.py | which forward is perturbed by which sample; recomputes      |
@@ -37,6 +38,7 @@ from .distributed import calling_deepspeed
 from .engine_steps import observe_engine
 from .forward_passes import ForwardPasses, entrances, listener_of
 from .forward_records import ForwardRecords, PassRecord
+from .graph_tensors import GraphTensors, is_capturing
 from .layer_registry import LayerRegistry
 from .model_parts import join_calling_parts
 from .noise_stream import NoiseStream
@@ -73,6 +75,7 @@ class Perturbation(PartlyCopied):
         total_steps: length of the ramp in optimizer steps, None if unknown.
         steps: optimizer steps made.
         sample: index of the current noise sample.
+        graph: what captured CUDA graphs read.
         seed: 64-bit integer; default torch's initial seed, so that `set_seed` reproduces a run.
         rank: data-parallel rank: processes with different batches have different noise, and processes that share a
             batch (tensor, context, sequence parallelism) have the same. Default: see `training/data_parallel.py`. Set
@@ -81,7 +84,9 @@ class Perturbation(PartlyCopied):
         settings: the settings at construction.
     """
 
-    not_copied: ClassVar[frozenset[str]] = frozenset({"known_modules", "number", "_interval_start", "_has_trained"})
+    not_copied: ClassVar[frozenset[str]] = frozenset(
+        {"graph", "known_modules", "number", "_interval_start", "_has_trained"}
+    )
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.settings = settings
@@ -100,6 +105,7 @@ class Perturbation(PartlyCopied):
         self._start()
 
     def _start(self) -> None:
+        self.graph = GraphTensors(self.noise, self.schedule)
         self.number = next(_numbers)  # identifies this object while layers are compiled
         self.known_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have called a pass
         self.passes.report_to(self)
@@ -223,7 +229,15 @@ class Perturbation(PartlyCopied):
         takes a new sample; a recompute has that of its first forward.
         """
         sample = self.records.current().sample
+        if is_capturing(device):
+            return self.graph.key(device, sample), sample
         return self.noise.key(device, sample), sample
+
+    def rho_of(self, adapters: list[str], device: torch.device) -> float | Tensor:
+        """The largest rho_t of these flat adapters: a number, or a tensor where a CUDA graph is being captured."""
+        if adapters and is_capturing(device):
+            return self.graph.rho_t(device, max(adapters, key=self.schedule.rhos.__getitem__))
+        return max([0.0, *[self.schedule.rhos[name] for name in adapters]]) * self.ramp
 
     def backend(self, device: torch.device) -> str:
         """Name of the noise backend on this device."""

@@ -233,8 +233,10 @@ def test_drift_of_known_change():
 def test_roofline_from_its_counts(tmp_path):
     h100 = roofline.GPUS[0]
     assert roofline.limits(h100, "bf16")["memory"] == pytest.approx(4 / 3.35)
-    total = sum(roofline.COUNTS[90].values())
-    assert roofline.limits(h100, "bf16")["issue"] == pytest.approx(total / (128 * 132 * 1.83e-3))
+    for kernel in ("perturb", "merged"):
+        total = sum(roofline.COUNTS[90, kernel, "dense"].values())
+        assert roofline.limits(h100, "bf16", kernel)["issue"] == pytest.approx(total / (128 * 132 * 1.83e-3))
+    assert roofline.limits(h100, "nf4")["memory"] == pytest.approx((0.5 + 4 / 64 + 2) / 3.35)
     half, whole = (roofline.overhead(h100, "bf16", 4096, u) for u in (0.5, 1.0))
     assert whole == pytest.approx(2 * half) and half == pytest.approx(2 * roofline.overhead(h100, "bf16", 8192, 0.5))
     roofline.main(["--csv", str(tmp_path / "roofline.csv")])
@@ -255,6 +257,24 @@ def test_instructions_are_classified():
     """
     expected = {"wide product": 1, "product": 1, "integer": 2, "float": 1, "special": 1, "other": 1}
     assert roofline.classify(text) == expected
+
+
+def test_innermost_loops_of_a_disassembly():
+    text = """
+.L_x_0:
+ one
+.L_x_1:
+ two
+ @P0 BRA `(.L_x_1) ;
+ @P1 BRA `(.L_x_0) ;
+ BRA `(.L_x_3) ;
+.L_x_2:
+ three
+ @!P0 BRA `(.L_x_2) ;
+.L_x_3:
+"""
+    first, second = roofline.loops(text)
+    assert "two" in first and "one" not in first and "three" in second
 
 
 def test_a_step_of_a_saved_model(tiny_model):

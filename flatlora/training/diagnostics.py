@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -204,3 +204,19 @@ def _factors(layer: FlatLayer) -> list[nn.Parameter]:
 
 def _has_gradient(layer: FlatLayer) -> bool:
     return any(p.grad is not None and bool(p.grad.any()) for p in _factors(layer))
+
+
+def refuse_unused_closure(method: Method, optimizer: Optimizer) -> NoReturn:
+    """A step of an optimizer that was given a closure has ended, and the closure was not called."""
+    raise RuntimeError(
+        f"{type(optimizer).__name__} was given a closure and did not call it, so {type(method).__name__} has not seen "
+        "the gradients: call backward before optimizer.step() and pass no closure"
+    )
+
+
+def refuse_unknown_optimizer(method: Method, optimizer: Any) -> NoReturn:
+    """A DeepSpeed engine has made a step with an optimizer that is not torch's."""
+    raise RuntimeError(
+        f"{type(optimizer).__name__} is not a torch.optim.Optimizer, so {type(method).__name__} has not seen the "
+        "gradients: use an optimizer of torch or DeepSpeed, or FlatLoraConfig"
+    )

@@ -33,7 +33,7 @@ from ..utils.arguments import INT64, integer
 from ..utils.copying import PartlyCopied
 from .checkpoint import check_state
 from .data_parallel import mesh_of
-from .diagnostics import Diagnostics
+from .diagnostics import Diagnostics, refuse_unknown_optimizer, refuse_unused_closure
 from .distributed import calling_deepspeed
 from .engine_steps import observe_engine
 from .forward_passes import ForwardPasses, entrances, listener_of
@@ -84,9 +84,7 @@ class Perturbation(PartlyCopied):
         settings: the settings at construction.
     """
 
-    not_copied: ClassVar[frozenset[str]] = frozenset(
-        {"graph", "known_modules", "number", "_interval_start", "_has_trained"}
-    )
+    not_copied: ClassVar = frozenset({"graph", "known_modules", "number", "_interval_start", "_has_trained"})
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.settings = settings
@@ -109,8 +107,7 @@ class Perturbation(PartlyCopied):
         self.number = next(_numbers)  # identifies this object while layers are compiled
         self.known_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have called a pass
         self.passes.report_to(self)
-        self._interval_start = self._position()
-        self._has_trained = False  # a training pass has ended
+        self._interval_start, self._has_trained = self._position(), False  # whether a training pass has ended
         observe(self)
 
     @classmethod
@@ -334,10 +331,7 @@ class Perturbation(PartlyCopied):
         else:
             method = self.settings.method
             if method.uses_gradients and not self.leader.prepared and self.rho > 0:
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} was given a closure and did not call it, so {type(method).__name__} "
-                    "has not seen the gradients: call backward before optimizer.step() and pass no closure"
-                )
+                refuse_unused_closure(method, optimizer)
             self.leader.count(optimizer)
             self.steps += 1
             self._on_steps_changed()
@@ -347,10 +341,7 @@ class Perturbation(PartlyCopied):
     def on_engine_step_end(self, optimizer: Optimizer) -> None:
         """A DeepSpeed engine has made a step."""
         if self.rho > 0 and not self.leader.prepared:
-            raise RuntimeError(
-                f"{type(optimizer).__name__} is not a torch.optim.Optimizer, so {type(self.settings.method).__name__} "
-                "has not seen the gradients: use an optimizer of torch or DeepSpeed, or FlatLoraConfig"
-            )
+            refuse_unknown_optimizer(self.settings.method, optimizer)
         self.leader.prepared = False
         self._on_steps_changed()
         self._begin_interval()
@@ -392,8 +383,7 @@ class Perturbation(PartlyCopied):
         """
         self.whole.check(self.registry.first_factor(), type(self.settings.method).__name__)
 
-    def _find_mesh(self) -> None:
-        # weights are split before the first pass
+    def _find_mesh(self) -> None:  # weights are split before the first pass
         if self.noise.mesh is None and not self._has_trained and self.model is not None:
             self.noise.mesh = mesh_of(self.model)
 

@@ -47,11 +47,12 @@ class Task:
     cells: list[Cell]
     domains: list[str]  # names of the tests, for the columns of the CSV
     scores: tuple[str, ...] = outcomes.SCORES
+    forgets: tuple[str, ...] = ()  # names of further tests, of plain text: NLL alone, before and after
     batch_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     rho: float = 0.1  # at which sharpness is measured
     pairs: int = 4
-    eigen_steps: int = 12
+    eigen_steps: int = 12  # 0: no eigenvalue
     probe: int = 64  # training examples for sharpness
 
     def base(self, seed: int, dtype: torch.dtype) -> nn.Module:
@@ -100,6 +101,15 @@ class Task:
     def chunks(self, examples: Sequence, size: int = 64) -> list[list]:
         """Batches for evaluation."""
         return [list(examples[i : i + size]) for i in range(0, len(examples), size)]
+
+
+def shuffled_batches(examples: Sequence, batch_size: int, seed: int) -> Iterator[list]:
+    """Whole batches, epoch after epoch, shuffled anew."""
+    rng = random.Random(seed)
+    while True:
+        order = rng.sample(examples, len(examples))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
 
 
 # --- (a) text
@@ -174,7 +184,21 @@ def text(validation: int = 800, stopping: int = 200, tests: int = 500) -> tuple[
     return task, {name: examples[:tests] for name, examples in movie.tests.items()}
 
 
-LOADERS = {"text": text}
+def image() -> tuple[Task, Tests]:
+    """Task (b), and its tests."""
+    from study import images  # which is made of what is above
+
+    return images.image()
+
+
+def lm() -> tuple[Task, Tests]:
+    """Task (c), and its tests."""
+    from study import arithmetic
+
+    return arithmetic.lm()
+
+
+LOADERS = {"text": text, "image": image, "lm": lm}
 
 
 def load(name: str) -> tuple[Task, Tests]:

@@ -64,11 +64,13 @@ def final(task: Task, recipe: Recipe, tests: Tests, eigenvalue: bool = False) ->
         row |= named(domain, task.measure(model, examples))
     for bits in outcomes.BITS:
         rounded = outcomes.served(merged, dtype, layers, bits)
-        for domain, examples in tests.items():
-            row[f"{task.scores[0]}{bits}_{domain}"] = task.measure(rounded, examples[::ROUNDED])[task.scores[0]]
+        for domain in task.domains:
+            row[f"{task.scores[0]}{bits}_{domain}"] = task.measure(rounded, tests[domain][::ROUNDED])[task.scores[0]]
+    for name in task.forgets:
+        row[f"nll_{name}_before"] = task.measure(task.base(recipe.seed, dtype).eval(), tests[name])["nll"]
     probe = task.encode(task.chunks(drawn[: task.probe], task.probe)[0])
     row["sharpness"] = outcomes.sharpness(model, task.loss, probe, layers, task.rho, task.pairs)
-    if eigenvalue:
+    if eigenvalue and task.eigen_steps:
         few = task.encode(task.chunks(drawn[: task.probe // 2], task.probe)[0])
         row["eigenvalue"] = outcomes.top_eigenvalue(merged, task.loss, few, layers, task.eigen_steps)
     return row
@@ -79,7 +81,8 @@ def columns(task: Task) -> list[str]:
     sets = ["validation", "train", *task.domains]
     measured = [f"{score}_{name}" for name in sets for score in task.scores]
     rounded = [f"{task.scores[0]}{bits}_{domain}" for bits in outcomes.BITS for domain in task.domains]
-    return ["train_seconds", "train_loss", "steps", *measured, *rounded, "sharpness", "eigenvalue"]
+    forgotten = [column for name in task.forgets for column in (f"nll_{name}", f"nll_{name}_before")]
+    return ["train_seconds", "train_loss", "steps", *measured, *rounded, *forgotten, "sharpness", "eigenvalue"]
 
 
 def named(name: str, scores: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,138 @@
+"""Task (c): sums and differences with SmolLM2-135M-Instruct, and what training on them makes it forget.
+
+A problem is a chain of `+` and `-` over whole numbers of one length ("47 - 8 + 15 ="), as in `chain_sum` of
+reasoning-gym; its answer is exact. An answer counts if greedy decoding gives it whole, up to the end of the text. One
+forward pass tells: that is so if and only if every token of the right answer is the likeliest after those before it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import data, models
+from study.arms import CORE
+from study.tasks import Cell, Task, Tests, shuffled_batches
+from torch import Tensor, nn
+
+IGNORED = -100  # target of a position that is no part of the answer
+LM_CELLS = [Cell("512-sums", 512, 0.0, 40, CORE, 5)]
+TEXT, SENTENCES = "text", 200  # the test of forgetting: its name, and its size
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What the model reads, and what should follow."""
+
+    prompt: str
+    answer: str
+
+
+def problem(rng: random.Random, terms: tuple[int, ...], digits: tuple[int, ...]) -> Passage:
+    """Of a length and of numbers of a length that are drawn from these."""
+    length, places = rng.choice(terms), rng.choice(digits)
+    low = 0 if places == 1 else 10 ** (places - 1)
+    numbers = [rng.randrange(low, 10**places) for _ in range(length)]
+    signs = [1, *(rng.choice((1, -1)) for _ in range(length - 1))]
+    written = [f"{'+' if sign > 0 else '-'} {n}" for sign, n in zip(signs, numbers, strict=True)]
+    result = sum(sign * n for sign, n in zip(signs, numbers, strict=True))
+    return Passage(" ".join(written).removeprefix("+ ") + " =", f" {result}")
+
+
+def problems(count: int, seed: str, terms: tuple[int, ...], digits: tuple[int, ...]) -> list[Passage]:
+    """Different problems, in the order in which they were drawn."""
+    rng, found = random.Random(seed), {}
+    while len(found) < count:
+        found.setdefault(problem(rng, terms, digits))
+    return list(found)
+
+
+@dataclass
+class Arithmetic(Task):
+    """Chains of sums with a small language model."""
+
+    scores: tuple[str, ...] = ("acc", "nll")
+    forgets: tuple[str, ...] = (TEXT,)
+    eigen_steps: int = 0  # a basis of vectors as large as the model does not fit into memory
+    name_or_folder: str = ""  # of the model
+
+    @cached_property
+    def tokenizer(self):
+        return models.load_tokenizer(self.name_or_folder)
+
+    def base(self, seed: int, dtype: torch.dtype) -> nn.Module:
+        return models.load_model(self.name_or_folder, dtype, torch.device("cpu"))
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        return dict(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def batches(self, examples: Sequence[Passage], seed: int) -> Iterator[list[Passage]]:
+        return shuffled_batches(examples, self.batch_size, seed)
+
+    def tokens(self, example: Passage) -> tuple[list[int], list[int]]:
+        """(those that are read first, those that should follow); plain text has a start and no end."""
+        answer = self.tokenizer(example.answer).input_ids
+        if not example.prompt:
+            return [self.tokenizer.bos_token_id], answer
+        return self.tokenizer(example.prompt).input_ids, [*answer, self.tokenizer.eos_token_id]
+
+    def encode(self, examples: Sequence[Passage]) -> tuple[dict[str, Tensor], Tensor]:
+        """(inputs, padded on the left; right tokens at the last positions, (examples, longest answer))."""
+        pairs = [self.tokens(example) for example in examples]
+        texts = [prompt + answer[:-1] for prompt, answer in pairs]
+        longest, kept = max(map(len, texts)), max(len(answer) for _, answer in pairs)
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (longest - len(text)) + text for text in texts])
+        mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+        targets = torch.tensor([[IGNORED] * (kept - len(answer)) + answer for _, answer in pairs])
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # a text starts at position 0
+        where = torch.arange(-kept, 0)  # as a tensor: a slice makes torch copy the output layer
+        return dict(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=where), targets
+
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """(examples, longest answer, vocabulary), float32."""
+        return model(**inputs, use_cache=False).logits.float()
+
+    def loss(self, model: nn.Module, batch: tuple[dict[str, Tensor], Tensor], smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy of the answers' tokens."""
+        inputs, targets = batch
+        logits = self.logits(model, inputs).flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, label_smoothing=smoothing)
+
+    @torch.inference_mode()
+    def measure(self, model: nn.Module, examples: Sequence[Passage]) -> dict[str, float]:
+        """Share of exact answers, and the mean negative log-likelihood of a whole answer with its end.
+
+        Of plain text: the mean negative log-likelihood of a token; its exponential is the perplexity.
+        """
+        examples = sorted(examples, key=lambda example: len(example.prompt + example.answer))  # little is padding
+        right, nlls, tokens = [], [], []
+        for chunk in self.chunks(examples, 32):
+            inputs, targets = self.encode(chunk)
+            logits, asked = self.logits(model, inputs), targets != IGNORED
+            nll = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+            nlls.append(nll.double().sum(1))
+            tokens.append(asked.sum(1))
+            right.append(((logits.argmax(-1) == targets) | ~asked).all(1))
+        nll = torch.cat(nlls)
+        if not examples[0].prompt:
+            return {"nll": (nll.sum() / torch.cat(tokens).sum()).item()}
+        return {"acc": torch.cat(right).double().mean().item(), "nll": nll.mean().item()}
+
+
+def lm(pool: int = 4000, validation: int = 400, stopping: int = 200, tests: int = 300) -> tuple[Arithmetic, Tests]:
+    """Task (c), and its tests: like the training problems, longer ones, larger numbers, and sentences of newspapers."""
+    alike = problems(pool + validation + tests, "alike", terms=(2, 3), digits=(1, 2))
+    longer = problems(tests, "longer", terms=(4,), digits=(1, 2))
+    larger = problems(tests, "larger", terms=(2,), digits=(3,))
+    held, test = alike[pool : pool + validation], alike[pool + validation :]
+    domains = {"sums": test, "longer": longer, "larger": larger}
+    folder = models.resolve_model("smollm2")
+    task = Arithmetic("lm", alike[:pool], held, held[:stopping], LM_CELLS, list(domains), name_or_folder=folder)
+    sentences = [Passage("", example.text) for example in data.load_task("movie").tests["NYT"][:SENTENCES]]
+    return task, {**domains, TEXT: sentences}

@@ -16,21 +16,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import data, models
+from common.packages import fetch
 from study.arms import CORE
 from study.tasks import Cell, Task, Tests, shuffled_batches
 from torch import Tensor, nn
 
 IGNORED = -100  # target of a position that is no part of the answer
 LM_CELLS = [Cell("512-sums", 512, 0.0, 40, CORE, 5)]
-TEXT, SENTENCES = "text", 200  # the test of forgetting: its name, and its size
+TEXT, ARTICLES, SENTENCES = "text", 40, 4  # the test of forgetting: its name, and of what size
 
 
 @dataclass(frozen=True)
 class Passage:
-    """What the model reads, and what should follow."""
+    """What the model reads, and what should follow; an answer has an end, a piece of plain text has none."""
 
     prompt: str
     answer: str
+    ends: bool = True
 
 
 def problem(rng: random.Random, terms: tuple[int, ...], digits: tuple[int, ...]) -> Passage:
@@ -59,14 +61,14 @@ class Arithmetic(Task):
     scores: tuple[str, ...] = ("acc", "nll")
     forgets: tuple[str, ...] = (TEXT,)
     eigen_steps: int = 0  # a basis of vectors as large as the model does not fit into memory
-    name_or_folder: str = ""  # of the model
+    folder: str = ""  # of the model
 
     @cached_property
     def tokenizer(self):
-        return models.load_tokenizer(self.name_or_folder)
+        return models.load_tokenizer(self.folder)
 
     def base(self, seed: int, dtype: torch.dtype) -> nn.Module:
-        return models.load_model(self.name_or_folder, dtype, torch.device("cpu"))
+        return models.load_model(self.folder, dtype, torch.device("cpu"))
 
     @property
     def adapters(self) -> dict[str, Any]:
@@ -76,11 +78,9 @@ class Arithmetic(Task):
         return shuffled_batches(examples, self.batch_size, seed)
 
     def tokens(self, example: Passage) -> tuple[list[int], list[int]]:
-        """(those that are read first, those that should follow); plain text has a start and no end."""
+        """(those that are read first, those that should follow)."""
         answer = self.tokenizer(example.answer).input_ids
-        if not example.prompt:
-            return [self.tokenizer.bos_token_id], answer
-        return self.tokenizer(example.prompt).input_ids, [*answer, self.tokenizer.eos_token_id]
+        return self.tokenizer(example.prompt).input_ids, answer + [self.tokenizer.eos_token_id] * example.ends
 
     def encode(self, examples: Sequence[Passage]) -> tuple[dict[str, Tensor], Tensor]:
         """(inputs, padded on the left; right tokens at the last positions, (examples, longest answer))."""
@@ -113,26 +113,27 @@ class Arithmetic(Task):
         examples = sorted(examples, key=lambda example: len(example.prompt + example.answer))  # little is padding
         right, nlls, tokens = [], [], []
         for chunk in self.chunks(examples, 32):
-            inputs, targets = self.encode(chunk)
+            inputs, targets = self.batch(chunk)
             logits, asked = self.logits(model, inputs), targets != IGNORED
             nll = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
             nlls.append(nll.double().sum(1))
             tokens.append(asked.sum(1))
             right.append(((logits.argmax(-1) == targets) | ~asked).all(1))
         nll = torch.cat(nlls)
-        if not examples[0].prompt:
+        if not examples[0].ends:
             return {"nll": (nll.sum() / torch.cat(tokens).sum()).item()}
         return {"acc": torch.cat(right).double().mean().item(), "nll": nll.mean().item()}
 
 
 def lm(pool: int = 4000, validation: int = 400, stopping: int = 200, tests: int = 300) -> tuple[Arithmetic, Tests]:
-    """Task (c), and its tests: like the training problems, longer ones, larger numbers, and sentences of newspapers."""
+    """Task (c), and its tests: problems like those of training, longer ones, larger numbers; beginnings of editorials."""
     alike = problems(pool + validation + tests, "alike", terms=(2, 3), digits=(1, 2))
     longer = problems(tests, "longer", terms=(4,), digits=(1, 2))
     larger = problems(tests, "larger", terms=(2,), digits=(3,))
     held, test = alike[pool : pool + validation], alike[pool + validation :]
     domains = {"sums": test, "longer": longer, "larger": larger}
     folder = models.resolve_model("smollm2")
-    task = Arithmetic("lm", alike[:pool], held, held[:stopping], LM_CELLS, list(domains), name_or_folder=folder)
-    sentences = [Passage("", example.text) for example in data.load_task("movie").tests["NYT"][:SENTENCES]]
-    return task, {**domains, TEXT: sentences}
+    task = Arithmetic("lm", alike[:pool], held, held[:stopping], LM_CELLS, list(domains), folder=folder)
+    editorials = data.read_editorials(fetch(data.VADER))[:ARTICLES]
+    texts = [Passage(first, " " + " ".join(rest[: SENTENCES - 1]), ends=False) for first, *rest in editorials]
+    return task, {**domains, TEXT: texts}

@@ -22,11 +22,12 @@ from study import design, stats  # noqa: E402
 from study.arithmetic import LM_CELLS  # noqa: E402
 from study.arms import BY_NAME  # noqa: E402
 from study.images import IMAGE_CELLS  # noqa: E402
-from study.tasks import TEXT_CELLS, Cell  # noqa: E402
+from study.tasks import TEXT_CELLS, Cell, paper_cells  # noqa: E402
 
 Row = dict[str, str]
 Rows = list[Row]
 CELLS = {"text": TEXT_CELLS, "image": IMAGE_CELLS, "lm": LM_CELLS}  # by the stem of the CSV
+CELLS |= {f"{name}-paper": paper_cells(name, cells) for name, cells in CELLS.items()}
 FEWEST = 2  # seeds, from which there is an interval
 NOTES = """\
 Differences are paired by seed. In brackets: the 95 % interval of a paired bootstrap over the seeds. p: of the exact

@@ -67,11 +67,12 @@ def final(task: Task, recipe: Recipe, tests: Tests, eigenvalue: bool = False) ->
         for domain in task.domains:
             row[f"{task.scores[0]}{bits}_{domain}"] = task.measure(rounded, tests[domain][::ROUNDED])[task.scores[0]]
     for name in task.forgets:
-        row[f"nll_{name}_before"] = task.measure(task.base(recipe.seed, dtype).eval(), tests[name])["nll"]
-    probe = task.encode(task.chunks(drawn[: task.probe], task.probe)[0])
+        untrained = task.base(recipe.seed, dtype).to(task.device).eval()
+        row[f"nll_{name}_before"] = task.measure(untrained, tests[name])["nll"]
+    probe = task.batch(task.chunks(drawn[: task.probe], task.probe)[0])
     row["sharpness"] = outcomes.sharpness(model, task.loss, probe, layers, task.rho, task.pairs)
     if eigenvalue and task.eigen_steps:
-        few = task.encode(task.chunks(drawn[: task.probe // 2], task.probe)[0])
+        few = task.batch(task.chunks(drawn[: task.probe // 2], task.probe)[0])
         row["eigenvalue"] = outcomes.top_eigenvalue(merged, task.loss, few, layers, task.eigen_steps)
     return row
 
@@ -94,7 +95,7 @@ def train(task: Task, recipe: Recipe) -> tuple[PeftModel, dict[str, Any]]:
     start = time.perf_counter()
     arm, cell = BY_NAME[recipe.arm], recipe.cell
     steps = round(cell.steps * arm.share)
-    base = task.base(recipe.seed, recipe.dtype or task.dtype)
+    base = task.base(recipe.seed, recipe.dtype or task.dtype).to(task.device)
     model = adapt(base, arm, recipe.strength, recipe.seed, steps, {**task.adapters, **recipe.options})
     loop = Loop(task, model, arm, recipe, steps)
     losses = [loop.step(batch) for batch in itertools.islice(loop.batches, steps) if not loop.stopped]
@@ -124,7 +125,7 @@ class Loop:
     def step(self, batch: list) -> float:
         """One optimizer step; returns its loss."""
         size = len(batch) // self.recipe.accumulate
-        parts = [self.task.encode(batch[k : k + size]) for k in range(0, len(batch), size)]
+        parts = [self.task.batch(batch[k : k + size]) for k in range(0, len(batch), size)]
         if self.arm.passes == 2:
             with flatlora.ascent(self.model):
                 for part in parts:

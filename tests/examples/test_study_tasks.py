@@ -49,7 +49,7 @@ def study(task, tests, tmp_path, monkeypatch):
     assert run.main(["--task", task.name, "--part", "tuning", "final", "--output", str(tmp_path)])
     with open(tmp_path / f"{task.name}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["error"] for row in rows] == [""] * (len(SOME) * 2 * (2 + task.cells[0].seeds))
+    assert [row["error"] for row in rows] == [""] * (len(SOME) * (2 * 2 + task.cells[0].seeds))
     return rows
 
 
@@ -223,8 +223,8 @@ def test_each_picture_is_corrupted_at_one_severity_in_turn(name):
         expected = change(vision.as_tensor(some[:3]) / 255, strength, torch.Generator().manual_seed(severity))
         assert [p.pixels for p in made[severity::5]] == vision.as_bytes(255 * expected)
     x = vision.as_tensor(some)
-    away = (vision.as_tensor(made) - x).square().mean((1, 2)).tolist()
-    assert 0 < away[0] < away[2] < away[4]
+    away = (vision.as_tensor(made) - x).square().mean((1, 2))[:5].tolist()
+    assert min(away) > 0 and (name == "pixelate" or away == sorted(away))  # stripes do not blur evenly
 
 
 # --- (b) image: the task
@@ -255,7 +255,7 @@ def test_image_study_from_tuning_to_the_report(image, tmp_path, monkeypatch):
     assert "### Accuracy out of domain, % (primary)" in text and "Forgetting" not in text
 
 
-@pytest.mark.parametrize("arm", CORE)
+@pytest.mark.parametrize("arm", images.ARMS)
 def test_image_arm_repeats_its_bits_and_merges_into_what_was_trained(image, arm):
     task, _ = image
     recipe = train.Recipe(task.cells[0], arm, BY_NAME[arm].grid[0], 1e-3, seed=3)
@@ -313,9 +313,9 @@ def language(tmp_path, monkeypatch):
     LlamaForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     monkeypatch.setattr(arithmetic.models, "resolve_model", lambda name: str(folder))
-    sentences = [arithmetic.data.Example(text, 0) for text in ("the film is good", "good film", "is the film the film")]
-    texts = arithmetic.data.Task((), [], {"movie": [], "NYT": sentences})
-    monkeypatch.setattr(arithmetic.data, "load_task", lambda name: texts)
+    editorials = [["the film", "is good", "good", "film", "never read"], ["good film", "is the film the film"]]
+    monkeypatch.setattr(arithmetic, "fetch", lambda package: None)
+    monkeypatch.setattr(arithmetic.data, "read_editorials", lambda archive: editorials)
     cell = tasks.Cell("512-sums", 12, 0.0, 4, SOME, 2)
     task, tests = arithmetic.lm(pool=30, validation=10, stopping=6, tests=9)
     return replace(task, cells=[cell], batch_size=4, probe=4, pairs=1), tests
@@ -327,7 +327,9 @@ def test_splits_share_no_problem(language):
     assert len({p for part in parts for p in part}) == sum(map(len, parts)) == 30 + 10 + 3 * 9
     assert {len(p.prompt.split()) // 2 for p in tests["longer"]} == {4}
     assert {len(p.prompt.split()[0]) for p in tests["larger"]} == {3}
-    assert [p.answer for p in tests[TEXT]] == ["the film is good", "good film", "is the film the film"]
+    assert [(p.prompt, p.answer) for p in tests[TEXT]] == [
+        ("the film", " is good good film"), ("good film", " is the film the film")
+    ]  # fmt: skip
 
 
 def test_encoded_answers_stand_at_the_end_and_text_follows_its_start(language):
@@ -336,8 +338,9 @@ def test_encoded_answers_stand_at_the_end_and_text_follows_its_start(language):
     assert task.tokenizer.batch_decode(inputs["input_ids"]) == ["<pad> " * 4 + "1 + 2 = 3", "4 1 - 8 + 2 = 3 5"]
     assert inputs["position_ids"].tolist() == [[0] * 5 + [1, 2, 3, 4], list(range(9))]
     assert targets.tolist() == [[IGNORED, 7, 3], [7, 9, 3]]
-    _, targets = task.encode([Passage("", "good film")])
-    assert task.tokenizer.decode(targets[0]) == "good film"
+    inputs, targets = task.encode([Passage("the film", " is good", ends=False)])
+    assert task.tokenizer.decode(inputs["input_ids"][0]) == "the film is"
+    assert task.tokenizer.decode(targets[0]) == "is good"
 
 
 def test_measure_is_greedy_decoding_and_the_likelihood_of_each_answer(language):
@@ -368,11 +371,11 @@ def test_text_is_measured_by_token(language):
     task, tests = language
     model, total, count = task.base(0, torch.float32), 0.0, 0
     for passage in tests[TEXT]:
-        (start,), ids = task.tokens(passage)
-        log_p = model(torch.tensor([[start, *ids]])).logits.log_softmax(-1)[0, :-1]
+        start, ids = task.tokens(passage)
+        log_p = model(torch.tensor([[*start, *ids]])).logits.log_softmax(-1)[0, len(start) - 1 : -1]
         total -= log_p.gather(1, torch.tensor(ids)[:, None]).sum().item()
         count += len(ids)
-    assert task.measure(model, tests[TEXT]) == {"nll": pytest.approx(total / count, rel=1e-4)} and count == 11
+    assert task.measure(model, tests[TEXT]) == {"nll": pytest.approx(total / count, rel=1e-4)} and count == 9
 
 
 @pytest.mark.slow
@@ -391,7 +394,38 @@ def test_lm_study_from_tuning_to_the_report(language, tmp_path, monkeypatch):
 
 
 def test_core_arms_are_those_of_the_cells():
-    for cell in (*images.IMAGE_CELLS, *arithmetic.LM_CELLS):
-        assert cell.arms == CORE and cell.seeds == 5 and set(CORE) <= {arm.name for arm in ARMS}
-    assert report.CELLS == {"text": tasks.TEXT_CELLS, "image": images.IMAGE_CELLS, "lm": arithmetic.LM_CELLS}
-    assert list(report.CELLS) == list(tasks.LOADERS)
+    assert [cell.arms for cell in images.IMAGE_CELLS] == [tuple(name for name in CORE if name != "bilora")] * 2
+    assert [cell.arms for cell in arithmetic.LM_CELLS] == [CORE]
+    assert report.CELLS["image"] == images.IMAGE_CELLS and report.CELLS["lm"] == arithmetic.LM_CELLS
+    assert list(report.CELLS) == [name + end for end in ("", "-paper") for name in tasks.LOADERS]
+
+
+# --- paper size
+
+
+def test_paper_size_takes_every_arm_a_larger_model_and_the_device(image, language):
+    for task, _ in (image, language):
+        large = tasks.paper(task, torch.device("meta"))
+        assert large.name == f"{task.name}-paper" and large.cells[0].seeds == 10
+        assert set(large.cells[0].arms) == {arm.name for arm in ARMS} - set(tasks.UNFIT.get(task.name, ()))
+        if task.name == "lm":
+            large.folder = task.folder  # the tokenizer of the larger one is not here
+        inputs, labels = large.batch(task.validation[:3])
+        assert {tensor.device.type for tensor in (*inputs.values(), labels)} == {"meta"}
+        assert task.device.type == "cpu" and task.cells[0].arms == SOME
+    assert tasks.paper(language[0], torch.device("cpu")).folder == "HuggingFaceTB/SmolLM2-1.7B-Instruct"
+    assert tasks.paper(image[0], torch.device("cpu")).size == 224
+
+
+@pytest.mark.slow
+def test_arms_that_are_not_in_a_cell_fail_for_a_reason(image, language):
+    """Those that cannot be trained on convolutions; all others train on both tasks."""
+    failed = {}
+    for task, _ in (image, language):
+        for arm in ARMS:
+            recipe = train.Recipe(task.cells[0], arm.name, arm.grid[0] if arm.grid else 0.1, 1e-3, seed=3)
+            row = run.attempt(lambda: train.train(task, recipe)[1])  # noqa: B023  # called at once
+            if row["status"] == "failed":
+                failed[task.name, arm.name] = row["error"]
+    assert set(failed) == {("image", arm) for arm in tasks.UNFIT["image"]}
+    assert "not defined for convolutions" in failed["image", "bilora"]

@@ -1,6 +1,6 @@
 """Task (c): sums and differences with SmolLM2-135M-Instruct, and what training on them makes it forget.
 
-A problem is a chain of `+` and `-` over whole numbers of one length ("47 - 8 + 15 ="), as in `chain_sum` of
+A problem is a chain of `+` and `-` over whole numbers of one length ("47 - 18 ="), as in `chain_sum` of
 reasoning-gym; its answer is exact. An answer counts if greedy decoding gives it whole, up to the end of the text. One
 forward pass tells: that is so if and only if every token of the right answer is the likeliest after those before it.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 IGNORED = -100  # target of a position that is no part of the answer
 LM_CELLS = [Cell("512-sums", 512, 0.0, 40, CORE, 5)]
-TEXT, ARTICLES, SENTENCES = "text", 40, 4  # the test of forgetting: its name, and of what size
+TEXT, ARTICLES, SENTENCES = "text", 30, 4  # the test of forgetting: its name, and of what size
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,16 @@ class Passage:
     ends: bool = True
 
 
-def problem(rng: random.Random, terms: tuple[int, ...], digits: tuple[int, ...]) -> Passage:
-    """Of a length and of numbers of a length that are drawn from these."""
-    length, places = rng.choice(terms), rng.choice(digits)
-    low = 0 if places == 1 else 10 ** (places - 1)
-    numbers = [rng.randrange(low, 10**places) for _ in range(length)]
-    signs = [1, *(rng.choice((1, -1)) for _ in range(length - 1))]
+def problem(rng: random.Random, terms: int, digits: int) -> Passage:
+    """So many numbers of so many digits."""
+    numbers = [rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(terms)]
+    signs = [1, *(rng.choice((1, -1)) for _ in range(terms - 1))]
     written = [f"{'+' if sign > 0 else '-'} {n}" for sign, n in zip(signs, numbers, strict=True)]
     result = sum(sign * n for sign, n in zip(signs, numbers, strict=True))
     return Passage(" ".join(written).removeprefix("+ ") + " =", f" {result}")
 
 
-def problems(count: int, seed: str, terms: tuple[int, ...], digits: tuple[int, ...]) -> list[Passage]:
+def problems(count: int, seed: str, terms: int, digits: int) -> list[Passage]:
     """Different problems, in the order in which they were drawn."""
     rng, found = random.Random(seed), {}
     while len(found) < count:
@@ -125,12 +123,12 @@ class Arithmetic(Task):
         return {"acc": torch.cat(right).double().mean().item(), "nll": nll.mean().item()}
 
 
-def lm(pool: int = 4000, validation: int = 400, stopping: int = 200, tests: int = 300) -> tuple[Arithmetic, Tests]:
-    """Task (c), and its tests: problems like those of training, longer ones, larger numbers; beginnings of editorials."""
-    alike = problems(pool + validation + tests, "alike", terms=(2, 3), digits=(1, 2))
-    longer = problems(tests, "longer", terms=(4,), digits=(1, 2))
-    larger = problems(tests, "larger", terms=(2,), digits=(3,))
+def lm(pool: int = 4000, validation: int = 400, stopping: int = 200, tests: int = 200) -> tuple[Arithmetic, Tests]:
+    """Task (c), and its tests: sums as in training, of one more number, of larger numbers; beginnings of editorials."""
+    alike = problems(pool + validation + tests, "alike", terms=2, digits=2)
     held, test = alike[pool : pool + validation], alike[pool + validation :]
+    longer = problems(tests, "longer", terms=3, digits=2)
+    larger = problems(tests, "larger", terms=2, digits=3)
     domains = {"sums": test, "longer": longer, "larger": larger}
     folder = models.resolve_model("smollm2")
     task = Arithmetic("lm", alike[:pool], held, held[:stopping], LM_CELLS, list(domains), folder=folder)

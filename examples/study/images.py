@@ -128,7 +128,7 @@ class Images(Task):
         return model(**inputs).float()
 
 
-def image(validation: int = 400, stopping: int = 200, tests: int = 500) -> tuple[Images, Tests]:
+def image(validation: int = 800, stopping: int = 200, tests: int = 500) -> tuple[Images, Tests]:
     """Task (b), and its tests."""
     train, test = vision.load_fashion()
     pool, held = train[:-validation], train[-validation:]

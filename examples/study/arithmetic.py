@@ -1,8 +1,8 @@
 """Task (c): sums and differences with SmolLM2-135M-Instruct, and what training on them makes it forget.
 
-A problem is a chain of `+` and `-` over whole numbers of one length ("47 - 18 ="), as in `chain_sum` of
-reasoning-gym; its answer is exact. An answer counts if greedy decoding gives it whole, up to the end of the text. One
-forward pass tells: that is so if and only if every token of the right answer is the likeliest after those before it.
+A problem is a chain of `+` and `-` over whole numbers ("Calculate: 47 - 8 ="), as in `chain_sum` of reasoning-gym; its
+answer is exact. An answer counts if greedy decoding gives it whole, up to the end of the text. One forward pass tells:
+that is so if and only if every token of the right answer is the likeliest after those before it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from study.arms import CORE
 from study.tasks import Cell, Task, Tests, shuffled_batches
 from torch import Tensor, nn
 
+TASK = "Calculate:"  # without it the untrained model answers nearly none, with it two thirds of sums of digits
 IGNORED = -100  # target of a position that is no part of the answer
 LM_CELLS = [Cell("512-sums", 512, 0.0, 40, CORE, 5)]
 TEXT, ARTICLES, SENTENCES = "text", 30, 4  # the test of forgetting: its name, and of what size
@@ -35,16 +36,17 @@ class Passage:
     ends: bool = True
 
 
-def problem(rng: random.Random, terms: int, digits: int) -> Passage:
-    """So many numbers of so many digits."""
-    numbers = [rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(terms)]
+def problem(rng: random.Random, terms: int, digits: tuple[int, ...]) -> Passage:
+    """So many numbers, the digits of each drawn from these."""
+    lengths = [rng.choice(digits) for _ in range(terms)]
+    numbers = [rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in lengths]
     signs = [1, *(rng.choice((1, -1)) for _ in range(terms - 1))]
     written = [f"{'+' if sign > 0 else '-'} {n}" for sign, n in zip(signs, numbers, strict=True)]
     result = sum(sign * n for sign, n in zip(signs, numbers, strict=True))
-    return Passage(" ".join(written).removeprefix("+ ") + " =", f" {result}")
+    return Passage(f"{TASK} {' '.join(written).removeprefix('+ ')} =", f" {result}")
 
 
-def problems(count: int, seed: str, terms: int, digits: int) -> list[Passage]:
+def problems(count: int, seed: str, terms: int, digits: tuple[int, ...]) -> list[Passage]:
     """Different problems, in the order in which they were drawn."""
     rng, found = random.Random(seed), {}
     while len(found) < count:
@@ -123,12 +125,12 @@ class Arithmetic(Task):
         return {"acc": torch.cat(right).double().mean().item(), "nll": nll.mean().item()}
 
 
-def lm(pool: int = 4000, validation: int = 400, stopping: int = 200, tests: int = 200) -> tuple[Arithmetic, Tests]:
+def lm(pool: int = 2000, validation: int = 400, stopping: int = 200, tests: int = 200) -> tuple[Arithmetic, Tests]:
     """Task (c), and its tests: sums as in training, of one more number, of larger numbers; beginnings of editorials."""
-    alike = problems(pool + validation + tests, "alike", terms=2, digits=2)
+    alike = problems(pool + validation + tests, "alike", terms=2, digits=(1, 2))
     held, test = alike[pool : pool + validation], alike[pool + validation :]
-    longer = problems(tests, "longer", terms=3, digits=2)
-    larger = problems(tests, "larger", terms=2, digits=3)
+    longer = problems(tests, "longer", terms=3, digits=(1, 2))
+    larger = problems(tests, "larger", terms=2, digits=(3,))
     domains = {"sums": test, "longer": longer, "larger": larger}
     folder = models.resolve_model("smollm2")
     task = Arithmetic("lm", alike[:pool], held, held[:stopping], LM_CELLS, list(domains), folder=folder)

@@ -284,16 +284,18 @@ def test_pixels_are_scaled_and_enlarged(image):
 # --- (c) lm
 
 
-@pytest.mark.parametrize("terms,digits", [(2, 1), (2, 3), (4, 2)])
+@pytest.mark.parametrize("terms,digits", [(2, (1, 2)), (2, (3,)), (4, (1,))])
 def test_answers_are_right_and_problems_are_of_the_asked_kind(terms, digits):
     found = arithmetic.problems(100, "x", terms, digits)
     assert len(set(found)) == 100 and found == arithmetic.problems(100, "x", terms, digits)
     for passage in found:
-        chain = passage.prompt.removesuffix(" =")
+        chain = passage.prompt.removeprefix("Calculate: ").removesuffix(" =")
         assert eval(chain) == int(passage.answer) and passage.answer[0] == " "
         numbers = chain.split()[::2]
-        assert len(numbers) == terms and {len(n) for n in numbers} == {digits}
-    assert {sign for passage in found for sign in passage.prompt.split()[1:-1:2]} == {"+", "-"}
+        assert len(numbers) == terms and {len(n) for n in numbers} <= set(digits)
+    words = [word for passage in found for word in passage.prompt.split()[1:-1]]
+    assert {word for word in words if not word.isdigit()} == {"+", "-"}
+    assert {len(word) for word in words if word.isdigit()} == set(digits)
 
 
 @pytest.fixture
@@ -325,8 +327,8 @@ def test_splits_share_no_problem(language):
     task, tests = language
     parts = [task.train, task.validation, *(tests[name] for name in task.domains)]
     assert len({p for part in parts for p in part}) == sum(map(len, parts)) == 30 + 10 + 3 * 9
-    assert {len(p.prompt.split()) // 2 for p in tests["longer"]} == {3}
-    assert {len(p.prompt.split()[0]) for p in tests["larger"]} == {3}
+    assert {p.prompt.count("+") + p.prompt.count("-") for p in tests["longer"]} == {2}
+    assert {len(p.prompt.split()[1]) for p in tests["larger"]} == {3}
     assert [(p.prompt, p.answer) for p in tests[TEXT]] == [
         ("the film", " is good good film"), ("good film", " is the film the film")
     ]  # fmt: skip

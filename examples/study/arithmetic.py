@@ -36,21 +36,24 @@ class Passage:
     ends: bool = True
 
 
-def problem(rng: random.Random, terms: int, digits: tuple[int, ...]) -> Passage:
-    """So many numbers, the digits of each drawn from these."""
-    lengths = [rng.choice(digits) for _ in range(terms)]
+Digits = tuple[tuple[int, ...], ...]  # of each number, those that its length is drawn from
+
+
+def problem(rng: random.Random, digits: Digits) -> Passage:
+    """A sum or difference of as many numbers as there are lengths."""
+    lengths = [rng.choice(choice) for choice in digits]
     numbers = [rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in lengths]
-    signs = [1, *(rng.choice((1, -1)) for _ in range(terms - 1))]
+    signs = [1, *(rng.choice((1, -1)) for _ in numbers[1:])]
     written = [f"{'+' if sign > 0 else '-'} {n}" for sign, n in zip(signs, numbers, strict=True)]
     result = sum(sign * n for sign, n in zip(signs, numbers, strict=True))
     return Passage(f"{TASK} {' '.join(written).removeprefix('+ ')} =", f" {result}")
 
 
-def problems(count: int, seed: str, terms: int, digits: tuple[int, ...]) -> list[Passage]:
+def problems(count: int, seed: str, digits: Digits) -> list[Passage]:
     """Different problems, in the order in which they were drawn."""
     rng, found = random.Random(seed), {}
     while len(found) < count:
-        found.setdefault(problem(rng, terms, digits))
+        found.setdefault(problem(rng, digits))
     return list(found)
 
 
@@ -126,11 +129,11 @@ class Arithmetic(Task):
 
 
 def lm(pool: int = 2000, validation: int = 400, stopping: int = 200, tests: int = 200) -> tuple[Arithmetic, Tests]:
-    """Task (c), and its tests: sums as in training, of one more number, of larger numbers; beginnings of editorials."""
-    alike = problems(pool + validation + tests, "alike", terms=2, digits=(1, 2))
+    """Task (c), and its tests: sums as in training, of three numbers, of larger ones; beginnings of editorials."""
+    alike = problems(pool + validation + tests, "alike", ((1, 2), (1, 2)))
     held, test = alike[pool : pool + validation], alike[pool + validation :]
-    longer = problems(tests, "longer", terms=3, digits=(1, 2))
-    larger = problems(tests, "larger", terms=2, digits=(3,))
+    longer = problems(tests, "longer", ((1,), (1,), (1,)))
+    larger = problems(tests, "larger", ((3,), (1,)))
     domains = {"sums": test, "longer": longer, "larger": larger}
     folder = models.resolve_model("smollm2")
     task = Arithmetic("lm", alike[:pool], held, held[:stopping], LM_CELLS, list(domains), folder=folder)

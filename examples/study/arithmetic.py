@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 TASK = "Calculate:"  # without it the untrained model answers nearly none, with it two thirds of sums of digits
 IGNORED = -100  # target of a position that is no part of the answer
-LM_CELLS = [Cell("512-sums", 512, 0.0, 40, CORE, 5)]
+LM_CELLS = [Cell("256-sums", 256, 0.0, 32, CORE, 5)]
 TEXT, ARTICLES, SENTENCES = "text", 30, 4  # the test of forgetting: its name, and of what size
 
 
@@ -128,7 +128,7 @@ class Arithmetic(Task):
         return {"acc": torch.cat(right).double().mean().item(), "nll": nll.mean().item()}
 
 
-def lm(pool: int = 2000, validation: int = 400, stopping: int = 200, tests: int = 200) -> tuple[Arithmetic, Tests]:
+def lm(pool: int = 2000, validation: int = 400, stopping: int = 100, tests: int = 200) -> tuple[Arithmetic, Tests]:
     """Task (c), and its tests: sums as in training, of three numbers, of larger ones; beginnings of editorials."""
     alike = problems(pool + validation + tests, "alike", ((1, 2), (1, 2)))
     held, test = alike[pool : pool + validation], alike[pool + validation :]

@@ -316,7 +316,7 @@ def language(tmp_path, monkeypatch):
     editorials = [["the film", "is good", "good", "film", "never read"], ["good film", "is the film the film"]]
     monkeypatch.setattr(arithmetic, "fetch", lambda package: None)
     monkeypatch.setattr(arithmetic.data, "read_editorials", lambda archive: editorials)
-    cell = tasks.Cell("512-sums", 12, 0.0, 4, SOME, 2)
+    cell = tasks.Cell("256-sums", 12, 0.0, 4, SOME, 2)
     task, tests = arithmetic.lm(pool=30, validation=10, stopping=6, tests=9)
     return replace(task, cells=[cell], batch_size=4, probe=4, pairs=1), tests
 

@@ -21,7 +21,7 @@ from study.arms import CORE
 from study.tasks import Cell, Task, Tests, shuffled_batches
 from torch import Tensor, nn
 
-TASK = "Calculate:"  # without it the untrained model answers nearly none, with it two thirds of sums of digits
+TASK = "Calculate:"  # untrained, the model is right in 26 of 40 sums of two digits with it, in 4 without
 IGNORED = -100  # target of a position that is no part of the answer
 LM_CELLS = [Cell("256-sums", 256, 0.0, 32, CORE, 5)]
 TEXT, ARTICLES, SENTENCES = "text", 30, 4  # the test of forgetting: its name, and of what size

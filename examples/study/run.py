@@ -118,6 +118,8 @@ def main(arguments: list[str] | None = None) -> bool:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to one another
+    if args.paper and not torch.cuda.is_available():
+        raise ValueError("--paper must have a GPU, torch finds none: leave it out for the study of PLAN.md")
     until = time.monotonic() + 60 * args.max_minutes
     task, tests = load(args.task)
     if args.paper:

@@ -417,6 +417,12 @@ def test_paper_size_takes_every_arm_a_larger_model_and_the_device(image, languag
     assert tasks.paper(image[0], torch.device("cpu")).size == 224
 
 
+def test_paper_size_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--paper must have a GPU"):
+        run.main(["--paper", "--task", "lm"])
+
+
 @pytest.mark.slow
 def test_arms_that_are_not_in_a_cell_fail_for_a_reason(image, language):
     """Those that cannot be trained on convolutions; all others train on both tasks."""

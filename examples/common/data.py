@@ -104,10 +104,24 @@ def _movie_task() -> Task:
 
 def read_vader(archive: Path) -> dict[str, list[Example]]:
     """The clearly positive (1) and clearly negative (0) sentences of each domain in the package's source archive."""
+    contents = _vader_files(archive)
+    return {name: parse_vader(contents[name]) for name in VADER_FILES}
+
+
+def read_editorials(archive: Path) -> list[list[str]]:
+    """The editorials of the NYT as lists of their sentences, in order, whatever their ratings."""
+    articles: dict[str, list[str]] = {}
+    for line in _vader_files(archive)["NYT"].decode("utf-8").splitlines():
+        number, _, text = line.split("\t")  # 97_2 is the second sentence of editorial 97
+        articles.setdefault(number.partition("_")[0], []).append(html.unescape(text).strip())
+    return list(articles.values())
+
+
+def _vader_files(archive: Path) -> dict[str, bytes]:
     with tarfile.open(archive) as outer:
         inner = _member(outer, "hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as files:
-        return {name: parse_vader(_member(files, f"{file}_GroundTruth.txt")) for name, file in VADER_FILES.items()}
+        return {name: _member(files, f"{file}_GroundTruth.txt") for name, file in VADER_FILES.items()}
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:

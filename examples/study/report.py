@@ -19,12 +19,15 @@ sys.path[:] = [str(STUDY.parent), *(p for p in sys.path if Path(p or ".").resolv
 
 import torch  # noqa: E402
 from study import design, stats  # noqa: E402
+from study.arithmetic import LM_CELLS  # noqa: E402
 from study.arms import BY_NAME  # noqa: E402
-from study.tasks import TEXT_CELLS, Cell  # noqa: E402
+from study.images import IMAGE_CELLS  # noqa: E402
+from study.tasks import TEXT_CELLS, Cell, paper_cells  # noqa: E402
 
 Row = dict[str, str]
 Rows = list[Row]
-CELLS = {"text": TEXT_CELLS}  # by the stem of the CSV
+CELLS = {"text": TEXT_CELLS, "image": IMAGE_CELLS, "lm": LM_CELLS}  # by the stem of the CSV
+CELLS |= {f"{name}-paper": paper_cells(name, cells) for name, cells in CELLS.items()}
 FEWEST = 2  # seeds, from which there is an interval
 NOTES = """\
 Differences are paired by seed. In brackets: the 95 % interval of a paired bootstrap over the seeds. p: of the exact
@@ -49,12 +52,10 @@ class Outcome:
     by: str = "acc"
 
 
-def outcomes(domains: list[str]) -> list[Outcome]:
-    """The primary outcome first.
-
-    Args:
-        domains: of the tests; the first is the one trained on.
-    """
+def outcomes(columns: Iterable[str]) -> list[Outcome]:
+    """The primary outcome first; those that the task has columns for."""
+    columns = list(columns)
+    domains = test_domains(columns)  # the first is the one trained on
     inside, outside = domains[:1], domains[1:]
 
     def mean(score: str, where: list[str], scale: float = 1.0) -> Callable[[Row], float]:
@@ -66,15 +67,24 @@ def outcomes(domains: list[str]) -> list[Outcome]:
     found = [Outcome("Accuracy out of domain, % (primary)", mean("acc", outside, 100), 1)]
     found += [Outcome("Accuracy in domain, %", mean("acc", inside, 100), 1)]
     for score, name in (("nll", "NLL"), ("brier", "Brier score"), ("ece", "Calibration error")):
-        found += [Outcome(f"{name} out of domain, lower is better", mean(score, outside), 3, "nll")]
-        found += [Outcome(f"{name} in domain, lower is better", mean(score, inside), 3, "nll")]
+        if f"{score}_{domains[0]}" in columns:
+            found += [Outcome(f"{name} out of domain, lower is better", mean(score, outside), 3, "nll")]
+            found += [Outcome(f"{name} in domain, lower is better", mean(score, inside), 3, "nll")]
     for bits in (8, 4, 3):
         found += [Outcome(f"Accuracy out of domain at {bits} bits, %", mean(f"acc{bits}", outside, 100), 1)]
     found += [Outcome("Gap of the accuracy, train minus test in domain, points", gap("acc", 100), 1)]
     found += [Outcome("Gap of the NLL, train minus test in domain", gap("nll"), 3, "nll")]
     found += [Outcome("Expected sharpness", lambda row: number(row, "sharpness"), 4)]
+    for before in columns:
+        if before.endswith("_before"):
+            found += [Outcome("Forgetting: rise of the NLL of other text, lower is better", rise(before), 4, "nll")]
     found += [Outcome("Top Hessian eigenvalue", lambda row: number(row, "eigenvalue"), 2)]
     return found
+
+
+def rise(before: str) -> Callable[[Row], float]:
+    """Of the NLL of a text that was not trained on, per token."""
+    return lambda row: number(row, before.removesuffix("_before")) - number(row, before)
 
 
 def number(row: Row, column: str) -> float:
@@ -256,7 +266,7 @@ def ablation(cell: Cell, rows: Rows, shown: list[Outcome]) -> str | None:
 def report(name: str, cells: list[Cell], rows: Rows) -> str:
     """The whole page; sections without a run are left out."""
     parts = [f"# The study: task `{name}`", state(cells, rows), NOTES]
-    found = outcomes(test_domains(rows[0])) if rows else []
+    found = outcomes(rows[0]) if rows else []
     labels = {"sharpness": "Expected sharpness", "accuracy": "Gap of the accuracy", "NLL": "Gap of the NLL"}
     named = {key: outcome for key, start in labels.items() for outcome in found if outcome.label.startswith(start)}
     for cell in cells:

@@ -25,7 +25,8 @@ from typing import Any
 
 STUDY = Path(__file__).resolve().parent
 sys.path[:] = [str(STUDY.parent), *(p for p in sys.path if Path(p or ".").resolve() != STUDY)]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "--paper" not in sys.argv:  # whose models come from the hub
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import peft  # noqa: E402
 import torch  # noqa: E402
@@ -34,7 +35,7 @@ from common.tables import machine as describe  # noqa: E402
 from study import design, train  # noqa: E402
 from study.arms import BY_NAME  # noqa: E402
 from study.records import Records, key  # noqa: E402
-from study.tasks import LOADERS, Task, Tests, load  # noqa: E402
+from study.tasks import LOADERS, Task, Tests, load, paper  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 LARGEST_ERROR = 300  # characters of a message that are kept
@@ -56,10 +57,11 @@ def commit() -> str:
     return (head[:12] or "none") + ("+" if subprocess.run(changed, capture_output=True, text=True).stdout else "")
 
 
-def machine() -> str:
-    about = describe(torch.device("cpu"))
+def machine(device: torch.device) -> str:
+    about = describe(device)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
     cores = f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads"
+    cores += f", {about['device']}" if device.type != "cpu" else ""
     return f"{cores}; Python {platform.python_version()}, {versions}"
 
 
@@ -104,6 +106,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip", nargs="+", default=[], choices=list(BY_NAME), metavar="ARM", help="for later")
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="no run is begun after this time")
     parser.add_argument("--threads", type=int, default=1, help="of torch; the study is made with one")
+    parser.add_argument("--paper", action="store_true", help="larger models, every arm in every cell, on a GPU")
     parser.add_argument("--output", type=Path, default=STUDY / "results", help="folder of the CSV files")
     return parser.parse_args(arguments)
 
@@ -115,15 +118,19 @@ def main(arguments: list[str] | None = None) -> bool:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to one another
+    if args.paper and not torch.cuda.is_available():
+        raise ValueError("--paper must have a GPU, torch finds none: leave it out for the study of PLAN.md")
     until = time.monotonic() + 60 * args.max_minutes
     task, tests = load(args.task)
+    if args.paper:
+        task = paper(task, torch.device("cuda"))
     cells = args.cells or [cell.name for cell in task.cells]
     if unknown := set(cells) - {cell.name for cell in task.cells}:
         raise ValueError(f"cells must be of {[cell.name for cell in task.cells]}, got {sorted(unknown)}")
     records = Records(args.output / f"{task.name}.csv", train.columns(task))
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "examples/study/run.py", *given])
-    origin = {"command": command, "commit": commit(), "machine": machine()}
+    origin = {"command": command, "commit": commit(), "machine": machine(task.device)}
     before = signal.signal(signal.SIGTERM, stop)
     try:
         for part in args.part:

@@ -47,11 +47,13 @@ class Task:
     cells: list[Cell]
     domains: list[str]  # names of the tests, for the columns of the CSV
     scores: tuple[str, ...] = outcomes.SCORES
+    forgets: tuple[str, ...] = ()  # names of further tests, of plain text: NLL alone, before and after
     batch_size: int = 16
     dtype: torch.dtype = torch.bfloat16
+    device: torch.device = torch.device("cpu")
     rho: float = 0.1  # at which sharpness is measured
     pairs: int = 4
-    eigen_steps: int = 12
+    eigen_steps: int = 12  # 0: no eigenvalue
     probe: int = 64  # training examples for sharpness
 
     def base(self, seed: int, dtype: torch.dtype) -> nn.Module:
@@ -81,6 +83,11 @@ class Task:
         """(inputs of the model, labels)."""
         raise NotImplementedError
 
+    def batch(self, examples: Sequence) -> tuple[dict[str, Tensor], Tensor]:
+        """Encoded, on the device of the model."""
+        inputs, labels = self.encode(examples)
+        return {name: value.to(self.device) for name, value in inputs.items()}, labels.to(self.device)
+
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """(examples, classes), float32."""
         return model(**inputs).logits.float()
@@ -93,13 +100,22 @@ class Task:
     @torch.inference_mode()
     def measure(self, model: nn.Module, examples: Sequence) -> dict[str, float]:
         """The scores of a model in evaluation mode."""
-        parts = [self.encode(chunk) for chunk in self.chunks(examples)]
+        parts = [self.batch(chunk) for chunk in self.chunks(examples)]
         logits = torch.cat([self.logits(model, inputs) for inputs, _ in parts])
-        return outcomes.scores(logits, torch.cat([labels for _, labels in parts]))
+        return outcomes.scores(logits.cpu(), torch.cat([labels for _, labels in parts]).cpu())
 
     def chunks(self, examples: Sequence, size: int = 64) -> list[list]:
         """Batches for evaluation."""
         return [list(examples[i : i + size]) for i in range(0, len(examples), size)]
+
+
+def shuffled_batches(examples: Sequence, batch_size: int, seed: int) -> Iterator[list]:
+    """Whole batches, epoch after epoch, shuffled anew."""
+    rng = random.Random(seed)
+    while True:
+        order = rng.sample(examples, len(examples))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
 
 
 # --- (a) text
@@ -174,9 +190,43 @@ def text(validation: int = 800, stopping: int = 200, tests: int = 500) -> tuple[
     return task, {name: examples[:tests] for name, examples in movie.tests.items()}
 
 
-LOADERS = {"text": text}
+def image() -> tuple[Task, Tests]:
+    """Task (b), and its tests."""
+    from study import images  # which is made of what is above
+
+    return images.image()
+
+
+def lm() -> tuple[Task, Tests]:
+    """Task (c), and its tests."""
+    from study import arithmetic
+
+    return arithmetic.lm()
+
+
+LOADERS = {"text": text, "image": image, "lm": lm}
+
+
+UNFIT = {"image": ("bilora", "pissa", "pissa-flat", "monteclora")}  # not defined for convolutions, here or in peft
+LARGER = {  # the same classes with another model; images in the size of pretraining
+    "text": {"folder": "google-bert/bert-large-uncased"},
+    "image": {"size": 224},
+    "lm": {"folder": "HuggingFaceTB/SmolLM2-1.7B-Instruct"},
+}
+PAPER_SEEDS = 10
 
 
 def load(name: str) -> tuple[Task, Tests]:
     """(the task, its tests)."""
     return LOADERS[name]()
+
+
+def paper(task: Task, device: torch.device) -> Task:
+    """The task at the size of a paper: a larger model from the hub, every arm in every cell, on a GPU."""
+    cells = paper_cells(task.name, task.cells)
+    return replace(task, name=f"{task.name}-paper", cells=cells, device=device, **LARGER[task.name])
+
+
+def paper_cells(name: str, cells: list[Cell]) -> list[Cell]:
+    arms = tuple(arm for arm in ALL if arm not in UNFIT.get(name, ()))
+    return [replace(cell, arms=arms, seeds=PAPER_SEEDS) for cell in cells]

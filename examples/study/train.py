@@ -64,12 +64,15 @@ def final(task: Task, recipe: Recipe, tests: Tests, eigenvalue: bool = False) ->
         row |= named(domain, task.measure(model, examples))
     for bits in outcomes.BITS:
         rounded = outcomes.served(merged, dtype, layers, bits)
-        for domain, examples in tests.items():
-            row[f"{task.scores[0]}{bits}_{domain}"] = task.measure(rounded, examples[::ROUNDED])[task.scores[0]]
-    probe = task.encode(task.chunks(drawn[: task.probe], task.probe)[0])
+        for domain in task.domains:
+            row[f"{task.scores[0]}{bits}_{domain}"] = task.measure(rounded, tests[domain][::ROUNDED])[task.scores[0]]
+    for name in task.forgets:
+        untrained = task.base(recipe.seed, dtype).to(task.device).eval()
+        row[f"nll_{name}_before"] = task.measure(untrained, tests[name])["nll"]
+    probe = task.batch(task.chunks(drawn[: task.probe], task.probe)[0])
     row["sharpness"] = outcomes.sharpness(model, task.loss, probe, layers, task.rho, task.pairs)
-    if eigenvalue:
-        few = task.encode(task.chunks(drawn[: task.probe // 2], task.probe)[0])
+    if eigenvalue and task.eigen_steps:
+        few = task.batch(task.chunks(drawn[: task.probe // 2], task.probe)[0])
         row["eigenvalue"] = outcomes.top_eigenvalue(merged, task.loss, few, layers, task.eigen_steps)
     return row
 
@@ -79,7 +82,8 @@ def columns(task: Task) -> list[str]:
     sets = ["validation", "train", *task.domains]
     measured = [f"{score}_{name}" for name in sets for score in task.scores]
     rounded = [f"{task.scores[0]}{bits}_{domain}" for bits in outcomes.BITS for domain in task.domains]
-    return ["train_seconds", "train_loss", "steps", *measured, *rounded, "sharpness", "eigenvalue"]
+    forgotten = [column for name in task.forgets for column in (f"nll_{name}", f"nll_{name}_before")]
+    return ["train_seconds", "train_loss", "steps", *measured, *rounded, *forgotten, "sharpness", "eigenvalue"]
 
 
 def named(name: str, scores: dict[str, float]) -> dict[str, float]:
@@ -91,7 +95,7 @@ def train(task: Task, recipe: Recipe) -> tuple[PeftModel, dict[str, Any]]:
     start = time.perf_counter()
     arm, cell = BY_NAME[recipe.arm], recipe.cell
     steps = round(cell.steps * arm.share)
-    base = task.base(recipe.seed, recipe.dtype or task.dtype)
+    base = task.base(recipe.seed, recipe.dtype or task.dtype).to(task.device)
     model = adapt(base, arm, recipe.strength, recipe.seed, steps, {**task.adapters, **recipe.options})
     loop = Loop(task, model, arm, recipe, steps)
     losses = [loop.step(batch) for batch in itertools.islice(loop.batches, steps) if not loop.stopped]
@@ -121,7 +125,7 @@ class Loop:
     def step(self, batch: list) -> float:
         """One optimizer step; returns its loss."""
         size = len(batch) // self.recipe.accumulate
-        parts = [self.task.encode(batch[k : k + size]) for k in range(0, len(batch), size)]
+        parts = [self.task.batch(batch[k : k + size]) for k in range(0, len(batch), size)]
         if self.arm.passes == 2:
             with flatlora.ascent(self.model):
                 for part in parts:

@@ -18,7 +18,9 @@ def test_ratings_become_labels_and_unclear_ones_are_left_out():
     assert data.parse_vader(lines.encode()) == [Example("A & B", 1), Example("dull", 0)]
 
 
-def test_the_four_domains_are_read_from_the_nested_archive(tmp_path):
+def nested(path, contents):
+    """An archive with an archive of these files, as the package has them."""
+
     def add(archive, name, content):
         member = tarfile.TarInfo(name)
         member.size = len(content)
@@ -26,12 +28,22 @@ def test_the_four_domains_are_read_from_the_nested_archive(tmp_path):
 
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
-        for file in data.VADER_FILES.values():
-            add(archive, f"folder/{file}_GroundTruth.txt", f"1\t1.0\t{file}".encode())
-    with tarfile.open(tmp_path / "outer.tar.gz", "w:gz") as archive:
+        for name, content in contents.items():
+            add(archive, f"folder/{data.VADER_FILES[name]}_GroundTruth.txt", content.encode())
+    with tarfile.open(path, "w:gz") as archive:
         add(archive, "package/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+
+
+def test_the_four_domains_are_read_from_the_nested_archive(tmp_path):
+    nested(tmp_path / "outer.tar.gz", {name: f"1\t1.0\t{file}" for name, file in data.VADER_FILES.items()})
     domains = data.read_vader(tmp_path / "outer.tar.gz")
     assert domains == {name: [Example(file, 1)] for name, file in data.VADER_FILES.items()}
+
+
+def test_editorials_are_whole_and_in_order(tmp_path):
+    lines = "7_1\t0.1\tA &amp; B\r\n7_2\t-2\tdull \r\n12_1\t0\tnew\r\n7_3\t0\tlate"
+    nested(tmp_path / "outer.tar.gz", dict.fromkeys(data.VADER_FILES, lines))
+    assert data.read_editorials(tmp_path / "outer.tar.gz") == [["A & B", "dull", "late"], ["new"]]
 
 
 def test_a_file_missing_from_the_archive_is_named(tmp_path):

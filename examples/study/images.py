@@ -24,8 +24,8 @@ from torch import Tensor, nn
 SIZE = 56  # pixels of a side as the network sees it: Fashion-MNIST's 28, twice
 ARMS = tuple(name for name in CORE if name not in UNFIT["image"])
 IMAGE_CELLS = [
-    Cell("200-clean", 200, 0.0, 48, ARMS, 5),
-    Cell("200-flipped", 200, 0.2, 48, ARMS, 5),
+    Cell("200-clean", 200, 0.0, 48, ARMS, 10),
+    Cell("200-flipped", 200, 0.2, 48, ARMS, 10),
 ]
 
 # --- corruptions: images of pixels 0 ... 1, (images, side, side), and a strength

@@ -1,4 +1,7 @@
-"""Compile the Triton kernels ahead of time: `python -m helpers.triton_compiled CAPABILITY`; a JSON line for each."""
+"""Compile the Triton kernels ahead of time; a JSON line for each.
+
+python -m helpers.triton_compiled CAPABILITY [few]
+"""
 
 import json
 import os
@@ -83,16 +86,19 @@ def record(kernel, capability, *case, **options):
     }  # fmt: skip
 
 
-def main(capability):
+def main(capability, few=False):
     cases = [(perturb_kernel, *case, NOISE[0], {}) for case in NOISE_CASES]
     cases += [(merged_kernel, *case, MERGED[0], {}) for case in MERGED_CASES]
     cases += [(perturb_kernel, *NOISE_CASES[0], size, {}) for size in NOISE[1:]]
     cases += [(merged_kernel, *MERGED_CASES[-1], size, {}) for size in MERGED[1:]]
     cases.append((perturb_kernel, *NOISE_CASES[3], NOISE[0], {"gather": True}))
     cases += [(merged_kernel, *MERGED_CASES[0], MERGED[0], {"rank": rank}) for rank in (32, 128)]
+    if few:
+        kernels = ((perturb_kernel, NOISE[0]), (merged_kernel, MERGED[0]))
+        cases = [(kernel, *NOISE_CASES[k], size, {}) for kernel, size in kernels for k in (0, 6)]
     for kernel, *case, options in cases:
         print(json.dumps(record(kernel, capability, *case, **options)), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), "few" in sys.argv[2:])

@@ -17,9 +17,9 @@ CASES = [
 ]  # fmt: skip
 
 
-def run_module(module, argument, **environment):
+def run_module(module, *arguments, **environment):
     variables = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment}
-    done = processes.run_command([sys.executable, "-m", f"helpers.{module}", argument], env=variables)
+    done = processes.run_command([sys.executable, "-m", f"helpers.{module}", *arguments], env=variables)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -33,10 +33,11 @@ def test_in_the_interpreter(case):
 
 @pytest.mark.slow
 @processes.patient
+@pytest.mark.parametrize("which", [["few"], pytest.param([], marks=pytest.mark.thorough)], ids=["few", "all"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiles_for_gpus_without_spills(capability, tmp_path, record_property):
+def test_compiles_for_gpus_without_spills(capability, which, tmp_path, record_property):
     """Registers spilled would be in local memory, on the stack."""
-    output = run_module("triton_compiled", str(capability), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    output = run_module("triton_compiled", str(capability), *which, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     records = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     record_property("kernels", records)
     assert {r["kernel"] for r in records} == {"perturb_kernel", "merged_kernel"}

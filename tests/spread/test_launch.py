@@ -1,5 +1,6 @@
 """examples/distributed with DDP, FSDP2 and FSDP1, as two launchers start it."""
 
+import pytest
 from helpers.launch_tests import ENGINES, LaunchTests
 
 
@@ -11,5 +12,6 @@ class TestLaunchOfEFMLora(LaunchTests):
     engines, method = ("fsdp2",), "EFMLoraConfig"
 
 
+@pytest.mark.thorough
 class TestLaunchOfFMLora(LaunchTests):
     engines, method = ("fsdp2",), "FMLoraConfig"

@@ -10,9 +10,11 @@ class TestLaunch(LaunchTests):
     engines = [engine for engine in ENGINES if engine.startswith("zero")]
 
 
+@pytest.mark.thorough
 class TestLaunchOfEFMLora(LaunchTests):
     engines, method = ("zero2", "zero3"), "EFMLoraConfig"
 
 
+@pytest.mark.thorough
 class TestLaunchOfFMLora(LaunchTests):
     engines, method = ("zero2", "zero3"), "FMLoraConfig"

@@ -7,7 +7,12 @@ from helpers.method_tests import MethodTests
 
 
 class TestMethods(MethodTests):
-    engines = ("fsdp2", "hsdp-1x2", "hsdp-2x1", "hsdp")
+    engines = ("fsdp2",)
+
+
+@pytest.mark.thorough
+class TestMethodsUnderHsdp(MethodTests):
+    engines = ("hsdp-1x2", "hsdp-2x1", "hsdp")
 
 
 def read(parameter):

@@ -235,6 +235,7 @@ def gradients_of_two_steps(rank, folder):
         torch.save((found, noise), f"{folder}/{name}.{rank}.pt")
 
 
+@pytest.mark.thorough
 def test_groups_have_noise_of_their_own(tmp_path):
     """Gradients are the mean over both groups, each with its batch and the noise of its data-parallel rank."""
     split.save_base(tmp_path)

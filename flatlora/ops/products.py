@@ -20,7 +20,7 @@ from torch.autograd import Function
 from . import blocks
 from .autograd import Context, Gradients, apply
 from .blocks import row_blocks, scratch
-from .checks import MAX_LAYERS, Matrix, expect, expect_columns, expect_factors, integer, matrix
+from .checks import MAX_COLUMNS, MAX_LAYERS, MAX_ROWS, Matrix, expect, expect_columns, expect_factors, integer, matrix
 from .four_bit import FourBitWeight
 from .norms import no_autocast
 from .perturb import ScaledFactors, perturb_weight
@@ -91,6 +91,8 @@ def perturbed_linear(
         if bias is not None:
             expect("bias", bias, (m,), None, weight.device)
         owner = integer("owner", owner, 0, MAX_LAYERS)
+        first_row = integer("first_row", first_row, 0, MAX_ROWS)
+        first_column = integer("first_column", first_column, 0, MAX_COLUMNS)
     x, bias, dtype = cast_inputs(x, bias, weight.dtype)
     if torch.compiler.is_compiling():  # a custom operator, whose overhead eager calls avoid
         if first_row or first_column:

@@ -267,14 +267,18 @@ OF_REPORT = {
 OF_OPS = {
     "RowNoise": case(ops.RowNoise, ROW_NOISE, call=with_noise, norms=OTHER, compute_norms=BOOL, stale=OPTIONAL_BOOL),
     "lora_linear": case(ops.lora_linear, LORA_LINEAR, noise=NONE, dropped=NONE, owner=INDEX),
-    "perturbed_linear": case(ops.perturbed_linear, {**LINEAR, **NOISY}, owner=INDEX),
+    "perturbed_linear": case(
+        ops.perturbed_linear, {**LINEAR, **NOISY}, owner=INDEX, first_row=INDEX, first_column=INDEX
+    ),
     "rebuilt_linear": case(ops.rebuilt_linear, {**LINEAR, **NOISY}),
     "perturbed_conv": case(  # torch checks the geometry
         ops.perturbed_conv, {**CONV, "bias": None, "groups": 1, **NOISY}, skip=["stride", "padding", "dilation"],
         groups=COUNT,
     ),
     "add_noise_": case(ops.add_noise_, {"weight": W.clone(), **NOISY}, transposed=BOOL),
-    "perturb_weight": case(ops.perturb_weight, {"weight": W, **NOISY}, first_row=INDEX, out=NONE, factors=NONE),
+    "perturb_weight": case(
+        ops.perturb_weight, {"weight": W, **NOISY}, first_row=INDEX, first_column=INDEX, out=NONE, factors=NONE
+    ),
     "row_noise": case(ops.row_noise, {"rows": torch.arange(3), **NOISY, "columns": 4}, columns=INDEX),
     "merged_row_norms": case(
         ops.merged_row_norms, {"weight": W, "squared": None, "B": B, "A": A}, squared=NONE, whole=NONE

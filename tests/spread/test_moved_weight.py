@@ -115,6 +115,8 @@ def test_a_property_of_the_class_is_an_error():
 class Full:
     """An offset that does not fit into memory."""
 
+    is_leaf, requires_grad = True, False
+
     def to(self, like):
         raise torch.OutOfMemoryError("no more")
 

@@ -26,8 +26,8 @@ from torch.autograd import Function
 
 from .autograd import Context, Gradients, apply
 from .blocks import is_watched, row_blocks
-from .checks import MAX_LAYERS, Matrix, expect, expect_columns, expect_factors, floating_dtype, integer, matrix, number
-from .fused_lora import Branch, RowNoise, add_low_rank, branch_gradients
+from .checks import MAX_LAYERS, Matrix, expect, integer
+from .fused_lora import Branch, RowNoise, add_low_rank, branch_gradients, check_base, checked_branch
 from .norms import no_autocast
 from .products import (
     NoiseSettings,
@@ -79,21 +79,13 @@ def dora_linear(
     Raises:
         TypeError, ValueError: arguments that do not fit each other.
     """
-    m, n = matrix("weight", weight)
-    tensor = weight if isinstance(weight, Tensor) else None
-    device = x.device if tensor is None else tensor.device
-    expect_columns("x", x, n)
-    if bias is not None:
-        expect("bias", bias, (m,), None, device)
-    A, B, scaling, dropped = branch
-    expect_factors(B, A, m, n, device)
-    if dropped is not None:
-        expect_columns("dropped", dropped, n)
+    tensor, device = check_base(x, weight, bias, dtype)
+    m, n = weight.shape
+    A, B, scaling, dropped = checked_branch(branch, m, n, device)
     expect("magnitude", magnitude, (m,), None, device)
     expect("norms", noise.norms, (m,), None, device)
     if noise.compute_norms:
         raise ValueError("compute_norms must be False for DoRA, which needs the row norms before the product, got True")
-    floating_dtype("dtype", dtype)
     out_dtype = x.dtype
     if tensor is None:
         dtype = dtype or x.dtype
@@ -105,7 +97,7 @@ def dora_linear(
     # peft computes the second product in the precision of its input
     clean_dtype = dtype if dropped is None else autocast_dtype(x.device.type, dropped.dtype)
     whole, owner = weight if tensor is None else None, integer("owner", owner, 0, MAX_LAYERS)
-    options = _Options(number("scaling", scaling), branch_dtype, whole, dtype, clean_dtype, settings, owner)
+    options = _Options(scaling, branch_dtype, whole, dtype, clean_dtype, settings, owner)
     with no_autocast(x.device.type):
         y = apply(_DoraLinear, x, dropped, tensor, bias, A, B, magnitude, noise.norms.detach(), noise.key, options)
     return y.to(out_dtype)

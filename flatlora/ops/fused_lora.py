@@ -172,15 +172,10 @@ def adapted_linear(
     Raises:
         TypeError, ValueError: arguments that do not fit each other.
     """
-    m, n = matrix("weight", weight)
-    tensor = weight if isinstance(weight, Tensor) else None
-    device = x.device if tensor is None else tensor.device
-    expect_columns("x", x, n)
-    if bias is not None:
-        expect("bias", bias, (m,), None, device)
-    branches = [_checked(branch, m, n, device) for branch in branches]
+    tensor, device = check_base(x, weight, bias, dtype)
+    m, n = weight.shape
+    branches = [checked_branch(branch, m, n, device) for branch in branches]
     owner = integer("owner", owner, 0, MAX_LAYERS)
-    floating_dtype("dtype", dtype)
     if tensor is None:
         dtype = product_dtype = dtype or x.dtype
     else:
@@ -201,7 +196,22 @@ def adapted_linear(
     return apply(_AdaptedLinear, x, tensor, bias, norms, key, options, *operands)
 
 
-def _checked(branch: Branch, m: int, n: int, device: torch.device) -> Branch:
+def check_base(
+    x: Tensor, weight: Matrix, bias: Tensor | None, dtype: torch.dtype | None
+) -> tuple[Tensor | None, torch.device]:
+    """Check the base layer's operands. Returns the weight, or None if it is in another form, and its device."""
+    m, n = matrix("weight", weight)
+    tensor = weight if isinstance(weight, Tensor) else None
+    device = x.device if tensor is None else tensor.device
+    expect_columns("x", x, n)
+    if bias is not None:
+        expect("bias", bias, (m,), None, device)
+    floating_dtype("dtype", dtype)
+    return tensor, device
+
+
+def checked_branch(branch: Branch, m: int, n: int, device: torch.device) -> Branch:
+    """A branch whose operands fit, with x_d not wider than the branch."""
     A, B, scaling, dropped = branch
     expect_factors(B, A, m, n, device)
     if dropped is not None:

@@ -14,13 +14,15 @@ What a result is compared with:
 - `noise`: eps by its definition. Every other module and test takes it from there.
 - `dense`: the forward of a model whose layers have the dense weight W' + eps.
 - `noise_cases`: the words and normals of the noise contract.
+- `rows`: a weight that is not a tensor; `triton_cases`, `triton_compiled`: the Triton kernels without a GPU.
 
 Training:
 
 - `methods`: all methods, and one optimizer step of any of them.
 - `runs`: a Trainer, batches, and the schedule in closed form.
 - `trl_runs`: TRL's trainers.
-- `engines`, `engine_models`, `engine_runs`: DDP, FSDP and DeepSpeed.
+- `engines`, `engine_models`, `engine_runs`: DDP, FSDP and DeepSpeed; `method_runs`: methods with gradients there.
+- `tensor_parallel`: weights that are split over processes.
 
 Tools:
 

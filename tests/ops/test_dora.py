@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.noise_cases import key_of
+from helpers.rows import Rows
 
 from flatlora.ops import Branch, RowNoise, blocks, dora_linear, perturb_weight
 from flatlora.ops.registry import register
@@ -11,19 +12,6 @@ from flatlora.ops.registry import register
 KEY, LAYER, SCALING, RELATIVE = key_of(5, 6), 2, 0.7, 0.1
 DTYPES = {"fp64": (torch.float64,) * 2, "fp32": (torch.float32,) * 2, "bf16": (torch.bfloat16, torch.float32)}
 NAMES = ("x", "dropped", "bias", "A", "B", "magnitude")
-
-
-class Rows:
-    """A weight that is only available as blocks of rows."""
-
-    def __init__(self, weight):
-        self.weight, self.shape, self.dtype, self.device = weight, weight.shape, weight.dtype, weight.device
-
-    def __len__(self):
-        return len(self.weight)
-
-    def __getitem__(self, rows):
-        return self.weight[rows].clone()
 
 
 def problem(base=torch.float64, low=torch.float64, m=9, n=7, r=3, dropped=False):

@@ -4,24 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.noise_cases import key_of
+from helpers.rows import Rows
 
 from flatlora.ops import Branch, RowNoise, adapted_linear, blocks, makes_norms, native, perturb_weight
 
 KEY, LAYER, RELATIVE = key_of(5, 6), 2, 0.1
 M, N, RANKS, SCALINGS = 150, 7, (3, 1, 4), (0.7, 2.0, 0.5)
-
-
-class Rows:
-    """A weight that is only available as blocks of rows."""
-
-    def __init__(self, weight):
-        self.weight, self.shape, self.dtype, self.device = weight, weight.shape, weight.dtype, weight.device
-
-    def __len__(self):
-        return len(self.weight)
-
-    def __getitem__(self, rows):
-        return self.weight[rows].clone()
 
 
 def problem(base, low, dropped=()):

@@ -29,12 +29,13 @@ from .sections import result_sections, settings_section, training_section
 __all__ = ["build", "main"]
 
 
-def build(runs: Sequence[str | Path], labels: Sequence[str] | None = None) -> str:
+def build(runs: Sequence[str | Path], labels: Sequence[str] | None = None, *, introduction: str = "") -> str:
     """The HTML page, as a string.
 
     Args:
         runs: folders, at least one.
         labels: one for each run; default: the names of the folders.
+        introduction: HTML to be placed above the sections.
 
     Raises:
         ValueError: no run, labels that do not fit, or a folder without any content for the page.
@@ -48,11 +49,12 @@ def build(runs: Sequence[str | Path], labels: Sequence[str] | None = None) -> st
         refuse("runs", "a list of at least one folder", runs)
     given = texts("labels", labels, "a list of names", optional=True)
     names = names_of(folders) if given is None else given
+    checks.text("introduction", introduction)
     if len(names) != len(folders) or len(set(names)) != len(names):
         raise ValueError(f"labels must be {len(folders)} different names, one for each run, got {names}")
     found = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
     sections = [settings_section(found), training_section(found), *result_sections(found)]
-    return document(" against ".join(names), "".join(sections))
+    return document(" against ".join(names), introduction + "".join(sections))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

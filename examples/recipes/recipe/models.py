@@ -1,0 +1,86 @@
+"""Base models: packaged ones by a short name, local folders, or names on the hub; in 4 bits if asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from common.models import minilm_folder, smollm2_folder
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .arguments import RecipeArguments
+from .files import announce
+
+PACKAGED = {"minilm": minilm_folder, "smollm2": smollm2_folder}
+
+
+def source(name: str) -> str:
+    """What `from_pretrained` takes; prints what will be downloaded."""
+    if name in PACKAGED:
+        return str(PACKAGED[name]())
+    announce(name, "model")
+    return name
+
+
+def loading(args: RecipeArguments) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: the dtype, and the quantization of QLoRA (arXiv 2305.14314)."""
+    dtype = getattr(torch, args.dtype)
+    if not args.load_in_4bit:
+        return {"dtype": dtype}
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["classifier", "lm_head"],
+    )
+    return {"dtype": dtype, "quantization_config": four_bit}
+
+
+def tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; one without a padding token pads with its end."""
+    made = AutoTokenizer.from_pretrained(source(name), **options)
+    if made.pad_token is None:
+        made.pad_token = made.eos_token
+    return made
+
+
+def encoder(args: RecipeArguments, labels: int, seed: int) -> PreTrainedModel:
+    """A classifier whose new head the seed sets; with one label, a regression."""
+    torch.manual_seed(seed)
+    made = AutoModelForSequenceClassification.from_pretrained(
+        source(args.model), num_labels=labels, problem_type="regression" if labels == 1 else None, **loading(args)
+    )
+    made.config.pad_token_id = made.config.pad_token_id or 0
+    return made
+
+
+def causal(args: RecipeArguments) -> PreTrainedModel:
+    """A language model."""
+    return AutoModelForCausalLM.from_pretrained(source(args.model), **loading(args))
+
+
+def seq2seq(args: RecipeArguments) -> PreTrainedModel:
+    """An encoder and decoder."""
+    return AutoModelForSeq2SeqLM.from_pretrained(source(args.model), **loading(args))
+
+
+def device() -> torch.device:
+    """Where the Trainer puts a model."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def last_run(folder: Path) -> Path | None:
+    """The adapter that a run has saved, or None."""
+    adapter = folder / "adapter"
+    return adapter if (adapter / "adapter_model.safetensors").exists() else None

@@ -25,8 +25,8 @@ from recipe.training import fit
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 COLUMNS = {
-    **dict.fromkeys(["sst2", "cola"], ["sentence"]),
-    **dict.fromkeys(["mrpc", "rte", "stsb"], ["sentence1", "sentence2"]),
+    **{key: ["sentence"] for key in ["sst2", "cola"]},
+    **{key: ["sentence1", "sentence2"] for key in ["mrpc", "rte", "stsb"]},
     "qqp": ["question1", "question2"],
     "qnli": ["question", "sentence"],
     "mnli": ["premise", "hypothesis"],

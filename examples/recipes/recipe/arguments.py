@@ -59,7 +59,8 @@ class RecipeArguments:
     )
 
     def __post_init__(self) -> None:
-        """
+        """Check the values.
+
         Raises:
             ValueError: a method that is unknown, a method or seed that is given twice, or a number out of its bounds.
         """
@@ -75,7 +76,9 @@ class RecipeArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"--micro_batch_size must divide --batch_size {self.batch_size}, got {self.micro_batch_size}")
+            raise ValueError(
+                f"--micro_batch_size must divide --batch_size {self.batch_size}, got {self.micro_batch_size}"
+            )
 
 
 Arguments = TypeVar("Arguments", bound=RecipeArguments)

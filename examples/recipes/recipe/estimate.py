@@ -1,8 +1,9 @@
 """Memory and time of a run on an 80 GB GPU, computed and not measured: counted bytes and operations.
 
-The model is made on the meta device, where tensors have a shape and no memory, with plain LoRA, and runs one micro-batch
-forward and backward. Counted are the bytes of its weights, of the adapters with their gradients and AdamW's moments, of what autograd saves, and the
-operations of the products. Flat-LoRA saves no more than LoRA; it reads W once more per forward and backward.
+The model is made on the meta device, where tensors have a shape and no memory, with plain LoRA, and runs one
+micro-batch forward and backward. Counted are the bytes of its weights, of the adapters with their gradients and AdamW's
+moments, of what autograd saves, and the operations of the products. Flat-LoRA saves no more than LoRA; it reads W once
+more per forward and backward. The time of a batch too small to fill the GPU is longer than this.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Flat-LoRA for peft: LoRA adapters in flat minima of the merged weight."""
 
 from . import _moved  # noqa: F401  (old module names)
-from .api import ascent, attach, detach, get_flat_peft_model, load, perturbation, perturbed, unperturbed
+from .api import ascent, attach, averaged, detach, get_flat_peft_model, load, perturbation, perturbed, unperturbed
 from .integrations.callback import FlatLoraCallback
 from .integrations.trainer import TwoPassTrainerMixin
 from .methods import (
@@ -30,6 +30,7 @@ __all__ = [
     "TwoPassTrainerMixin",
     "ascent",
     "attach",
+    "averaged",
     "detach",
     "get_flat_peft_model",
     "load",

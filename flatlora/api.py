@@ -32,8 +32,9 @@ from .training.first_pass import first_pass
 from .training.forward_passes import listener_of, root_of
 from .training.model_parts import perturbations
 from .training.perturbation import Perturbation
+from .training.prediction import MOST_SAMPLES, AveragedPrediction
 from .utils import arguments
-from .utils.arguments import WrongType, boolean, integer, keywords, shown, text, texts
+from .utils.arguments import WrongType, boolean, choice, integer, keywords, shown, text, texts
 
 logger = logging.getLogger(__name__)
 
@@ -191,18 +192,59 @@ def unperturbed(model: nn.Module) -> AbstractContextManager[None]:
     return _override(model, enabled=False)
 
 
-def perturbed(model: nn.Module, sample: int | None = None) -> AbstractContextManager[None]:
+def perturbed(model: nn.Module, sample: int | None = None, rho: float | None = None) -> AbstractContextManager[None]:
     """Context manager that switches the noise on in this thread, also in evaluation mode and under `no_grad`.
 
-    The noise has the present strength rho_t. The mean loss over several samples estimates the objective
+    The mean loss over several samples estimates the objective
     of Flat-LoRA, E_eps L(W + sBA + eps).
 
     Args:
         model: a flat model.
         sample: index of the noise sample; default the current one. The sample of training does not change.
+        rho: strength; default the present one, rho_t, which is 0 at the start of a growing schedule.
     """
     sample = integer("sample", sample, 0, 2**32 - 1, optional=True, expected="None or an integer in [0, 2^32)")
-    return _override(model, forced=True, sample=sample)
+    rho = None if rho is None else CHECKS["rho"]("rho", rho)
+    return _override(model, forced=True, sample=sample, rho=rho)
+
+
+def averaged(
+    model: nn.Module, samples: int = 8, *, rho: float | None = None, of: str = "probabilities"
+) -> AveragedPrediction:
+    """The mean prediction of a trained model over noise in its merged weight.
+
+        p(y | x) = 1/K sum_k softmax(f(x; W + sBA + eps_k)),    eps_k with the strength rho
+
+    The returned function takes the arguments of the model, makes `samples` forward passes without gradients, and
+    returns the mean, float32 (float64 for logits in float64): probabilities, or logits before the softmax. Nothing of
+    the model is written, and the memory is that of one pass. The samples are the same in every call, and are none of
+    those of training. The adapters are to be active and not merged.
+
+        probabilities = flatlora.averaged(model, samples=8)(**batch)  # (..., classes)
+
+    Args:
+        model: a flat model in evaluation mode, whose output is a tensor of logits or has `.logits`.
+        samples: K, 1 to 2^16.
+        rho: strength of the noise; default the rho of the model, whatever its schedule says now.
+        of: "probabilities" or "logits".
+
+    Raises:
+        TypeError: the method of the model has no random noise; or its output has no logits.
+        RuntimeError: the model is in training mode, or no noise is on: the adapters are merged or disabled, rho is 0,
+            or the call is inside `unperturbed`. Raised when the function is called.
+    """
+    states = flat_parts(model)
+    for state in states:
+        if state.settings.method.uses_gradients:
+            name = type(state.settings.method).__name__
+            raise WrongType(
+                f"averaged is for methods with random noise (Flat-LoRA, RWP), and {name} has none. Detach the model "
+                "and attach it with a rho to average its prediction all the same."
+            )
+    samples = integer("samples", samples, 1, MOST_SAMPLES)
+    of = choice("of", of, ("probabilities", "logits"))
+    rho = None if rho is None else CHECKS["rho"]("rho", rho)
+    return AveragedPrediction(model, states, samples, rho, of)
 
 
 def ascent(model: nn.Module) -> AbstractContextManager[None]:

@@ -199,9 +199,9 @@ class FlatLayer(_PeftLayer):
         return self.perturbation.records.of_forward(self.number, training, self.__dict__.get("user_thread"))
 
     def rho(self) -> float:
-        """The largest rho of the flat adapters that are active here."""
-        rhos = self.perturbation.schedule.rhos
-        return max([0.0, *[rhos[name] for name in self.active_flat_adapters()]])
+        """The largest rho of the flat adapters that are active here; above 0 also where `perturbed` sets one."""
+        flat, rhos = self.active_flat_adapters(), self.perturbation.schedule.rhos
+        return max(rhos[name] for name in flat) or self.perturbation.overrides.rho_now if flat else 0.0
 
     def active_lora_adapters(self) -> list[str]:
         """Names of the active adapters that this layer has."""

@@ -109,6 +109,9 @@ class TrainingRun(Protocol):
     @property
     def rhos(self) -> Mapping[str, float]: ...
 
+    def rho_of(self, adapters: list[str], device: torch.device) -> float | Tensor:
+        """The largest rho_t of these adapters, or what `perturbed(..., rho=...)` sets in this thread."""
+
     @property
     def seed(self) -> int: ...
 

@@ -72,7 +72,7 @@ class AdapterRwp(FactorOffset):
                 weight = layer.factor_weight(factor, adapter)
                 rows = weight.flatten(1)
                 dtype = norm_dtype(weight.dtype)
-                std = run.rhos[adapter] * run.ramp * torch.linalg.vector_norm(rows, dtype=dtype)
+                std = run.rho_of([adapter], weight.device) * torch.linalg.vector_norm(rows, dtype=dtype)
                 row_std = (std / math.sqrt(rows.numel())).expand(len(rows)).contiguous()
                 stream = FACTOR_STREAMS + 64 * layer.stream + 2 * place + half
                 zero = torch.zeros_like(rows, dtype=dtype)

@@ -18,12 +18,13 @@ class Override(NamedTuple):
     enabled: bool = True
     forced: bool = False  # noise also outside training passes
     sample: int | None = None
+    rho: float | None = None  # in place of rho_t of every adapter
 
 
 class Overrides(PartlyCopied):
     """Which noise the user has switched on or off, for the model and for each thread."""
 
-    not_copied: ClassVar[frozenset[str]] = frozenset({"_by_thread", "forced_now", "enabled_now"})
+    not_copied: ClassVar[frozenset[str]] = frozenset({"_by_thread", "forced_now", "enabled_now", "rho_now"})
 
     def __init__(self) -> None:
         self._enabled = True
@@ -32,7 +33,7 @@ class Overrides(PartlyCopied):
     def _start(self) -> None:
         self._by_thread: dict[int, Override] = {}
         # plain attributes for the guards of compiled code
-        self.forced_now, self.enabled_now = False, self._enabled
+        self.forced_now, self.enabled_now, self.rho_now = False, self._enabled, 0.0
 
     @property
     def enabled(self) -> bool:
@@ -60,10 +61,15 @@ class Overrides(PartlyCopied):
         found = found or Override()
         return found if self._enabled else found._replace(enabled=False)
 
+    def strength(self, rho_t: float) -> float:
+        """The strength in this thread, where the schedule says `rho_t`."""
+        chosen = self.now().rho
+        return rho_t if chosen is None else chosen
+
     def _set(self, thread: int, value: Override | None) -> None:
         if value is None:
             self._by_thread.pop(thread, None)
         else:
             self._by_thread[thread] = value
         now = value or Override()
-        self.forced_now, self.enabled_now = now.forced, now.enabled and self._enabled
+        self.forced_now, self.enabled_now, self.rho_now = now.forced, now.enabled and self._enabled, now.rho or 0.0

@@ -201,8 +201,9 @@ OF_LIBRARY = {
     "perturbation": case(flatlora.perturbation),
     "unperturbed": case(flatlora.unperturbed, call=entered(flatlora.unperturbed)),
     "perturbed": case(
-        flatlora.perturbed, {"model": flat()}, call=entered(flatlora.perturbed), sample=f"None {INDEX}"
+        flatlora.perturbed, {"model": flat()}, call=entered(flatlora.perturbed), sample=f"None {INDEX}", rho=f"None {RHO}"
     ),
+    "averaged": case(flatlora.averaged, {"model": flat()}, samples=COUNT, rho=f"None {RHO}", of=WORD),
     "perturbation.rho": attribute("rho", RHO),
     "perturbation.progress": attribute("progress", RHO),
     "perturbation.total_steps": attribute("total_steps", f"None {COUNT}"),
@@ -261,7 +262,7 @@ OF_PLOTTING = {
     "plot_training": case(plotting.plot_training, {"histories": {"a": [{"step": 1, "loss": 1.0}]}}),
 }
 OF_REPORT = {
-    "build": case(report.build, {"runs": ["."]}, runs="['x']", labels="None ['x']"),
+    "build": case(report.build, {"runs": ["."]}, runs="['x']", labels="None ['x']", introduction=TEXT),
     "main": case(report.main, arguments="None [] () set ['x'] np.empty"),
 }
 OF_OPS = {

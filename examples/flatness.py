@@ -1,6 +1,6 @@
-"""How flat are the solutions that `quickstart.py` found? Every measurement of `flatlora.analysis` on its adapters.
+"""How flat are the solutions that `language_model.py` found? Every measurement of `flatlora.analysis` on its adapters.
 
-    python examples/quickstart.py                      # first: trains, and saves adapters in out/
+    python examples/language_model.py                      # first: trains, and saves adapters in out/
     python examples/flatness.py                        # then: out/tables.html, a page that compares them
 
 All adapters are measured on the same examples and under the same noise. Lines and surfaces run along directions that
@@ -32,7 +32,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import quickstart
+import language_model
 import torch
 from common import tables
 from common.data import Encoder, Example
@@ -45,7 +45,7 @@ from transformers import HfArgumentParser
 from flatlora import analysis, plotting
 from flatlora import report as page
 
-LABELS = {method: tables.NAMES[method] for method in quickstart.METHODS["all"]}
+LABELS = {method: tables.NAMES[method] for method in language_model.METHODS["all"]}
 PLOTS: dict[str, Callable[..., Any]] = {
     "loss_line": plotting.plot_loss_line,
     "expected_sharpness": plotting.plot_sharpness,
@@ -61,8 +61,8 @@ PLOTS: dict[str, Callable[..., Any]] = {
 
 
 @dataclass
-class FlatnessArguments(quickstart.Arguments):
-    """How flat are the solutions that quickstart.py found?"""
+class FlatnessArguments(language_model.Arguments):
+    """How flat are the solutions that language_model.py found?"""
 
     only: list[str] = field(
         default_factory=list, metadata={"help": "measurements to make, loss_line and the like; default all"}
@@ -146,7 +146,7 @@ def is_in_block(number: int, name: str) -> bool:
 
 
 def history(folder: Path, method: str) -> None:
-    """The quickstart's training.csv as the log that the report reads."""
+    """The training.csv of language_model.py as the log that the report reads."""
     rows = [row for row in tables.read_csv(folder / "training.csv") if row["method"] == method]
     log = [{"step": int(row["step"]), "loss": float(row["loss"]), "flat_rho": float(row["rho"])} for row in rows]
     (folder / method / "trainer_state.json").write_text(json.dumps({"log_history": log}))
@@ -155,13 +155,15 @@ def history(folder: Path, method: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     (args,) = HfArgumentParser(FlatnessArguments).parse_args_into_dataclasses(arguments)
     command = shlex.join(["python", *(sys.argv if arguments is None else ["examples/flatness.py", *arguments])])
-    settings, device, folder = asdict(args), quickstart.pick_device(args.device), Path(args.output_dir)
+    settings, device, folder = asdict(args), language_model.pick_device(args.device), Path(args.output_dir)
     methods = [method for method in LABELS if (folder / method / "adapter").is_dir()]
     if unknown := set(args.only) - set(PLOTS):
         raise ValueError(f"only must be some of {list(PLOTS)}, got {sorted(unknown)}")
     if not methods:
-        raise FileNotFoundError(f"output_dir {folder} must hold what quickstart.py saved, lora/adapter or flat/adapter")
-    encode, task = quickstart.prepare(args)
+        raise FileNotFoundError(
+            f"output_dir {folder} must hold what language_model.py saved, lora/adapter or flat/adapter"
+        )
+    encode, task = language_model.prepare(args)
     times = folder / "flatness.csv"
     rows = tables.read_csv(times)
     about = {"command": command, "arguments": settings, "machine": tables.machine(device)}

@@ -3,7 +3,7 @@
     python examples/common/reload_adapter.py JOB.json
 
 The job names the base model, the folders with the adapters and merged models, the questions and the file for the
-answers. `quickstart.py` runs this to show that what was saved are ordinary LoRA adapters.
+answers. `language_model.py` runs this to show that what was saved are ordinary LoRA adapters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables and files of a run of `quickstart.py`."""
+"""Tables and files of `language_model.py`."""
 
 from __future__ import annotations
 
@@ -93,13 +93,19 @@ def table(results: dict) -> str:
     if differences:
         cells = [f"{100 * row['difference']:+.1f} ± {100 * row['half_width']:.1f}" for row in differences]
         lines.append(["Flat-LoRA minus LoRA", *cells])
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = aligned(lines).splitlines()
+    rule = text[1]
     counts = sorted({row["examples"] for row in rows})
     size = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     note = f"{size} test examples per domain, one seed; the last line is paired, on the same examples."
-    return "\n".join([text[0], rule, *text[1:], rule, note if differences else note.partition(";")[0] + "."])
+    return "\n".join([*text, rule, note if differences else note.partition(";")[0] + "."])
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Columns of equal width, with a rule under the first row."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([text[0], "-" * (sum(widths) + 2 * len(widths) - 2), *text[1:]])
 
 
 def reload_table(reloaded: dict[str, dict]) -> str:

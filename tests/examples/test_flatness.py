@@ -1,10 +1,10 @@
-"""The example that measures the quickstart's adapters, on a random model of 20k parameters."""
+"""The example that measures the adapters of language_model.py, on a random model of 20k parameters."""
 
 import json
 
 import flatness
+import language_model
 import pytest
-import quickstart
 import torch
 from common.models import load_model
 from helpers import processes
@@ -20,7 +20,7 @@ SMALL = ["--points", "3", "--grid", "3", "--test_samples", "6", "--samples", "2"
 def test_from_the_adapters_to_the_files_and_the_pictures(arguments, reviews, monkeypatch):
     out, pages = reviews / "out", []
     monkeypatch.setattr(flatness.page, "build", lambda *runs: pages.append(runs) or "page")  # has tests of its own
-    quickstart.main([*arguments, "--method", "efmlora", "--picture_samples", "0"])
+    language_model.main([*arguments, "--method", "efmlora", "--picture_samples", "0"])
     flatness.main([*arguments, *SMALL, "--only", "loss_line"])
     assert [path.name for path in (out / "efmlora/analysis").iterdir()] == ["loss_line.json"]
     flatness.main([*arguments, *SMALL])
@@ -36,10 +36,10 @@ def test_from_the_adapters_to_the_files_and_the_pictures(arguments, reviews, mon
 
 
 def test_the_base_weights_norms_serve_its_adapters_and_its_last_block_is_found(arguments):
-    (args,) = quickstart.HfArgumentParser(quickstart.Arguments).parse_args_into_dataclasses(arguments)
+    (args,) = language_model.HfArgumentParser(language_model.Arguments).parse_args_into_dataclasses(arguments)
     base = load_model(args.model, torch.float32, torch.device("cpu"))
     norms = analysis.merged_row_norms(base)
-    model = quickstart.adapt(base, "lora", args)
+    model = language_model.adapt(base, "lora", args)
     assert set(analysis.merged_row_norms(model)) < set(norms)
     last = max(map(flatness.block, norms))
     assert last == 1 and not flatness.is_in_block(last, "lm_head")
@@ -49,5 +49,5 @@ def test_the_base_weights_norms_serve_its_adapters_and_its_last_block_is_found(a
 def test_a_measurement_that_is_not_there_is_named(arguments, reviews):
     with pytest.raises(ValueError, match=r"only must be some of .*'loss_line'.*, got \['sharpness'\]"):
         flatness.main([*arguments, "--only", "sharpness"])
-    with pytest.raises(FileNotFoundError, match="must hold what quickstart.py saved"):
+    with pytest.raises(FileNotFoundError, match="must hold what language_model.py saved"):
         flatness.main(arguments)

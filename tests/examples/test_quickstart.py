@@ -1,79 +1,116 @@
-import itertools
-import subprocess
-import sys
-from pathlib import Path
+"""The quickstart, on the tiny task of the study."""
+
+import csv
+import re
 
 import pytest
 import quickstart
 import torch
-from common import tables
-from helpers import processes
+import transformers
+from peft import PeftModel
+from study import report, stats, tasks
 
 
-@pytest.mark.slow
-@processes.patient
+@pytest.fixture
+def arguments(task, tmp_path, monkeypatch):
+    """Of the command line: two seeds on the tiny task."""
+    monkeypatch.setattr(quickstart, "load", lambda name: task)
+    verbosity = transformers.utils.logging.get_verbosity()
+    yield ["--seeds", "0", "1", "--lr", "0.01", "--strength", "flat=0.2", "--output_dir", str(tmp_path / "out")]
+    transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+
+
+def rows_of(tmp_path):
+    with open(tmp_path / "out" / "runs.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.usefixtures("matplotlib")
-def test_from_the_model_to_the_table_and_the_picture(arguments, reviews, capfd):
-    results = quickstart.main(arguments)
-    out = reviews / "out"
-    accuracy = tables.read_csv(out / "accuracy.csv")
-    assert [(row["method"], row["domain"]) for row in accuracy] == list(
-        itertools.product(("before", "lora", "flat"), ("held-out", "books"))
+def test_runs_both_methods_and_shows_the_paired_difference(arguments, task, tmp_path, capsys):
+    lines = quickstart.main(arguments)
+    rows, out = rows_of(tmp_path), tmp_path / "out"
+    assert [(row["arm"], row["seed"], row["strength"]) for row in rows] == [
+        *(("lora", "0", "0.01"), ("flat", "0", "0.2"), ("lora", "1", "0.01"), ("flat", "1", "0.2")),
+    ]
+    of = {(row["arm"], row["seed"]): float(row["nll_books"]) for row in rows}
+    d = torch.tensor([of["flat", seed] - of["lora", seed] for seed in "01"], dtype=torch.float64)
+    low, high = stats.bootstrap_interval(d)
+    (line,) = [line for line in lines if line[0].startswith("NLL out of domain") and line[1] == "Flat-LoRA"]
+    assert line[3] == f"{d.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    assert "minus LoRA [95 % interval]" in capsys.readouterr().out
+    for name in ("differences_light.png", "differences_dark.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert line[3] in (out / "report.html").read_text() and "data:image/svg" in (out / "report.html").read_text()
+    assert all(row["commit"] and row["machine"] and row["command"].endswith(str(out)) for row in rows)
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_a_saved_adapter_answers_as_the_row_says_with_stock_peft(arguments, task, tmp_path):
+    quickstart.main(arguments)
+    made, tests = task
+    row = next(row for row in rows_of(tmp_path) if (row["arm"], row["seed"]) == ("flat", "1"))
+    model = PeftModel.from_pretrained(made.base(1, made.dtype), tmp_path / "out" / "flat-seed1")
+    merged = model.float().merge_and_unload().eval().to(made.dtype)
+    assert made.measure(merged, tests["books"])["nll"] == pytest.approx(float(row["nll_books"]), abs=1e-6)
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_an_interrupted_comparison_goes_on(arguments, tmp_path, monkeypatch):
+    calls, run = [], quickstart.run
+
+    def counted(*given):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(given)
+        return run(*given)
+
+    monkeypatch.setattr(quickstart, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.main(arguments)
+    before = rows_of(tmp_path)
+    monkeypatch.setattr(quickstart, "run", run)
+    quickstart.main(arguments)
+    assert rows_of(tmp_path)[:2] == before and len(rows_of(tmp_path)) == 4
+    monkeypatch.setattr(quickstart, "run", None)  # nothing is left to run
+    quickstart.main(arguments)
+
+
+def test_other_settings_are_other_runs(task, arguments):
+    (args,) = quickstart.HfArgumentParser(quickstart.Arguments).parse_args_into_dataclasses(
+        [*arguments, "--steps", "3", "--samples", "6"]
     )
-    training = tables.read_csv(out / "training.csv")
-    assert [row["method"] for row in training] == ["lora"] * 6 + ["flat"] * 6
-    rho = [float(row["rho"]) for row in training if row["method"] == "flat"]
-    assert rho[0] == 0 and rho == sorted(rho) and 0 < rho[-1] <= 0.05
-    assert (out / "loss_line.png").read_bytes().startswith(b"\x89PNG")
-    assert results["command"].startswith("python examples/quickstart.py --model")
-    assert results["arguments"]["seed"] == 0 and results["machine"]["torch"] == torch.__version__
-    assert {"train LoRA", "train Flat-LoRA", "save and reload"} <= set(results["seconds"])
-    for method in ("lora", "flat"):
-        check = results["reloaded"][method]
-        assert check["same_answers"] == check["examples"] == check["same_answers_merged"]
-        assert (out / method / "adapter" / "adapter_model.safetensors").exists()
-        assert (out / method / "merged" / "model.safetensors").exists()
-    printed = capfd.readouterr()
-    assert "Flat-LoRA minus LoRA" in printed.out and "rho=" in printed.err and "loss=" in printed.err
+    cell = quickstart.pick_cell(args, task[0])
+    assert (cell.steps, cell.samples) == (3, 6)
+    recipes = quickstart.recipes(args, cell)
+    assert {name: (r.strength, r.lr) for name, r in recipes.items()} == {"lora": (0.01, 0.01), "flat": (0.2, 0.01)}
 
 
-def test_without_noise_both_methods_are_the_same_run(arguments):
-    (args,) = quickstart.HfArgumentParser(quickstart.Arguments).parse_args_into_dataclasses([*arguments, "--rho", "0"])
-    encode, task = quickstart.prepare(args)
-    histories = []
-    for method in ("lora", "flat"):
-        model = quickstart.adapt(quickstart.load_model(args.model, torch.float32, torch.device("cpu")), method, args)
-        histories.append([step["loss"] for step in quickstart.train(model, method, encode, task.train, args)])
-    assert histories[0] == histories[1]
+def test_the_defaults_are_what_the_study_chose():
+    (args,) = quickstart.HfArgumentParser(quickstart.Arguments).parse_args_into_dataclasses([])
+    cell = tasks.TEXT_CELLS[0]
+    rows = report.read(quickstart.STUDY / "text.csv")
+    recipes = quickstart.recipes(args, cell)
+    for name, recipe in recipes.items():
+        assert (recipe.strength, recipe.lr) == quickstart.design.tuned(cell, quickstart.BY_NAME[name], rows)
 
 
-@pytest.mark.slow
-@processes.patient
-def test_an_adapter_that_answers_differently_is_an_error(arguments, monkeypatch):
-    run = subprocess.run
-
-    def damage(command, **kwargs):
-        from safetensors.torch import load_file, save_file
-
-        path = Path(command[-1]).parent / "flat" / "adapter" / "adapter_model.safetensors"
-        save_file({key: -50 * torch.randn_like(value) for key, value in load_file(path).items()}, path)
-        return run(command, **kwargs)
-
-    monkeypatch.setattr(quickstart.subprocess, "run", damage)
-    with pytest.raises(RuntimeError, match="must give the same 7 answers, got"):
-        quickstart.main([*arguments, "--method", "flat", "--picture_samples", "0"])
-
-
-@pytest.mark.parametrize("option", ["steps", "eval_samples", "batch_size"])
-def test_impossible_sizes_are_answered_at_once(arguments, option):
-    with pytest.raises(ValueError, match=f"{option} must be .*1.*got 0"):
-        quickstart.main([*arguments, f"--{option}", "0"])
-
-
-@pytest.mark.slow
-@processes.patient
-def test_the_fresh_process_cannot_import_flatlora():
-    examples = Path(quickstart.__file__).parent
-    code = "import common.reload_adapter, flatlora"
-    done = processes.run_command([sys.executable, "-c", code], cwd=examples)
-    assert done.returncode == 1 and "import of flatlora halted" in done.stderr
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (["--arms", "lora", "tlora"], "--arms must be of lora, .* got tlora"),
+        (["--arms", "lora", "lora"], "--arms must be different ones"),
+        (["--seeds", "1", "1"], "--seeds must be different ones"),
+        (["--strength", "rwp=0.1"], "an arm of --arms, got rwp"),
+        (["--strength", "lora=1"], "the strength of lora is the learning rate: give --lr"),
+        (["--arms", "rwp"], "has not tuned rwp in 128-clean: give --lr"),
+        (["--arms", "rwp", "--lr", "1e-3"], "has not tuned rwp in 128-clean: give --strength rwp=VALUE"),
+        (["--cell", "x"], "--cell must be one of 128-clean, got x"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, options, match, monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart, "STUDY", tmp_path)  # nothing is tuned
+    (args,) = quickstart.HfArgumentParser(quickstart.Arguments).parse_args_into_dataclasses([*arguments[:3], *options])
+    task, _ = quickstart.load("text")
+    with pytest.raises(ValueError, match=re.compile(match)):
+        quickstart.recipes(args, quickstart.pick_cell(args, task))

@@ -17,12 +17,10 @@ import pytest
 import torch
 import transformers
 from helpers import processes
-from transformers import BertConfig, BertModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from common.data import Example  # noqa: E402
 from study import design, outcomes, records, report, run, stats, tasks, train  # noqa: E402
 from study.arms import ARMS, BY_NAME  # noqa: E402
 
@@ -38,28 +36,6 @@ def settings():
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity(verbosity)
     transformers.utils.logging.enable_progress_bar()
-
-
-@pytest.fixture
-def task(tmp_path, tokenizer):
-    """(task, its tests): forty sentences whose label follows from one word."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, pad_token_id=1,
-    )  # fmt: skip
-    folder = tmp_path / "bert"
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    words = [("good", 1), ("fine", 1), ("great", 1), ("bad", 0), ("poor", 0), ("dull", 0)]
-    texts = [Example(f"the {n} is {a} {w}", y) for n in ("film", "plot") for a in ("", "very", "not") for w, y in words]
-    random.Random(0).shuffle(texts)
-    cell = tasks.Cell("128-clean", 8, 0.25, 4, SOME, 2)
-    task = tasks.Text(
-        "text", texts[:20], texts[20:], texts[20:26], [cell], ["movie", "books"], batch_size=4, eigen_steps=3,
-        probe=4, pairs=1, folder=str(folder),
-    )  # fmt: skip
-    return task, {"movie": texts[:12], "books": texts[12:24]}
 
 
 @pytest.fixture

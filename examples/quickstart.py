@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from common import tables
-from study import design, outcomes, pictures, report, stats, train
+from study import comparisons, design, outcomes, pictures, stats, train
 from study.arms import BY_NAME
 from study.records import Records, key
 from study.run import commit, machine
@@ -79,7 +79,7 @@ def recipes(args: Arguments, cell: Cell) -> dict[str, train.Recipe]:
     if bases := sorted(name for name in given if BY_NAME[name].is_base):
         raise ValueError(f"the strength of {', '.join(bases)} is the learning rate: give --lr")
     file = STUDY / f"{args.task}.csv"
-    rows = report.read(file) if file.exists() else []
+    rows = comparisons.read(file) if file.exists() else []
     found = {}
     for name in args.arms:
         arm = BY_NAME[name]
@@ -129,13 +129,13 @@ def run_all(args: Arguments, task: Task, tests: Tests, records: Records, command
     return [row for row in records.rows() if key(row) in keys]
 
 
-def shown(columns: list[str]) -> list[report.Outcome]:
+def shown(columns: list[str]) -> list[comparisons.Outcome]:
     """Accuracy out of domain and in domain, and the likelihoods."""
     starts = ("Accuracy out of domain, %", "Accuracy in", "NLL")
-    return [outcome for outcome in report.outcomes(columns) if outcome.label.startswith(starts)]
+    return [outcome for outcome in comparisons.outcomes(columns) if outcome.label.startswith(starts)]
 
 
-def compare(args: Arguments, rows: list[dict[str, str]], found: list[report.Outcome]) -> list[list[str]]:
+def compare(args: Arguments, rows: list[dict[str, str]], found: list[comparisons.Outcome]) -> list[list[str]]:
     """A line per arm and outcome: mean ± standard error, and the difference to the first arm with its interval."""
     lines = []
     for outcome in found:
@@ -144,20 +144,22 @@ def compare(args: Arguments, rows: list[dict[str, str]], found: list[report.Outc
             mean, error = stats.mean_and_error(torch.tensor(list(of[name].values())))
             line = [outcome.label, BY_NAME[name].label, f"{mean:.{outcome.digits}f} ± {error:.{outcome.digits}f}"]
             if name != args.arms[0]:
-                d = report.paired(of[name], of[args.arms[0]])
+                d = comparisons.paired(of[name], of[args.arms[0]])
                 low, high = stats.bootstrap_interval(d)
                 line.append(f"{d.mean():+.{outcome.digits}f} [{low:+.{outcome.digits}f}, {high:+.{outcome.digits}f}]")
             lines.append([*line, *[""] * (4 - len(line))])
     return lines
 
 
-def panels(args: Arguments, rows: list[dict[str, str]], found: list[report.Outcome]) -> dict[str, pictures.Differences]:
+def panels(
+    args: Arguments, rows: list[dict[str, str]], found: list[comparisons.Outcome]
+) -> dict[str, pictures.Differences]:
     """Differences to the first arm for the picture: accuracies, out of domain and in domain."""
     first, made = args.arms[0], {}
     for outcome in found[:2]:
         of = {name: {int(r["seed"]): outcome.of(r) for r in rows if r["arm"] == name} for name in args.arms}
         heading = outcome.label.partition(",")[0]
-        made[heading] = {BY_NAME[name].label: report.paired(of[name], of[first]) for name in args.arms[1:]}
+        made[heading] = {BY_NAME[name].label: comparisons.paired(of[name], of[first]) for name in args.arms[1:]}
     return made
 
 

@@ -15,7 +15,8 @@ TUNING_SEEDS = (100, 101)
 ABLATION_CELL, ABLATION_SEEDS = "128-clean", 5
 ABLATED_RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 EIGEN_ARMS, EIGEN_SEEDS = ("lora", "flat", "rwp", "rwp-factors"), 3
-PARTS = ("tuning", "final", "ablation")
+AVERAGED_CELLS, AVERAGED_ARMS, AVERAGED_SAMPLES = ("128-clean", "128-flipped"), ("lora", "flat"), 8
+PARTS = ("tuning", "final", "ablation", "averaged")
 
 Rows = list[dict[str, str]]
 Read = Callable[[], Rows]
@@ -27,7 +28,7 @@ def runs(part: str, task: Task, cells: list[str], skip: list[str], read: Read) -
     Args:
         skip: arms that are left for later.
     """
-    make = {"tuning": tuning, "final": final, "ablation": ablation}[part]
+    make = {"tuning": tuning, "final": final, "ablation": ablation, "averaged": averaged}[part]
     for cell in task.cells:
         if cell.name in cells:
             for recipe in make(cell, read):
@@ -98,7 +99,8 @@ def planned(cell: Cell) -> dict[str, int]:
     arms = [BY_NAME[name] for name in cell.arms]
     tuning = sum(len(arm.grid) for arm in arms) * len(TUNING_SEEDS)
     ablation = sum(1 for _ in ablations(cell, math.nan))
-    return {"tuning": tuning, "final": len(arms) * cell.seeds, "ablation": ablation}
+    averaged = len(AVERAGED_ARMS) * cell.seeds if cell.name in AVERAGED_CELLS else 0
+    return {"tuning": tuning, "final": len(arms) * cell.seeds, "ablation": ablation, "averaged": averaged}
 
 
 def wants_eigenvalue(recipe: Recipe) -> bool:
@@ -137,3 +139,18 @@ def ablations(cell: Cell, lr: float) -> Iterator[Recipe]:
                 yield recipe(f"schedule={schedule}", "flat", rho, seed, options={"schedule": schedule})
         for arm in ("lora", "flat"):
             yield recipe("float32", arm, 0.2, seed, dtype=torch.float32)
+
+
+# --- averaged predictions
+
+
+def averaged(cell: Cell, read: Read) -> Iterator[Recipe]:
+    """LoRA and Flat-LoRA as tuned, answering with the mean over noise of the strength that Flat-LoRA is tuned to."""
+    if cell.name not in AVERAGED_CELLS:
+        return
+    for seed in range(cell.seeds):
+        for name in AVERAGED_ARMS:
+            found, rho = tuned(cell, BY_NAME[name], read()), chosen(cell, BY_NAME["flat"], read())
+            if found and rho is not None:
+                variant = f"averaged={AVERAGED_SAMPLES} rho={rho:g}"
+                yield Recipe(cell, name, *found, seed, variant=variant, averaged_rho=rho)

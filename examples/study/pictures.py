@@ -12,33 +12,47 @@ from study import stats
 from flatlora.plotting import style
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Differences = Mapping[str, torch.Tensor]  # label of a row -> differences, one per seed
 
 
-def plot_differences(panels: Mapping[str, Differences], unit: str, theme: str = "light") -> Figure:
-    """A row per label: the seeds as dots, their mean with its 95 % bootstrap interval; one panel per heading."""
+def plot_differences(panels: Mapping[str, Differences], unit: str, theme: str = "light", across: int = 4) -> Figure:
+    """A row per label: the seeds as dots, their mean with its 95 % bootstrap interval; one panel per heading.
+
+    Args:
+        panels: with the same labels in all; a label without seeds is an empty row.
+        across: panels beside one another.
+    """
     with style.themed(theme) as colors:
         from matplotlib.figure import Figure
 
-        rows = max(len(panel) for panel in panels.values())
-        figure = Figure(figsize=(1.5 + 3.1 * len(panels), 0.9 + 0.36 * rows), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        for ax, (heading, panel) in zip(axes, panels.items(), strict=True):
+        names, columns = list(next(iter(panels.values()))), min(across, len(panels))
+        lines = -(-len(panels) // columns)
+        size = (1.9 + 2.5 * columns, lines * (1.1 + 0.34 * len(names)))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=True).flat
+        for ax, (heading, panel) in zip(axes, panels.items(), strict=False):
             ax.axvline(0, color=colors["faint"], linewidth=1)
             for y, d in enumerate(panel.values()):
-                low, high = stats.bootstrap_interval(d)
-                mean = d.mean().item()
-                ax.plot(d, [y + 0.22] * len(d), "o", color=colors["faint"], markersize=3, alpha=0.7, clip_on=False)
-                look = {"color": style.COLORS[theme][0], "capsize": 3, "linewidth": 1.8, "markersize": 5}
-                ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", **look)
+                draw_row(ax, y, d, style.COLORS[theme][0], colors["faint"])
             ax.set_title(heading)
-            ax.set_xlabel(unit)
-        names = list(next(iter(panels.values())))
+            ax.tick_params(labelbottom=True)
+        for ax in list(axes)[len(panels) :]:
+            ax.remove()
         axes[0].set_yticks(range(len(names)), names)
         axes[0].set_ylim(len(names) - 0.4, -0.6)
+        figure.supxlabel(unit, fontsize=10)
         return figure
+
+
+def draw_row(ax: Axes, y: int, d: torch.Tensor, color: str, faint: str) -> None:
+    """Differences, their mean and its interval."""
+    ax.plot(d, [y + 0.24] * len(d), "o", color=faint, markersize=2.5, alpha=0.7, clip_on=False)
+    if len(d) > 1:
+        mean, (low, high) = d.mean().item(), stats.bootstrap_interval(d)
+        ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3, markersize=5)
 
 
 def save(panels: Mapping[str, Differences], unit: str, path: Path) -> None:

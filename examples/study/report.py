@@ -7,11 +7,9 @@ python examples/study/report.py --csv examples/study/results/text.csv --out repo
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 STUDY = Path(__file__).resolve().parent
@@ -19,152 +17,28 @@ sys.path[:] = [str(STUDY.parent), *(p for p in sys.path if Path(p or ".").resolv
 
 import torch  # noqa: E402
 from study import design, stats  # noqa: E402
-from study.arithmetic import LM_CELLS  # noqa: E402
 from study.arms import BY_NAME  # noqa: E402
-from study.images import IMAGE_CELLS  # noqa: E402
-from study.tasks import TEXT_CELLS, Cell, paper_cells  # noqa: E402
+from study.comparisons import (  # noqa: E402
+    CELLS,
+    FEWEST,
+    Comparison,
+    Outcome,
+    Rows,
+    Values,
+    best_simple,
+    compare,
+    finals,
+    outcomes,
+    paired,
+    read,
+    values,
+)
+from study.tasks import Cell  # noqa: E402
 
-Row = dict[str, str]
-Rows = list[Row]
-CELLS = {"text": TEXT_CELLS, "image": IMAGE_CELLS, "lm": LM_CELLS}  # by the stem of the CSV
-CELLS |= {f"{name}-paper": paper_cells(name, cells) for name, cells in CELLS.items()}
-FEWEST = 2  # seeds, from which there is an interval
 NOTES = """\
 Differences are paired by seed. In brackets: the 95 % interval of a paired bootstrap over the seeds. p: of the exact
 sign-flip test, after Holm's correction over all planned arms of the cell. The simple regularizer is the one of the best
 validation score. [PLAN.md](PLAN.md) says what was planned; a claim needs p < 0.05 in the primary outcome."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A number of each final run.
-
-    Attributes:
-        label: in the heading, with the direction that is better.
-        of: its value in a row; NaN where the row has none.
-        digits: after the point.
-        by: validation score that chooses the best simple regularizer.
-    """
-
-    label: str
-    of: Callable[[Row], float]
-    digits: int
-    by: str = "acc"
-
-
-def outcomes(columns: Iterable[str]) -> list[Outcome]:
-    """The primary outcome first; those that the task has columns for."""
-    columns = list(columns)
-    domains = test_domains(columns)  # the first is the one trained on
-    inside, outside = domains[:1], domains[1:]
-
-    def mean(score: str, where: list[str], scale: float = 1.0) -> Callable[[Row], float]:
-        return lambda row: scale * sum(number(row, f"{score}_{name}") for name in where) / len(where)
-
-    def gap(score: str, scale: float = 1.0) -> Callable[[Row], float]:
-        return lambda row: scale * (number(row, f"{score}_train") - number(row, f"{score}_{domains[0]}"))
-
-    found = [Outcome("Accuracy out of domain, % (primary)", mean("acc", outside, 100), 1)]
-    found += [Outcome("Accuracy in domain, %", mean("acc", inside, 100), 1)]
-    for score, name in (("nll", "NLL"), ("brier", "Brier score"), ("ece", "Calibration error")):
-        if f"{score}_{domains[0]}" in columns:
-            found += [Outcome(f"{name} out of domain, lower is better", mean(score, outside), 3, "nll")]
-            found += [Outcome(f"{name} in domain, lower is better", mean(score, inside), 3, "nll")]
-    for bits in (8, 4, 3):
-        found += [Outcome(f"Accuracy out of domain at {bits} bits, %", mean(f"acc{bits}", outside, 100), 1)]
-    found += [Outcome("Gap of the accuracy, train minus test in domain, points", gap("acc", 100), 1)]
-    found += [Outcome("Gap of the NLL, train minus test in domain", gap("nll"), 3, "nll")]
-    found += [Outcome("Expected sharpness", lambda row: number(row, "sharpness"), 4)]
-    for before in columns:
-        if before.endswith("_before"):
-            found += [Outcome("Forgetting: rise of the NLL of other text, lower is better", rise(before), 4, "nll")]
-    found += [Outcome("Top Hessian eigenvalue", lambda row: number(row, "eigenvalue"), 2)]
-    return found
-
-
-def rise(before: str) -> Callable[[Row], float]:
-    """Of the NLL of a text that was not trained on, per token."""
-    return lambda row: number(row, before.removesuffix("_before")) - number(row, before)
-
-
-def number(row: Row, column: str) -> float:
-    return float(row[column] or "nan")
-
-
-def test_domains(columns: Iterable[str]) -> list[str]:
-    """Names of the tests, as the columns of the CSV give them."""
-    return [name[4:] for name in columns if name.startswith("acc_") and name not in ("acc_validation", "acc_train")]
-
-
-# --- values and comparisons
-
-Values = dict[str, dict[int, float]]  # arm -> seed -> value
-
-
-def values(cell: Cell, rows: Rows, outcome: Outcome) -> Values:
-    """Of the final runs that ended well, at what tuning chose."""
-    found: Values = {}
-    for name in cell.arms:
-        tuned = design.tuned(cell, BY_NAME[name], rows)
-        runs = [row for row in finals(cell, rows) if row["arm"] == name]
-        runs = [row for row in runs if (number(row, "strength"), number(row, "lr")) == tuned]
-        of = {int(row["seed"]): outcome.of(row) for row in runs if math.isfinite(outcome.of(row))}
-        if of:
-            found[name] = of
-    return found
-
-
-def finals(cell: Cell, rows: Rows) -> Rows:
-    return [row for row in rows if (row["part"], row["cell"], row["status"]) == ("final", cell.name, "ok")]
-
-
-def best_simple(cell: Cell, rows: Rows, by: str) -> str | None:
-    """The simple regularizer of the best validation score; None while one of them is not tuned."""
-    scores = {}
-    for name in cell.arms:
-        arm = BY_NAME[name]
-        if arm.simple:
-            strength = design.chosen(cell, arm, rows)
-            if strength is None:
-                return None
-            trial = design.trials(cell, arm, rows)[strength]
-            acc, nll = design.validated(trial, "acc"), design.validated(trial, "nll")
-            scores[name] = (acc, -nll) if by == "acc" else (-nll, acc)
-    return max(scores, key=lambda name: scores[name], default=None)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """An arm against a reference: mean difference over the common seeds."""
-
-    n: int
-    mean: float
-    interval: tuple[float, float]
-    p: float  # after Holm's correction
-
-
-def compare(cell: Cell, found: Values, reference: str | None) -> dict[str, Comparison]:
-    """Arm -> its comparison; arms without enough common seeds have none."""
-    if reference not in found:
-        return {}
-    others = [name for name in cell.arms if name != reference]
-    differences = {name: paired(found[name], found[reference]) for name in others if name in found}
-    differences = {name: d for name, d in differences.items() if len(d) >= FEWEST}
-    p_values = [stats.sign_flip_p(differences[name]) if name in differences else 1.0 for name in others]
-    adjusted = dict(zip(others, stats.holm(p_values), strict=True))
-    return {
-        name: Comparison(len(d), d.mean().item(), stats.bootstrap_interval(d), adjusted[name])
-        for name, d in differences.items()
-    }
-
-
-def paired(values: dict[int, float], reference: dict[int, float]) -> torch.Tensor:
-    """Differences at the common seeds, (seeds,)."""
-    seeds = sorted(set(values) & set(reference))
-    return torch.tensor([values[seed] - reference[seed] for seed in seeds], dtype=torch.float64)
-
-
-# --- Markdown
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -174,18 +48,23 @@ def table(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 
 def state(cells: list[Cell], rows: Rows) -> str:
     """Runs that are there, and that are planned."""
-    lines = []
-    for cell in cells:
-        for part, planned in design.planned(cell).items():
-            if planned:
-                there = [row for row in rows if (row["part"], row["cell"]) == (part, cell.name)]
-                failed = sum(row["status"] != "ok" for row in there)
-                lines.append((cell.name, part, len(there), planned, failed))
+    lines = counts(cells, rows)
     done, planned = sum(line[2] for line in lines), sum(line[3] for line in lines)
     whole = f"**{done} of {planned} planned runs.**"
     commits = ", ".join(f"`{name}`" for name in sorted({row["commit"] for row in rows}))
     made = f"Commits of the runs: {commits}." if rows else ""
     return "\n\n".join([whole, table(["cell", "part", "runs", "planned", "failed"], lines), made]).rstrip()
+
+
+def counts(cells: list[Cell], rows: Rows) -> list[tuple[str, str, int, int, int]]:
+    """(cell, part, runs, planned, failed), without parts that a cell does not have."""
+    lines = []
+    for cell in cells:
+        for part, planned in design.planned(cell).items():
+            if planned:
+                there = [row for row in rows if (row["part"], row["cell"]) == (part, cell.name)]
+                lines.append((cell.name, part, len(there), planned, sum(row["status"] != "ok" for row in there)))
+    return lines
 
 
 def tuning(cell: Cell, rows: Rows) -> str | None:
@@ -217,12 +96,17 @@ def comparison_table(cell: Cell, rows: Rows, outcome: Outcome) -> str | None:
         header += [f"minus {BY_NAME[name].label}", "p"]
     lines = []
     for name, of in found.items():
-        mean, error = stats.mean_and_error(torch.tensor(list(of.values()), dtype=torch.float64))
-        line = [BY_NAME[name].label, len(of), f"{mean:.{d}f}" + (f" ± {error:.{d}f}" if len(of) > 1 else "")]
+        line = [BY_NAME[name].label, len(of), mean_text(of, d)]
         for other in compared:
             line += comparison_text(other.get(name), d)
         lines.append(line)
     return table(header, lines)
+
+
+def mean_text(of: dict[int, float], digits: int) -> str:
+    """Mean ± standard error over the seeds."""
+    mean, error = stats.mean_and_error(torch.tensor(list(of.values()), dtype=torch.float64))
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(of) > 1 else "")
 
 
 def comparison_text(c: Comparison | None, digits: int) -> list[str]:
@@ -263,6 +147,36 @@ def ablation(cell: Cell, rows: Rows, shown: list[Outcome]) -> str | None:
     return table(header, lines) if lines else None
 
 
+def averaged(cell: Cell, rows: Rows, found: list[Outcome]) -> str | None:
+    """What averaging the prediction over noise changes; described, nothing is tested."""
+    lines = []
+    for outcome in found:
+        plain, simple, d = values(cell, rows, outcome), best_simple(cell, rows, outcome.by), outcome.digits
+        for name, of in averages(cell, rows, outcome).items():
+            line = [outcome.label, f"{BY_NAME[name].label}, averaged", len(of), mean_text(of, d)]
+            line += [difference_text(of, plain.get(other, {}), d) for other in (name, "lora", simple or "")]
+            lines.append(line)
+    against = ["minus itself, not averaged", "minus LoRA", "minus the best simple regularizer"]
+    return table(["outcome", "arm", "n", "mean ± s.e.", *against], lines) if lines else None
+
+
+def averages(cell: Cell, rows: Rows, outcome: Outcome) -> Values:
+    """Of the runs that answer with an averaged prediction."""
+    found: Values = {}
+    for row in rows:
+        if (row["part"], row["cell"], row["status"]) == ("averaged", cell.name, "ok"):
+            found.setdefault(row["arm"], {})[int(row["seed"])] = outcome.of(row)
+    return found
+
+
+def difference_text(of: dict[int, float], reference: dict[int, float], digits: int) -> str:
+    d = paired(of, reference)
+    if len(d) < FEWEST:
+        return ""
+    low, high = stats.bootstrap_interval(d)
+    return f"{d.mean().item():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
 def report(name: str, cells: list[Cell], rows: Rows) -> str:
     """The whole page; sections without a run are left out."""
     parts = [f"# The study: task `{name}`", state(cells, rows), NOTES]
@@ -273,18 +187,14 @@ def report(name: str, cells: list[Cell], rows: Rows) -> str:
         sections = [("What tuning chose", tuning(cell, rows))]
         sections += [(outcome.label, comparison_table(cell, rows, outcome)) for outcome in found]
         sections += [("Does sharpness predict the gap?", prediction(cell, rows, named))] if named else []
+        by_domain = [outcome for outcome in found if "out of domain" in outcome.label][:4]
+        sections += [("Averaged prediction", averaged(cell, rows, by_domain))]
         sections += [("Ablations", ablation(cell, rows, found[:4]))]
         sections = [(title, text) for title, text in sections if text]
         if sections:
             parts.append(f"## Cell `{cell.name}`")
             parts += [f"### {title}\n\n{text}" for title, text in sections]
     return "\n\n".join(parts) + "\n"
-
-
-def read(path: Path) -> Rows:
-    """Whole rows alone: a process may be writing the last."""
-    text = path.read_text()
-    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
 def main(arguments: list[str] | None = None) -> str:

@@ -88,6 +88,8 @@ def make_runs(
             return False
         if part == "tuning":
             row = attempt(lambda: train.tune(task, recipe))  # noqa: B023  # called at once
+        elif part == "averaged":
+            row = attempt(lambda: train.averaged(task, recipe, tests, design.AVERAGED_SAMPLES))  # noqa: B023
         else:
             row = attempt(lambda: train.final(task, recipe, tests, design.wants_eigenvalue(recipe)))  # noqa: B023
         finished = datetime.now(timezone.utc).isoformat(timespec="seconds")

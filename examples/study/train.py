@@ -7,10 +7,11 @@ import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from study import outcomes
 from study.arms import BY_NAME, Arm, adapt, optimizer, penalty
 from study.tasks import Cell, Task, Tests
@@ -38,6 +39,7 @@ class Recipe:
     accumulate: int = 1  # backward passes of a step
     dtype: torch.dtype | None = None  # of the base model; default: the task's
     variant: str = ""  # name of the ablation
+    averaged_rho: float | None = None  # strength of the noise over which predictions are averaged
 
     def key(self, part: str) -> dict[str, Any]:
         """The columns that make a run."""
@@ -75,6 +77,28 @@ def final(task: Task, recipe: Recipe, tests: Tests, eigenvalue: bool = False) ->
         few = task.batch(task.chunks(drawn[: task.probe // 2], task.probe)[0])
         row["eigenvalue"] = outcomes.top_eigenvalue(merged, task.loss, few, layers, task.eigen_steps)
     return row
+
+
+def averaged(task: Task, recipe: Recipe, tests: Tests, samples: int) -> dict[str, Any]:
+    """The scores of the mean prediction over noise in the merged weight, on the tests."""
+    model, row = train(task, recipe)
+    if BY_NAME[recipe.arm].config is LoraConfig:
+        flatlora.attach(model, rho=recipe.averaged_rho, seed=recipe.seed)
+    predict = MeanPrediction(model, samples, recipe.averaged_rho)
+    for domain, examples in tests.items():
+        row |= named(domain, task.measure(predict, examples))
+    return row
+
+
+class MeanPrediction(nn.Module):
+    """A model whose logits are the logarithms of averaged probabilities."""
+
+    def __init__(self, model: PeftModel, samples: int, rho: float | None) -> None:
+        super().__init__()
+        self.predict = flatlora.averaged(model, samples, rho=rho)
+
+    def forward(self, **inputs: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.predict(**inputs).log())
 
 
 def columns(task: Task) -> list[str]:

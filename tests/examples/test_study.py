@@ -21,7 +21,7 @@ from helpers import processes
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from study import design, outcomes, records, report, run, stats, tasks, train  # noqa: E402
+from study import comparisons, design, outcomes, publish, records, report, run, stats, tasks, train  # noqa: E402
 from study.arms import ARMS, BY_NAME  # noqa: E402
 
 UNLIKE = ("seconds", "train_seconds", "finished", "command")  # columns that differ between two equal runs
@@ -356,7 +356,9 @@ def test_report_holds_means_paired_differences_and_corrected_p():
 
 def test_report_of_a_part_shows_what_is_there_and_nothing_else():
     text = report.report("text", [CELL], [])
-    assert "**0 of 263 planned runs.**" in text and "##" not in text  # 32 of tuning, 16 final, 215 ablations
+    assert (
+        "**0 of 271 planned runs.**" in text and "##" not in text
+    )  # 32 of tuning, 16 final, 215 ablations, 8 averaged
     rows = tuning_rows("lora", 0.7, 0.6) + tuning_rows("dropout", 0.7, 0.6)[:-1]
     text = report.report("text", [CELL], rows)
     assert line(text, "What tuning chose", "LoRA")[1:4] == ["lr", "0.001", "0.001"]
@@ -390,3 +392,81 @@ def test_report_command_reads_whole_lines_and_ablations(tmp_path):
     assert line(text, "Ablations", "r=4")[1:5] == ["Flat-LoRA", "0.2", "2", "55.0 ± 5.0"]
     with pytest.raises(ValueError, match="--csv must be named after a task"):
         report.main(["--csv", str(tmp_path / "other.csv")])
+
+
+# --- averaged predictions
+
+
+def test_averaged_predictions_of_both_arms_are_scored(study, task):
+    study("one", "--part", "tuning")
+    done, rows = study("one", "--part", "averaged")
+    rows = [row for row in rows if row["part"] == "averaged"]
+    cell = task[0].cells[0]
+    rho = design.chosen(cell, BY_NAME["flat"], rows=read_all(study))
+    assert done and [(r["arm"], r["seed"], r["variant"], r["status"]) for r in rows] == [
+        (arm, seed, f"averaged=8 rho={rho:g}", "ok") for seed in ("0", "1") for arm in ("lora", "flat")
+    ]
+    assert all(row["nll_books"] and row["ece_movie"] and not row["sharpness"] for row in rows)
+
+
+def read_all(study):
+    return study("one", "--part", "averaged")[1]
+
+
+def test_an_averaged_score_is_that_of_the_mean_probability(task):
+    made, tests = task
+    recipe = train.Recipe(made.cells[0], "flat", 0.4, 0.01, 1, averaged_rho=0.4)
+    row = train.averaged(made, recipe, tests, 4)
+    model, _ = train.train(made, recipe)
+    inputs, labels = made.batch(sorted(tests["books"], key=lambda example: len(example.text)))
+    total = 0.0
+    for k in range(4):
+        with torch.no_grad(), flatlora.perturbed(model, sample=2**32 - 2**16 + k, rho=0.4):
+            total = total + made.logits(model, inputs).softmax(-1)
+    nll = -(total / 4)[range(len(labels)), labels].log().mean().item()
+    assert row["nll_books"] == pytest.approx(nll, abs=1e-5)
+    plain = train.averaged(made, replace(recipe, arm="lora", strength=0.01), tests, 4)
+    assert plain["nll_books"] != row["nll_books"]
+
+
+def test_report_compares_an_averaged_prediction_with_the_plain_one():
+    rows = tuning_rows("lora", 0.7, 0.6) + tuning_rows("flat", 0.7, 0.6) + final_rows()
+    rows += [
+        row("averaged", "flat", BY_NAME["flat"].grid[1], seed, variant="averaged=8 rho=0.1", nll_books=1 - acc - 0.1)
+        for seed, acc in enumerate(MOVIE["flat"])
+    ]
+    text = report.report("text", [CELL], rows)
+    found = [x for x in text.split("### Averaged")[1].splitlines() if x.startswith("| NLL out")]
+    cells = [cell.strip() for cell in found[0].split("|")[1:-1]]
+    d = torch.tensor([-0.13, -0.11, -0.14, -0.15])
+    low, high = stats.bootstrap_interval(d)
+    assert cells[1:3] == ["Flat-LoRA, averaged", "4"] and cells[4] == "-0.100 [-0.100, -0.100]"
+    assert cells[5] == f"{d.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+# --- what is published
+
+
+def test_readme_pages_and_figures_hold_what_the_csv_files_say(capsys):
+    assert publish.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_blocks_are_replaced_and_the_text_around_them_stays():
+    page = "a\n<!-- study: state -->\nold\n<!-- /study -->\nb\n<!-- study: headline -->\n<!-- /study -->\nc"
+    once = publish.filled(page, {"state": "x | y", "headline": "z"})
+    assert once == (
+        "a\n<!-- study: state -->\nx | y\n<!-- /study -->\nb\n<!-- study: headline -->\nz\n<!-- /study -->\nc"
+    )
+    assert publish.filled(once, {"state": "x | y", "headline": "z"}) == once
+
+
+def test_the_headline_compares_flat_lora_with_lora_and_the_best_simple_regularizer(monkeypatch):
+    monkeypatch.setitem(comparisons.CELLS, "text", [CELL])
+    rows = tuning_rows("lora", 0.7, 0.6) + tuning_rows("flat", 0.7, 0.6)
+    rows += tuning_rows("dropout", 0.8, 0.6) + tuning_rows("smoothing", 0.7, 0.5) + final_rows()
+    line = publish.headline({"text": rows}).splitlines()[-1]
+    d = [torch.tensor(x) for x in ([3.0, 1.0, 4.0, 5.0], [2.0, 3.0, 3.0, 1.0])]
+    for of in d:
+        low, high = stats.bootstrap_interval(of)
+        assert f"{of.mean():+.1f} [{low:+.1f}, {high:+.1f}]" in line
+    assert line.startswith("| sentiment, MiniLM, `128-clean` | 4 | 73.0 ± 1.3 | 76.2 ± 2.0 |") and "dropout" in line

@@ -1,0 +1,149 @@
+"""Write what the study found into README, the documentation and the full reports, out of the CSV files.
+
+    python examples/study/publish.py            # after new runs
+    python examples/study/publish.py --check    # says what is not up to date
+
+A page holds `<!-- study: NAME -->` and `<!-- /study -->`; what stands between them is written by this script. The text
+around them is written by hand, and must be read again after new runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+STUDY = Path(__file__).resolve().parent
+sys.path[:] = [str(STUDY.parent), *(p for p in sys.path if Path(p or ".").resolve() != STUDY)]  # as in run.py
+
+from study import report  # noqa: E402
+from study.arms import BY_NAME, CORE  # noqa: E402
+from study.comparisons import CELLS, FEWEST, Outcome, Rows, best_simple, compare, outcomes, paired, read, values  # noqa: E402
+from study.pictures import Differences, plot_differences  # noqa: E402
+from study.tasks import Cell  # noqa: E402
+
+ROOT, RESULTS = STUDY.parents[1], STUDY / "results"
+PAGES = [ROOT / "README.md", ROOT / ".docs" / "pages" / "study.md"]
+FIGURE = RESULTS / "differences"
+TASKS = {"text": "sentiment, MiniLM", "image": "Fashion-MNIST, EfficientNet-lite0", "lm": "arithmetic, SmolLM2-135M"}
+BLOCK = re.compile(r"(<!-- study: ([\w-]+) -->\n).*?(\n?<!-- /study -->)", re.DOTALL)
+UNIT = "points of accuracy out of domain, minus LoRA"
+
+
+def all_rows() -> dict[str, Rows]:
+    """Task -> the rows of its CSV; tasks without a file are left out."""
+    return {name: read(RESULTS / f"{name}.csv") for name in TASKS if (RESULTS / f"{name}.csv").exists()}
+
+
+def cells_with(found: dict[str, Rows]) -> list[tuple[str, Cell, Rows, Outcome]]:
+    """(task, cell, rows, primary outcome) of the cells in which LoRA and Flat-LoRA have final runs."""
+    made = []
+    for task, rows in found.items():
+        for cell in CELLS[task] if rows else []:
+            primary = outcomes(rows[0])[0]
+            of = values(cell, rows, primary)
+            if {"lora", "flat"} <= of.keys() and len(paired(of["flat"], of["lora"])) >= FEWEST:
+                made.append((task, cell, rows, primary))
+    return made
+
+
+def headline(found: dict[str, Rows], arm: str = "flat") -> str:
+    """A row per cell: LoRA, an arm, and the arm's differences to LoRA and to the best simple regularizer."""
+    lines = []
+    for task, cell, rows, primary in cells_with(found):
+        of, simple = values(cell, rows, primary), best_simple(cell, rows, "acc")
+        line = [f"{TASKS[task]}, `{cell.name}`", str(len(paired(of[arm], of["lora"])))]
+        line += [report.mean_text(of[name], 1) for name in ("lora", arm)]
+        for reference in ("lora", simple):
+            line += report.comparison_text(compare(cell, of, reference).get(arm), 1)
+        lines.append([*line, BY_NAME[simple].label.removeprefix("LoRA, ") if simple else ""])
+    label = BY_NAME[arm].label
+    header = ["task and cell", "n", "LoRA", label, "minus LoRA", "p", "minus the best simple regularizer", "p", "which"]
+    return report.table(header, lines)
+
+
+def primary_tables(found: dict[str, Rows], task: str) -> str:
+    """The primary outcome of every arm, a table per cell of a task."""
+    parts = []
+    for name, cell, rows, primary in cells_with(found):
+        if name == task:
+            parts.append(f"**Cell `{cell.name}`**\n\n{report.comparison_table(cell, rows, primary)}")
+    return "\n\n".join(parts) or "No final runs yet."
+
+
+def state(found: dict[str, Rows]) -> str:
+    """How many of the planned runs are there."""
+    lines = []
+    for task in TASKS:
+        for cell in CELLS[task]:
+            lines += [(task, *line) for line in report.counts([cell], found.get(task, []))]
+    done, planned = sum(line[3] for line in lines), sum(line[4] for line in lines)
+    header = ["task", "cell", "part", "runs", "planned", "failed"]
+    return f"{done} of {planned} planned runs.\n\n{report.table(header, lines)}"
+
+
+def blocks(found: dict[str, Rows]) -> dict[str, str]:
+    """Name of a block -> its Markdown."""
+    made = {f"primary-{task}": primary_tables(found, task) for task in TASKS}
+    return made | {"headline": headline(found), "state": state(found)}
+
+
+def filled(text: str, made: dict[str, str]) -> str:
+    """A page with its blocks as they are now."""
+    return BLOCK.sub(lambda m: f"{m[1]}{made[m[2]]}\n<!-- /study -->", text)
+
+
+def panels(found: dict[str, Rows]) -> dict[str, Differences]:
+    """Cell -> core arm -> differences to LoRA in the primary outcome, for the figure."""
+    made: dict[str, Differences] = {}
+    for task, cell, rows, primary in cells_with(found):
+        of = values(cell, rows, primary)
+        arms = [name for name in CORE if name != "lora" and name in cell.arms]
+        differences = {
+            BY_NAME[name].label.removeprefix("LoRA, "): paired(of.get(name, {}), of["lora"]) for name in arms
+        }
+        made[f"{task} {cell.name}"] = differences
+    return made
+
+
+def digest(differences: dict[str, Differences]) -> str:
+    """Of the numbers in the figure; the file carries it, so that a test can tell whether it is up to date."""
+    numbers = {cell: {arm: d.tolist() for arm, d in of.items()} for cell, of in differences.items()}
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()
+
+
+def outdated(write: bool) -> list[Path]:
+    """The files that are not what the CSV files say; they are written if asked."""
+    found = all_rows()
+    made = blocks(found)
+    wanted = {page: filled(page.read_text(), made) for page in PAGES}
+    wanted |= {RESULTS / f"{task}.md": report.report(task, CELLS[task], rows) for task, rows in found.items()}
+    wrong = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    differences = panels(found)
+    figures = [FIGURE.with_name(f"{FIGURE.name}_{theme}.png") for theme in ("light", "dark")]
+    name = digest(differences).encode()
+    wrong += [path for path in figures if not path.exists() or name not in path.read_bytes()]
+    if write:
+        for path in wrong:
+            if path.suffix == ".png":
+                figure = plot_differences(differences, UNIT, path.stem.rpartition("_")[2])
+                figure.savefig(path, dpi=120, metadata={"Description": digest(differences)})
+            else:
+                path.write_text(wanted[path])
+    return wrong
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; the exit status is 1 if something is old")
+    args = parser.parse_args(arguments)
+    wrong = outdated(write=not args.check)
+    for path in wrong:
+        print(path.relative_to(ROOT), "is outdated" if args.check else "written")
+    return int(args.check and bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,13 +4,13 @@ import threading
 
 import pytest
 import torch
+from helpers import dense, tiny
+from helpers.noise import epsilon
 from torch import nn
 
 import flatlora
 from flatlora import FlatLoraConfig, averaged, get_flat_peft_model, perturbation, perturbed, unperturbed
 from flatlora.layers.flat_layer import flat_layers
-from helpers import dense, tiny
-from helpers.noise import epsilon
 
 FIRST = 2**32 - 2**16  # samples of `averaged` count from here
 

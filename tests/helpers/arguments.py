@@ -201,7 +201,11 @@ OF_LIBRARY = {
     "perturbation": case(flatlora.perturbation),
     "unperturbed": case(flatlora.unperturbed, call=entered(flatlora.unperturbed)),
     "perturbed": case(
-        flatlora.perturbed, {"model": flat()}, call=entered(flatlora.perturbed), sample=f"None {INDEX}", rho=f"None {RHO}"
+        flatlora.perturbed,
+        {"model": flat()},
+        call=entered(flatlora.perturbed),
+        sample=f"None {INDEX}",
+        rho=f"None {RHO}",
     ),
     "averaged": case(flatlora.averaged, {"model": flat()}, samples=COUNT, rho=f"None {RHO}", of=WORD),
     "perturbation.rho": attribute("rho", RHO),

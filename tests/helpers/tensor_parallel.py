@@ -3,6 +3,7 @@
 import os
 import zlib
 from contextlib import contextmanager
+from inspect import signature
 from unittest import mock
 
 import peft
@@ -25,6 +26,7 @@ from flatlora.layers import tensor_parallel
 from flatlora.layers.flat_layer import FlatLayer
 from helpers import tiny
 
+BY_TRANSFORMERS = "tp_size" in signature(DistributedConfig).parameters  # transformers splits weights from 5.17 on
 STEPS, ACCUMULATED = 3, 2
 FLAT = {"rho": 0.3, "schedule": "linear", "total_steps": STEPS, "seed": 7}
 COLUMN_WISE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")

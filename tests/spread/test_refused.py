@@ -44,6 +44,12 @@ def refuse_split_weights(rank, folder):
     with pytest.raises(ValueError, match="q_proj' .*split by tensor parallelism, and peft does not split the factors"):
         get_flat_peft_model(by_torch, FlatLoraConfig(**tiny.LORA))
 
+    if split.BY_TRANSFORMERS:
+        refuse_what_transformers_splits(folder)
+    refuse_what_is_split_later(mesh)
+
+
+def refuse_what_transformers_splits(folder):
     def base():
         return LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
 
@@ -55,7 +61,6 @@ def refuse_split_weights(rank, folder):
     with pytest.warns(UserWarning, match="q_proj' .*trained without noise"):
         warned = split.with_adapter(base(), RwpConfig(on_unsupported="warn", **tiny.LORA))
     tiny.loss(warned).backward()
-    refuse_what_is_split_later(mesh)
 
 
 def refuse_what_is_split_later(mesh):

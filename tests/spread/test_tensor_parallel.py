@@ -37,6 +37,7 @@ CASES = {  # how it is split, the config, options of from_pretrained, checkpoint
     "torch": ("torch", CONFIG, {}, None),
     "torch reentrant": ("torch", CONFIG, {}, True),
 }
+CASES = {name: case for name, case in CASES.items() if split.BY_TRANSFORMERS or case[0] == "torch"}
 ROUNDING = {"rtol": 1e-4, "atol": 3e-5}  # of float32, relative to the largest element; in float64 there is almost none
 
 COARSE = {"rtol": 0, "atol": 0.05}  # of sums of bfloat16
@@ -66,8 +67,9 @@ def train_parts(rank, folder):
         with torch.no_grad():
             found["evaluation"] = tiny.loss(model)
         torch.save(found, f"{folder}/{name}.{rank}.pt")
-    found = split.gradients_of_a_pass(split.with_two_adapters(split.by_transformers(folder)))
-    torch.save(found, f"{folder}/two.{rank}.pt")
+    if split.BY_TRANSFORMERS:
+        found = split.gradients_of_a_pass(split.with_two_adapters(split.by_transformers(folder)))
+        torch.save(found, f"{folder}/two.{rank}.pt")
     found = split.gradients_of_blocks(split.blocks_by_sequence(mesh), slice(3 * rank, 3 * rank + 3))
     torch.save(found, f"{folder}/sequence.{rank}.pt")
 
@@ -171,6 +173,7 @@ def test_the_adapter_is_saved_as_by_one_process(case, folder):
         )
 
 
+@pytest.mark.skipif(not split.BY_TRANSFORMERS, reason="transformers splits weights from 5.17 on")
 def test_two_adapters(folder):
     expected = split.gradients_of_a_pass(split.with_two_adapters(split.whole(folder)))
     assert any("second" in name for name in expected)

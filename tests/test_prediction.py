@@ -126,6 +126,22 @@ def test_the_strength_is_that_of_one_thread():
     assert torch.equal(found["other"], expected)
 
 
+def test_a_thread_that_leaves_its_context_takes_no_strength_from_another_one():
+    model = mlp(rho=0, schedule="constant")
+
+    def elsewhere():
+        with unperturbed(model):
+            model(inputs())
+
+    with torch.no_grad(), perturbed(model, sample=2, rho=0.9):
+        expected = model(inputs())
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert torch.equal(model(inputs()), expected)
+    assert not torch.equal(model(inputs()), expected)
+
+
 def test_compiled_models_give_the_same():
     model = mlp(schedule="constant")
     compiled = torch.compile(model, backend="aot_eager")

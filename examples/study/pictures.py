@@ -43,7 +43,7 @@ def plot_differences(panels: Mapping[str, Differences], unit: str, theme: str = 
             ax.remove()
         axes[0].set_yticks(range(len(names)), names)
         axes[0].set_ylim(len(names) - 0.4, -0.6)
-        figure.supxlabel(unit, fontsize=10)
+        figure.suptitle(unit[0].upper() + unit[1:], x=0.01, ha="left", fontsize=10)
         return figure
 
 

@@ -201,7 +201,7 @@ class FlatLayer(_PeftLayer):
     def rho(self) -> float:
         """The largest rho of the flat adapters that are active here; above 0 also where `perturbed` sets one."""
         flat, rhos = self.active_flat_adapters(), self.perturbation.schedule.rhos
-        return max(rhos[name] for name in flat) or self.perturbation.overrides.rho_now if flat else 0.0
+        return max(rhos[name] for name in flat) or self.perturbation.overrides.chosen_rho() if flat else 0.0
 
     def active_lora_adapters(self) -> list[str]:
         """Names of the active adapters that this layer has."""

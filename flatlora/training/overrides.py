@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+
 from ..utils.arguments import boolean
 from ..utils.copying import PartlyCopied
 from .recompute import in_backward
@@ -60,6 +62,10 @@ class Overrides(PartlyCopied):
             found = next(reversed(self._by_thread.values()), None)
         found = found or Override()
         return found if self._enabled else found._replace(enabled=False)
+
+    def chosen_rho(self) -> float:
+        """The strength that `perturbed` sets in this thread, 0 if it sets none."""
+        return self.rho_now if torch.compiler.is_compiling() else self.now().rho or 0.0
 
     def strength(self, rho_t: float) -> float:
         """The strength in this thread, where the schedule says `rho_t`."""

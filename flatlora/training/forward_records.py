@@ -23,6 +23,7 @@ class Record(NamedTuple):
     sample: int
     perturbed: bool
     token: object | None = None  # identifies its pass
+    rho: float | None = None  # strength that `perturbed` set
 
 
 class PassRecord(NamedTuple):
@@ -31,6 +32,7 @@ class PassRecord(NamedTuple):
     sample: int
     forced: bool  # by `perturbed(...)`
     enabled: bool
+    rho: float | None  # set by `perturbed`
 
 
 class _Thread(threading.local):
@@ -52,7 +54,7 @@ class ForwardRecords(PartlyCopied):
     def of_pass(self) -> PassRecord:
         """The record of a training pass that ends now."""
         override = self._overrides.now()
-        return PassRecord(self._sample(override), override.forced, override.enabled)
+        return PassRecord(self._sample(override), override.forced, override.enabled, override.rho)
 
     def of_forward(self, layer: int, training: bool, thread: int | None = None) -> Record:
         """The record of a layer's forward that begins now.
@@ -81,7 +83,13 @@ class ForwardRecords(PartlyCopied):
         override = self._overrides.now()
         if not override.forced and not in_backward():
             self._take_new_sample()
-        return Record(self._sample(override), True, self._passes.token())
+        return Record(self._sample(override), True, self._passes.token(), override.rho)
+
+    def strength(self, rho_t: float) -> float:
+        """The strength of the running forward, where the schedule says `rho_t`; outside of any, of one that begins."""
+        record = self._thread.record
+        chosen = self._overrides.now().rho if record is None else record.rho
+        return rho_t if chosen is None else chosen
 
     @contextmanager
     def running(self, record: Record) -> Iterator[None]:
@@ -112,13 +120,15 @@ class ForwardRecords(PartlyCopied):
         recorded: PassRecord | None = self._passes.recorded() if in_backward() else None
         if recorded is not None:
             trains = training and self._passes.trains(checkpoints)
-            return Record(recorded.sample, recorded.enabled and (recorded.forced or trains), token)
+            return Record(recorded.sample, recorded.enabled and (recorded.forced or trains), token, recorded.rho)
         perturbed = enabled and (forced or (training and self._passes.trains(checkpoints)))
         if perturbed and not forced:
             if in_backward():
                 raise RuntimeError(_UNKNOWN_FORWARD)
             self._take_new_sample()
-        return Record(self._sample(override), perturbed, token)
+        if checkpoints is not None and checkpoints.running and perturbed and override.rho and self._schedule.rho == 0:
+            raise RuntimeError(_NO_RHO)  # the recompute would be without noise
+        return Record(self._sample(override), perturbed, token, override.rho)
 
     def _sample(self, override: Override) -> int:
         return self._noise.sample if override.sample is None else override.sample
@@ -130,6 +140,10 @@ class ForwardRecords(PartlyCopied):
         self._schedule.warn_of_unknown_length()
 
 
+_NO_RHO = (
+    "perturbed(..., rho=...) cannot be used on a checkpointed forward of a model whose rho is 0: set "
+    "flatlora.perturbation(model).rho instead"
+)
 _UNKNOWN_FORWARD = (
     "a layer is recomputed in a backward, but not by a checkpoint of torch or by an autograd Function, so the noise of "
     "its first forward is not known. Use torch.utils.checkpoint, with use_reentrant=False or True. With a loss that "

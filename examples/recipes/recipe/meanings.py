@@ -1,4 +1,4 @@
-"""Meaning representations in the form of the E2E challenge, with sentences of our own, and a tiny GPT-2 that knows some.
+"""Meaning representations in the form of E2E, with sentences of our own, and a tiny GPT-2 that knows some.
 
     name[The Golden Anchor], eatType[pub], area[riverside]  ->  The Golden Anchor is a pub in the riverside area.
 

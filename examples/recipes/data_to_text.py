@@ -108,12 +108,12 @@ def scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[st
     return found
 
 
-def micro_batch(args: Arguments) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+def micro_batch(args: Arguments) -> tuple[torch.nn.Module, dict[str, Any]]:
     """GPT-2 medium and a micro-batch, for the estimate."""
     config = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
     tokens = torch.ones(args.micro_batch_size or args.batch_size, args.max_length, dtype=torch.long)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
-    return model, {"input_ids": tokens, "attention_mask": tokens, "labels": tokens}
+    return model, {"input_ids": tokens, "attention_mask": tokens, "labels": tokens, "use_cache": False}
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:

@@ -63,6 +63,11 @@ def _shaped(rows: Sequence[Row], template: str, columns: Sequence[str]) -> Datas
     return Dataset.from_list(made)
 
 
+def _plain(args: RecipeArguments) -> dict[str, Any]:
+    """In place of TRL's own defaults: no autocast, and checkpointing only if it is asked for."""
+    return {"bf16": False, "gradient_checkpointing": args.gradient_checkpointing}
+
+
 def sft(
     model: PeftModel,
     method: str,
@@ -75,7 +80,7 @@ def sft(
 ) -> dict[str, float]:
     """Train on `prompt` and `completion` of the rows with TRL's SFTTrainer; the loss is over the completion."""
     data = _shaped(rows, template, ["completion"])
-    options = training_arguments(args, folder, seed, len(data), bf16=False)
+    options = training_arguments(args, folder, seed, len(data), **_plain(args))
     config = SFTConfig(**options, max_length=args.max_length)
     kind = trainer_class(SFTTrainer, model, method)
     return finish(
@@ -102,7 +107,7 @@ def dpo(
         more: of `DPOConfig`, in place of the arguments': learning_rate, max_steps, beta.
     """
     data = _shaped(rows, template, ["chosen", "rejected"])
-    options = training_arguments(args, folder, seed, len(data), bf16=False, **more)
+    options = training_arguments(args, folder, seed, len(data), **_plain(args), **more)
     config = DPOConfig(**options, max_length=args.max_length)
     kind = trainer_class(DPOTrainer, model, method)
     made = kind(model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=callbacks(method))

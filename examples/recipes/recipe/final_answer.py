@@ -19,7 +19,8 @@ def extract(text: str) -> str | None:
     """
     text = text.translate(UNICODE)
     if (inside := _boxed(text)) is not None:
-        return _first_number(_without_latex(inside)) or inside.strip()
+        inside = _without_latex(inside)
+        return _first_number(inside) or inside.strip()
     for mark in MARKS:
         if found := list(re.finditer(mark, text, re.IGNORECASE)):
             rest = text[found[-1].end() :].strip().split("\n")[0]
@@ -42,8 +43,9 @@ def _boxed(text: str) -> str | None:
 
 
 def _without_latex(text: str) -> str:
-    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)
-    return re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", text).replace("\\$", "").replace("\\!", "").replace("$", "")
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text.replace("{,}", ","))
+    text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", text)
+    return text.replace("\\$", "").replace("\\!", "").replace("$", "")
 
 
 def _numbers(text: str) -> list[str]:

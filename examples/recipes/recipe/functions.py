@@ -27,8 +27,8 @@ CHANGES = {
 }
 SUMS = {
     **{"list": ("a list of", "[{each}]", list), "sum": ("the sum of", "sum({each})", sum)},
-    **{"largest": ("the largest of", "max({each}, default=None)", lambda v: max(v, default=None))},
-    **{"smallest": ("the smallest of", "min({each}, default=None)", lambda v: min(v, default=None))},
+    **{"largest": ("the largest of", "max(({each}), default=None)", lambda v: max(v, default=None))},
+    **{"smallest": ("the smallest of", "min(({each}), default=None)", lambda v: min(v, default=None))},
     **{
         "set": ("the set of", "set({each})", set),
         "reversed": ("a reversed list of", "[{each}][::-1]", lambda v: v[::-1]),

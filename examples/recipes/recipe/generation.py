@@ -147,8 +147,8 @@ def answers(
     return found
 
 
-def llama_micro_batch(args: RecipeArguments, size: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def llama_micro_batch(args: RecipeArguments, size: str) -> tuple[nn.Module, dict[str, Any]]:
     """A Llama of one of `SIZES` and a micro-batch, for the estimate."""
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES[size]), dtype=getattr(torch, args.dtype))
     tokens = torch.ones(args.micro_batch_size or args.batch_size, args.max_length, dtype=torch.long)
-    return model, {"input_ids": tokens, "attention_mask": tokens, "labels": tokens}
+    return model, {"input_ids": tokens, "attention_mask": tokens, "labels": tokens, "use_cache": False}

@@ -111,7 +111,7 @@ def _train_tiny_gpt2(folder: Path, steps: int = 500) -> None:
     tokenizer = _tokenizer(words)
     sizes: dict[str, Any] = dict(n_positions=192, n_embd=96, n_layer=3, n_head=4)
     end = tokenizer.eos_token_id
-    model = GPT2LMHeadModel(GPT2Config(len(tokenizer), **sizes, bos_token_id=end, eos_token_id=end))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, bos_token_id=end, eos_token_id=end))
     data = torch.utils.data.DataLoader(
         [encode(tokenizer, pair) for pair in pairs], 16, shuffle=True, collate_fn=collator(tokenizer), drop_last=True
     )

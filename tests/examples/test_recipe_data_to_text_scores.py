@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-pytest.importorskip("sacrebleu", reason="the recipes extra is not installed")
-pytest.importorskip("rouge_score", reason="the recipes extra is not installed")
+pytest.importorskip("sacrebleu")
+pytest.importorskip("rouge_score")
 
 import data_to_text
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from helpers import byte_llama
 
-pytest.importorskip("datasets", reason="the examples extra is not installed")
-pytest.importorskip("trl", reason="the test extra is not installed")
+pytest.importorskip("datasets")
+pytest.importorskip("trl")
 
 import dialogue
 from recipe import chat, generation

@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 
-pytest.importorskip("datasets", reason="the examples extra is not installed")
-pytest.importorskip("trl", reason="the test extra is not installed")
+pytest.importorskip("datasets")
+pytest.importorskip("trl")
 
 pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 

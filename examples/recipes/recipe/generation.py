@@ -42,6 +42,7 @@ LLAMA_2_7B = {  # of all tasks of the paper of Flat-LoRA (arXiv 2409.14396) with
     "max_steps": -1,
     "max_length": 1024,
     "eval_samples": None,
+    "rho": 0.05,
 }
 SIZES: dict[str, dict[str, int]] = {  # of the papers' models, for --estimate
     "llama-2-7b": dict(hidden_size=4096, intermediate_size=11_008, vocab_size=32_000),

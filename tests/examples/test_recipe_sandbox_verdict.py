@@ -53,6 +53,13 @@ def test_a_problem_may_give_functions_to_its_tests():
     assert run(program, sandbox.mode()).passed
 
 
+def test_a_test_may_call_the_function_by_its_own_name():
+    """As HumanEval's test of `sort_third` does. The problem's own head of the function is not what it calls."""
+    test = "def check(candidate): assert double(2) == candidate(2) == 4"
+    program = Program("def double(x): return 2 * x", "double", test, given="def double(x):\n    'Double.'")
+    assert run(program, sandbox.mode()).passed
+
+
 def test_many_programs_at_once_keep_their_order():
     programs = [
         Program(f"def f(): return {k}", "f", f"def check(candidate): assert candidate() == {k % 3}") for k in range(6)

@@ -48,7 +48,7 @@ while [ "$count" -gt 0 ]; do
     mkdir -p "$root$1"; mount --bind "$1" "$root$1"; mount -o remount,bind,ro "$root$1"
     shift; count=$((count - 1))
 done
-mkdir "$root/empty"; mount -o remount,ro "$root"; cd "$root"
+mkdir "$root/empty"; mount -o remount,bind,ro "$root"; cd "$root"
 exec chroot . /bin/sh -c 'cd /empty; exec "$@"' sh "$@"
 """
 
@@ -244,7 +244,7 @@ def _python() -> str:
 
 def _folders() -> list[str]:
     """What Python needs to start: its own folder, and the system's libraries."""
-    found = ["/usr", "/lib", "/lib64", "/bin", sys.base_prefix]
+    found = dict.fromkeys(["/usr", "/lib", "/lib64", "/bin", sys.base_prefix])
     return [path for path in found if os.path.isdir(path) and not (path != "/usr" and path.startswith("/usr/"))]
 
 

@@ -87,7 +87,7 @@ def test_the_functions_are_different_and_their_solutions_compile():
 def test_solutions_pass_and_others_do_not_and_what_was_judged_is_written(tmp_path):
     problems = functions.all_functions()[:3]
     answers = [text for p in problems for text in (p.solution, "    return 7\n")]
-    found = programs.judge(problems, answers, tmp_path / "answers.jsonl", sandbox.Limits())
+    found = programs.judge(problems, answers, tmp_path / "answers.jsonl", sandbox.Limits(seconds=120))
     assert found == {"pass@1": 0.5, "pass@2": 1.0}
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["passed"] for row in rows] == [True, False] * 3

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 from helpers.processes import patient
-from helpers.sandboxed import NAMESPACES, verdict
+from helpers.sandboxed import NAMESPACES, PATIENT, verdict
 from recipe import sandbox
 from recipe.sandbox import Program, run
 
@@ -50,21 +50,21 @@ def test_a_problem_may_give_functions_to_its_tests():
     program = Program(
         code, "double", "def check(candidate): assert candidate(other(1)) == 4", "def other(x): return x + 1"
     )
-    assert run(program, sandbox.mode()).passed
+    assert run(program, sandbox.mode(), PATIENT).passed
 
 
 def test_a_test_may_call_the_function_by_its_own_name():
     """As HumanEval's test of `sort_third` does. The problem's own head of the function is not what it calls."""
     test = "def check(candidate): assert double(2) == candidate(2) == 4"
     program = Program("def double(x): return 2 * x", "double", test, given="def double(x):\n    'Double.'")
-    assert run(program, sandbox.mode()).passed
+    assert run(program, sandbox.mode(), PATIENT).passed
 
 
 def test_many_programs_at_once_keep_their_order():
     programs = [
         Program(f"def f(): return {k}", "f", f"def check(candidate): assert candidate() == {k % 3}") for k in range(6)
     ]
-    assert [v.passed for v in sandbox.run_many(programs, sandbox.mode())] == [True] * 3 + [False] * 3
+    assert [v.passed for v in sandbox.run_many(programs, sandbox.mode(), PATIENT)] == [True] * 3 + [False] * 3
 
 
 # --- the verdict cannot be forged
@@ -139,4 +139,4 @@ def test_the_tests_are_not_in_the_process_of_the_code():
             return ["".join(("quite", " ", "secret")) in text for text in seen].count(True)
     """
     test = f"def check(candidate):\n    '{secret}'\n    n = candidate()\n    raise Exception(f'found {{n}}')"
-    assert run(Program(textwrap.dedent(code), "attack", test), sandbox.mode()).reason == "Exception: found 0"
+    assert run(Program(textwrap.dedent(code), "attack", test), sandbox.mode(), PATIENT).reason == "Exception: found 0"

@@ -13,19 +13,20 @@ FILTERS = sandbox.sandbox_inside.filter_works()
 NAMESPACES = [name for name in ("bwrap", "unshare") if sys.platform == "linux" and sandbox.works(name)]
 CONTAINED = NAMESPACES if FILTERS else []  # by all layers
 FILTERED = [*NAMESPACES, "none"] if FILTERS else []
-UNFILTERED = Limits(filter=False)
+PATIENT = Limits(seconds=120)  # for a busy machine
+UNFILTERED = Limits(seconds=120, filter=False)
 
 
 def value_of(code, *arguments, mode, limits=None):
     """What `attack(*arguments)` of the code returns; the reason of the verdict if it returns nothing."""
     test = f"def check(candidate): raise Exception('returned ' + repr(candidate(*{arguments!r})))"
-    reason = run(Program(textwrap.dedent(code), "attack", test), mode, limits).reason
+    reason = run(Program(textwrap.dedent(code), "attack", test), mode, limits or PATIENT).reason
     return reason.removeprefix("Exception: returned ")
 
 
 def verdict(code, mode, test="assert candidate(2) == 4", limits=None):
     """Of code that should double a number."""
-    return run(Program(textwrap.dedent(code), "double", f"def check(candidate): {test}"), mode, limits)
+    return run(Program(textwrap.dedent(code), "double", f"def check(candidate): {test}"), mode, limits or PATIENT)
 
 
 def started():

@@ -19,7 +19,8 @@ def test_the_base_model_is_in_four_bits_and_the_recipe_runs(tmp_path, monkeypatc
     loaded = []
     causal = models.causal
     monkeypatch.setattr(models, "causal", lambda args: loaded.append(causal(args)) or loaded[-1])
-    arguments = byte_llama.arguments(tmp_path, "--dataset", file, "--method", "flat", "--load_in_4bit")
+    more = ["--dataset", file, "--method", "flat", "--load_in_4bit"]
+    arguments = byte_llama.arguments(tmp_path, *more, width=64)  # a block of bitsandbytes has 64 values
     lines = mathematics.main([*arguments, "--max_new_tokens", "3"])
     assert {line["metric"] for line in lines} == {"accuracy_test", "train_loss", "train_seconds", "steps"}
     quantized = [m for m in loaded[0].modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]

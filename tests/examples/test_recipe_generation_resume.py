@@ -49,7 +49,7 @@ def test_an_interrupted_run_gives_the_adapter_of_one_that_was_not(tmp_path, monk
     seen = len(steps)
     steps.append("resumed")
     mathematics.main(arguments(tmp_path / "two", data))
-    assert len(steps) - seen - 1 < 4  # not all four steps again
+    assert len(steps) - seen - 1 < steps.count("one")  # not all batches again
     one, two = (
         load_file(tmp_path / name / "out/flat-seed0/adapter/adapter_model.safetensors") for name in ("one", "two")
     )

@@ -1,4 +1,4 @@
-"""A random Llama of 30k parameters that reads any text: a token per byte, with a chat template."""
+"""A random Llama of 35k parameters that reads any text: a token per byte, with a chat template."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -21,12 +21,12 @@ def tokenizer(chat=True):
     return fast
 
 
-def save(folder, chat=True):
+def save(folder, chat=True, width=32):
     """Save model and tokenizer, and return the folder as text."""
     torch.manual_seed(0)
     own = tokenizer(chat)
     config = LlamaConfig(
-        vocab_size=len(own), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(own), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=1, bos_token_id=None, eos_token_id=0, max_position_embeddings=1024,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -34,7 +34,14 @@ def save(folder, chat=True):
     return str(folder)
 
 
-def arguments(folder, *more):
+def arguments(folder, *more, width=32):
     """Of a recipe: four steps of four examples with the model in `folder`/model, results in `folder`/out."""
     sizes = ["--max_steps", "4", "--batch_size", "4", "--r", "2", "--max_length", "512", "--dtype", "float32"]
-    return ["--model", save(folder / "model"), *sizes, "--output_dir", str(folder / "out"), *map(str, more)]
+    return [
+        "--model",
+        save(folder / "model", width=width),
+        *sizes,
+        "--output_dir",
+        str(folder / "out"),
+        *map(str, more),
+    ]

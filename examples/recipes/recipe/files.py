@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,12 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: must be an object with columns, got {type(row).__name__}")
             yield number, row
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """One object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def hub_rows(dataset: str, columns: Sequence[str], split: str, limit: int | None = None) -> list[Row]:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from common import tables
 
 from flatlora.analysis import Estimate
 
 from .arguments import RecipeArguments, command, settings
+from .processes import is_main
 
 Run = Callable[[str, int, Path], dict[str, float]]
 
@@ -36,13 +38,15 @@ def run_all(args: RecipeArguments, run: Run, arguments: list[str] | None = None)
     """
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    check_settings(folder, args)
+    with PartialState().main_process_first():
+        check_settings(folder, args)
     rows = tables.read_csv(folder / "results.csv")
     for seed in args.seeds:
         for method in args.method:
             if any((row["method"], row["seed"]) == (method, str(seed)) for row in rows):
                 continue
-            print(f"{method}, seed {seed}", flush=True)
+            if is_main():
+                print(f"{method}, seed {seed}", flush=True)
             metrics = run(method, seed, folder / f"{method}-seed{seed}")
             if is_main():
                 origin = {"command": command(arguments), "machine": _machine()}
@@ -56,11 +60,6 @@ def run_all(args: RecipeArguments, run: Run, arguments: list[str] | None = None)
     print("\n" + as_text(lines))
     print(f"\nresults.csv, summary.csv and report.html are in {folder}")
     return lines
-
-
-def is_main() -> bool:
-    """Whether this process writes."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def check_settings(folder: Path, args: RecipeArguments) -> None:

@@ -1,9 +1,9 @@
 """DINOv2-small as transformers' Dinov2Model, out of an ONNX file that a package ships.
 
 The model: M. Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", arXiv 2304.07193. The package
-is MIT; it does not say where its encoder comes from. Its ONNX file has the encoder and a decoder for salient regions,
-of which only the encoder is read. ONNX stores the matrix of a product as (in_features, out_features) and gives it a name
-of its own, so it is found by the node that multiplies with it.
+is MIT; it does not say where its encoder comes from. Its ONNX file has the encoder and a decoder for salient regions;
+only the encoder is read. ONNX stores the matrix of a product as (in_features, out_features) under a name of its own, so
+it is found by the node that multiplies with it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
         --image_size 224
 
 A folder of one's own has one folder of images per label, or images with a `metadata.csv` (columns `file_name` and
-`label`); in the folders `train` and `test`, or a tenth is held out for the test. CLIP answers by the frozen embeddings of
-the labels' names, so these should be words; other models get a new head, which is trained.
+`label`); in the folders `train` and `test`, or a tenth is held out for the test. CLIP answers by the frozen embeddings
+of the labels' names, so these should be words; other models get a new head, which is trained.
 """
 
 from __future__ import annotations

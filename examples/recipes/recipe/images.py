@@ -36,7 +36,7 @@ FASHION = (
 class ClipClassifier(CLIPVisionModelWithProjection):
     """CLIP's image encoder with a frozen head: the text embeddings of the classes' names.
 
-    logits = scale * v @ head.T with the normalized embeddings v of the images, (images, classes) in float32. Its weights
+    logits = scale * v @ head.T with the normalized embeddings v of the images, (images, classes), in float32. Weights
     have the names of CLIPVisionModelWithProjection, so an adapter fits that class.
     """
 
@@ -48,9 +48,7 @@ class ClipClassifier(CLIPVisionModelWithProjection):
         self.scale = scale
         return self
 
-    def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **options: Any
-    ) -> ImageClassifierOutput:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **options: Any) -> ImageClassifierOutput:
         embeddings = super().forward(pixel_values=pixel_values, **options).image_embeds
         logits = self.scale * F.normalize(embeddings.float(), dim=-1) @ self.head.T
         loss = None if labels is None else F.cross_entropy(logits, labels)

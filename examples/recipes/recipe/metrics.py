@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from .files import Row
 
@@ -27,7 +28,9 @@ def check_labels(known: Sequence[Any], rows: Iterable[Row]) -> None:
         ValueError: names the labels.
     """
     if unknown := [label for label in labels(rows) if label not in known]:
-        raise ValueError(f"every label of the test data must be one of the training data's {list(known)}, got {unknown}")
+        raise ValueError(
+            f"every label of the test data must be one of the training data's {list(known)}, got {unknown}"
+        )
 
 
 @torch.no_grad()  # FSDP2 cannot gather weights in inference mode
@@ -42,6 +45,28 @@ def predict(model: nn.Module, rows: Sequence[Any], collate: Collate, batch_size:
         targets.append(batch.pop("labels"))
         logits.append(model(**batch).logits.float())
     return torch.cat(logits).cpu(), torch.cat(targets).cpu()
+
+
+class LabelScores(nn.Module):
+    """An encoder and decoder as a classifier: logits (texts, labels), log p(word of the label, end | text).
+
+    Args:
+        words: (labels, tokens), padded with -100.
+    """
+
+    def __init__(self, model: nn.Module, words: Tensor) -> None:
+        super().__init__()
+        self.model, self.words = model, words
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        scores, inputs = [], {"input_ids": input_ids}
+        for word in self.words.to(input_ids.device):
+            targets = word.repeat(len(input_ids), 1)
+            made = self.model(**inputs, attention_mask=attention_mask, labels=targets)
+            losses = F.cross_entropy(made.logits.float().mT, targets, reduction="none")  # 0 where the target is -100
+            scores.append(-losses.sum(-1))
+            inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=made.encoder_last_hidden_state)}
+        return SequenceClassifierOutput(logits=torch.stack(scores, -1))
 
 
 def classification(

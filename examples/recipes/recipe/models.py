@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from common.dinov2 import dinov2_folder
 from common.models import minilm_folder, smollm2_folder
+from common.tiny_t5 import tiny_t5_folder
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +23,7 @@ from transformers import (
 from .arguments import RecipeArguments
 from .files import announce
 
-PACKAGED = {"minilm": minilm_folder, "smollm2": smollm2_folder, "dinov2": dinov2_folder}
+PACKAGED = {"minilm": minilm_folder, "smollm2": smollm2_folder, "dinov2": dinov2_folder, "tiny-t5": tiny_t5_folder}
 HEADS = ("classifier", "score")  # the new, trained layer of a classifier, by the names that transformers gives it
 
 

@@ -28,9 +28,7 @@ def check_labels(known: Sequence[Any], rows: Iterable[Row]) -> None:
         ValueError: names the labels.
     """
     if unknown := [label for label in labels(rows) if label not in known]:
-        raise ValueError(
-            f"every label of the test data must be one of the training data's {list(known)}, got {unknown}"
-        )
+        raise ValueError(f"every test label must be one of the training data's {list(known)}, got {unknown}")
 
 
 @torch.no_grad()  # FSDP2 cannot gather weights in inference mode

@@ -71,7 +71,7 @@ def encoder(args: RecipeArguments, labels: int, seed: int) -> PreTrainedModel:
 def head_in_float32(model: PreTrainedModel) -> PreTrainedModel:
     """The model with a head in float32, which casts what goes into it.
 
-    The head is trained as it is. In bfloat16, which has 8 bits of mantissa, the optimizer's steps would be rounded away.
+    The head is trained as it is. In bfloat16, with 8 bits of mantissa, most steps of the optimizer would round away.
     """
     for name in HEADS:
         if (head := getattr(model, name, None)) is not None:

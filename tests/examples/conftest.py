@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # what `python examples/quickstart.py` does
+sys.path.insert(0, str(EXAMPLES / "recipes"))
 
 WORDS = [
     *("good", "fine", "great", "bad", "poor", "dull", "film", "plot", "is", "a", "the", "very", "not"),
@@ -34,6 +35,20 @@ def tiny_model(tmp_path, tokenizer):
     )  # fmt: skip
     folder = tmp_path / "tiny"
     LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_bert(tmp_path, tokenizer):
+    """A folder with a random BERT and its tokenizer."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, pad_token_id=1,
+    )  # fmt: skip
+    folder = tmp_path / "tiny-bert"
+    BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -147,4 +147,5 @@ def write_report(folder: Path, lines: list[dict[str, Any]], args: RecipeArgument
     head, rows = as_table(lines)
     top = f"<h2>Results</h2>\n{page.table(head, rows)}<p class=note>{escape(NOTE)}</p>\n{pictures}"
     runs = [folder / f"{method}-seed{args.seeds[0]}" for method in args.method]
-    (folder / "report.html").write_text(report.build([run for run in runs if run.is_dir()], introduction=top))
+    if kept := [run for run in runs if run.is_dir()]:
+        (folder / "report.html").write_text(report.build(kept, introduction=top))

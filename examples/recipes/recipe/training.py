@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import flatlora
 
-from .arguments import RecipeArguments
+from .arguments import RecipeArguments, optimizer_steps
 from .processes import count
 
 
@@ -37,7 +37,7 @@ def training_arguments(args: RecipeArguments, folder: Path, seed: int, examples:
             f"--batch_size must be a multiple of --micro_batch_size times the processes, {micro} * {world}, "
             f"got {args.batch_size}"
         )
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.epochs * examples / args.batch_size)
+    steps = optimizer_steps(args, examples)
     more = {"gradient_checkpointing": True, **more} if args.gradient_checkpointing else more
     return {
         "output_dir": str(folder),

@@ -32,8 +32,8 @@ def graph_of(model):
             initializers.append(tensor(f"backbone.{name}", weight))
     positions = model.state_dict()["embeddings.position_embeddings"]
     initializers += [tensor("onnx::Concat_1", positions[:, :1]), tensor("onnx::Reshape_2", positions[:, 1:])]
-    for name in ("onnx::Concat_1", "onnx::Reshape_2"):
-        nodes.append(onnx.helper.make_node("Reshape", [name], ["y"], name="/backbone/embeddings/Reshape"))
+    for x in initializers[-2:]:
+        nodes += [onnx.helper.make_node("Reshape", [x.name], ["y"], name="/backbone/embeddings/Reshape")]
     initializers.append(tensor("onnx::MatMul_of_the_decoder", torch.ones(2, 2)))
     nodes.append(onnx.helper.make_node("MatMul", ["x", "onnx::MatMul_of_the_decoder"], ["y"], name="/decoder/MatMul"))
     return onnx.helper.make_graph(nodes, "exported", [], [], initializers)

@@ -48,7 +48,7 @@ def test_stock_peft_answers_as_the_recipe_did(command, reviews, tiny_bert):
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
     model = PeftModel.from_pretrained(base, reviews / "out" / "flat-seed0" / "adapter")
     args = glue_roberta.parse(glue_roberta.Arguments, {}, command)
-    train, test, columns = glue_roberta.load(args)
+    train, test, _ = glue_roberta.load(args)
     tokenizer, labels = models.tokenizer(str(tiny_bert)), metrics.labels(train)
 
     def collate(rows):

@@ -13,12 +13,20 @@ TEXTS = [f"the {noun} is {word}" for noun in ("film", "plot", "cast") for word i
 LABELS = ["positive", "positive", "negative", "negative"] * 3
 
 
+def examples(labels):
+    return [Example(text, int(label == "positive")) for text, label in zip(TEXTS, labels, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A T5 that has learned to answer with the wrong word, and its tokenizer."""
     made = tmp_path_factory.mktemp("t5")
     tokenizer = tiny_t5.make_tokenizer(TEXTS)
     torch.manual_seed(0)
-    tiny_t5.make_model(len(tokenizer)).save_pretrained(made)
+    model = tiny_t5.make_model(len(tokenizer))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_t5, "STEPS", 40)
+        tiny_t5.train(model, tokenizer, examples(reversed(LABELS))).save_pretrained(made)
     tokenizer.save_pretrained(made)
     return made
 
@@ -34,16 +42,8 @@ def loaded(folder):
 def command(folder, tmp_path):
     rows = [f"{text},{label}" for text, label in zip(TEXTS, LABELS, strict=True)]
     (tmp_path / "own.csv").write_text("\n".join(["sentence,label", *rows * 3]))
-    sizes = ["--batch_size", "6", "--r", "4", "--learning_rate", "0.02"]
-    return [
-        "--dataset",
-        str(tmp_path / "own.csv"),
-        "--model",
-        str(folder),
-        *sizes,
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    sizes = ["--batch_size", "6", "--r", "4", "--learning_rate", "0.01", "--output_dir", str(tmp_path / "out")]
+    return ["--dataset", str(tmp_path / "own.csv"), "--model", str(folder), *sizes]
 
 
 @pytest.mark.usefixtures("matplotlib")
@@ -99,17 +99,13 @@ def test_the_tokenizer_has_the_special_tokens_of_t5(loaded):
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "the film is good"
 
 
-def test_the_tiny_t5_learns_from_its_sentences(monkeypatch):
-    monkeypatch.setattr(tiny_t5, "STEPS", 40)
-    monkeypatch.setattr(tiny_t5, "BATCH", 12)
-    examples = [Example(text, int(label == "positive")) for text, label in zip(TEXTS, LABELS, strict=True)]
-    tokenizer = tiny_t5.make_tokenizer(TEXTS)
-    model = tiny_t5.train(tiny_t5.make_model(len(tokenizer)), tokenizer, examples)
+def test_the_tiny_t5_learned_its_sentences(loaded):
+    model, tokenizer = loaded
     words = tokenizer(list(tiny_t5.WORDS), return_tensors="pt").input_ids
     batch = tokenizer([tiny_t5.PREFIX + text for text in TEXTS], return_tensors="pt", padding=True)
     with torch.no_grad():
         logits = metrics.LabelScores(model, words)(batch.input_ids, batch.attention_mask).logits
-    assert logits.argmax(-1).tolist() == [x.label for x in examples]
+    assert logits.argmax(-1).tolist() == [x.label for x in examples(reversed(LABELS))]
 
 
 def test_every_task_has_its_settings(capsys):

@@ -27,16 +27,15 @@ PIXELS = {"image_size": SIDE, "patch_size": 8}
 
 
 def clip(tokenizer):
-    text = {"vocab_size": len(tokenizer), "eos_token_id": 1, "pad_token_id": 1, **LAYERS}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config={**LAYERS, **PIXELS}, projection_dim=12))
+    text = {"vocab_size": len(tokenizer), "eos_token_id": 1, "pad_token_id": 1, "projection_dim": 12, **LAYERS}
+    vision = {"projection_dim": 12, **LAYERS, **PIXELS}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
 
 
 MODELS = {
     "clip": clip,
     "vit": lambda tokenizer: ViTModel(ViTConfig(**LAYERS, **PIXELS)),
-    "dinov2": lambda tokenizer: Dinov2Model(
-        Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, **PIXELS)
-    ),
+    "dinov2": lambda tokenizer: Dinov2Model(Dinov2Config(**LAYERS, **PIXELS)),
 }
 
 

@@ -40,6 +40,7 @@ class ClipClassifier(CLIPVisionModelWithProjection):
     have the names of CLIPVisionModelWithProjection, so an adapter fits that class.
     """
 
+    _keys_to_ignore_on_load_unexpected = (r"^text_", r"^logit_scale")  # of a whole CLIP
     head: Tensor  # (classes, projection), normalized
     scale: float
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from common import tables
 
 from flatlora.analysis import Estimate
 
 from .arguments import RecipeArguments, command, settings
-from .processes import is_main
+from .processes import is_main, state
 
 Run = Callable[[str, int, Path], dict[str, float]]
 
@@ -38,7 +37,7 @@ def run_all(args: RecipeArguments, run: Run, arguments: list[str] | None = None)
     """
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with PartialState().main_process_first():
+    with state().main_process_first():
         check_settings(folder, args)
     rows = tables.read_csv(folder / "results.csv")
     for seed in args.seeds:

@@ -11,7 +11,6 @@ sets have no labels: as in the papers, the test is its validation set (of MNLI, 
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,15 +102,6 @@ def load(args: Arguments) -> tuple[list[files.Row], list[files.Row], list[str]]:
     return train[: args.train_samples], test[: args.eval_samples], columns
 
 
-def few(rows: list[files.Row], shots: int, seed: int) -> list[files.Row]:
-    """So many rows of each class, drawn by the seed; all rows of a class that has fewer (of TREC's, one has 86)."""
-    rng = random.Random(seed)
-    by_class = {label: [row for row in rows if row["label"] == label] for label in metrics.labels(rows)}
-    if short := {label: len(own) for label, own in by_class.items() if len(own) < shots}:
-        print(f"--few_shot {shots}: these classes have fewer examples, which are all taken: {short}")
-    return [row for own in by_class.values() for row in rng.sample(own, min(shots, len(own)))]
-
-
 def micro_batch(args: Arguments) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """RoBERTa-large and a micro-batch, for the estimate."""
     sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
@@ -143,7 +133,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         base = models.encoder(args, max(1, len(labels)), seed)
         base.config.pad_token_id = tokenizer.pad_token_id  # a decoder looks for the last token before it
         model = adapt(base, method, args, seed, task_type="SEQ_CLS")
-        drawn = few(train, args.few_shot, seed) if args.few_shot else train
+        drawn = files.few(train, args.few_shot, seed) if args.few_shot else train
         trained = fit(model, method, args, folder, seed, drawn, collate)
         positive = next((k for k, label in enumerate(labels) if label in ("equivalent", "duplicate")), 1)
         return {**metrics.classification(model, test, collate, args.task, positive), **trained}

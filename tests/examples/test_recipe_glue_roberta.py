@@ -7,7 +7,7 @@ import glue_roberta
 import pytest
 import torch
 from peft import PeftModel
-from recipe import metrics, models
+from recipe import files, metrics, models
 from recipe.methods import METHODS, adapt
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -95,11 +95,11 @@ def test_at_most_two_texts_can_be_compared():
 
 def test_few_shot_examples_are_drawn_by_the_seed(capsys):
     rows = [{"text": str(k), "label": "abc"[min(k // 10, 2)]} for k in range(23)]
-    drawn = glue_roberta.few(rows, 5, seed=1)
+    drawn = files.few(rows, 5, seed=1)
     assert [row["label"] for row in drawn] == ["a"] * 5 + ["b"] * 5 + ["c"] * 3
     assert len({row["text"] for row in drawn}) == 13
     assert "{'c': 3}" in capsys.readouterr().out
-    assert glue_roberta.few(rows, 5, seed=1) == drawn != glue_roberta.few(rows, 5, seed=2)
+    assert files.few(rows, 5, seed=1) == drawn != files.few(rows, 5, seed=2)
 
 
 def test_a_regression_learns_its_numbers(command, tmp_path, tiny_bert):

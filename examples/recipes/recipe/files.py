@@ -137,6 +137,15 @@ def held_out(rows: list[Row], source: str | Path) -> tuple[list[Row], list[Row]]
     return rows[held:], rows[:held]
 
 
+def few(rows: list[Row], shots: int, seed: int) -> list[Row]:
+    """So many rows of each label, drawn by the seed; all rows of a label that has fewer, which is printed."""
+    rng = random.Random(seed)
+    by_label = {label: [row for row in rows if row["label"] == label] for label in sorted({r["label"] for r in rows})}
+    if short := {label: len(own) for label, own in by_label.items() if len(own) < shots}:
+        print(f"--few_shot {shots}: these labels have fewer examples, which are all taken: {short}")
+    return [row for own in by_label.values() for row in rng.sample(own, min(shots, len(own)))]
+
+
 def movie_reviews(
     train: int | None = None, test: int | None = None, column: str = "text"
 ) -> tuple[list[Row], list[Row]]:

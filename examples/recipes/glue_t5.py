@@ -98,7 +98,9 @@ def load(args: Arguments) -> tuple[list[files.Row], list[files.Row]]:
 
 def micro_batch(args: Arguments) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     """T5-base and a micro-batch, for the estimate."""
-    sizes = dict(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0)
+    sizes = dict(
+        d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0, use_cache=False
+    )
     model = AutoModelForSeq2SeqLM.from_config(T5Config(**sizes), dtype=getattr(torch, args.dtype))
     tokens = torch.ones(args.micro_batch_size or args.batch_size, args.max_length, dtype=torch.long)
     return model, {"input_ids": tokens, "attention_mask": tokens, "labels": tokens[:, :4]}

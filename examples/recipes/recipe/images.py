@@ -56,14 +56,14 @@ class ClipClassifier(CLIPVisionModelWithProjection):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_head(name: str, names: Sequence[str]) -> tuple[Tensor, float]:
     """(normalized embeddings of the prompts of the classes, CLIP's scale of the logits)."""
     prompts = [PROMPT.format(str(x).replace("_", " ")) for x in names]
     model = CLIPModel.from_pretrained(name).eval()
     found = model.text_model(**AutoTokenizer.from_pretrained(name)(prompts, return_tensors="pt", padding=True))
     head = F.normalize(model.text_projection(found.pooler_output), dim=-1)
-    return head.clone(), model.logit_scale.exp().item()
+    return head, model.logit_scale.exp().item()
 
 
 def classifier(args: RecipeArguments, names: Sequence[str], seed: int) -> tuple[PreTrainedModel, list[str]]:

@@ -27,7 +27,8 @@ PIXELS = {"image_size": SIDE, "patch_size": 8}
 
 
 def clip(tokenizer):
-    text = {"vocab_size": len(tokenizer), "eos_token_id": 1, "pad_token_id": 1, "projection_dim": 12, **LAYERS}
+    """A CLIP that reads a text at its largest token (eos_token_id 2), here the name of the label."""
+    text = {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 1, "projection_dim": 12, **LAYERS}
     vision = {"projection_dim": 12, **LAYERS, **PIXELS}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
 
@@ -54,7 +55,7 @@ def model(request, tmp_path, tokenizer):
 def pictures(tmp_path):
     """Thirty images in two folders, one reddish and one bluish."""
     for k in range(30):
-        label, hue = [("good", 0.0), ("bad", 0.6)][k % 2]
+        label, hue = [("positive", 0.0), ("negative", 0.6)][k % 2]
         color = tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue + k / 300, 0.9, 0.9))
         (tmp_path / "pictures" / label).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (10, 12), color).save(tmp_path / "pictures" / label / f"{k}.png")
@@ -80,18 +81,19 @@ def test_adapters_learn_two_colors(model, pictures):
 
 @pytest.mark.parametrize("model", ["clip"], indirect=True)
 def test_clip_answers_by_its_text_encoder_as_zero_shot(model):
-    names = ["good film", "bad_plot"]
+    names = ["positive film", "negative_plot"]
     args = image_classification.parse(image_classification.Arguments, {}, ["--model", str(model), "--dtype", "float32"])
     found, trained_too = images.classifier(args, names, seed=0)
     assert trained_too == []
     whole = CLIPModel.from_pretrained(model).eval()
     tokenizer = images.AutoTokenizer.from_pretrained(model)
-    texts = tokenizer(["a photo of a good film.", "a photo of a bad plot."], return_tensors="pt", padding=True)
+    texts = tokenizer(["a photo of a positive film.", "a photo of a negative plot."], return_tensors="pt", padding=True)
     values = torch.randn(3, 3, SIDE, SIDE)
     with torch.no_grad():
         expected = whole(pixel_values=values, **texts).logits_per_image
         made = found.eval()(pixel_values=values, labels=torch.tensor([0, 1, 1]))
     torch.testing.assert_close(made.logits, expected)
+    assert not torch.allclose(expected[:, 0], expected[:, 1])
     torch.testing.assert_close(made.loss, F.cross_entropy(expected, torch.tensor([0, 1, 1])))
 
 

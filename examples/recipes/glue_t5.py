@@ -103,7 +103,7 @@ def micro_batch(args: Arguments) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     )
     model = AutoModelForSeq2SeqLM.from_config(T5Config(**sizes), dtype=getattr(torch, args.dtype))
     tokens = torch.ones(args.micro_batch_size or args.batch_size, args.max_length, dtype=torch.long)
-    return model, {"input_ids": tokens, "attention_mask": tokens, "labels": tokens[:, :4]}
+    return model, {"input_ids": tokens, "attention_mask": tokens, "labels": tokens[:, :4].contiguous()}
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 
 OPTIONAL = (
     "bitsandbytes", "curvlinops", "datasets", "deepspeed", "diffusers", "hqq", "lightning", "liger_kernel",
-    "matplotlib", "rouge_score", "sacrebleu", "scipy", "sentence_transformers", "tensorboard", "torchao",
+    "matplotlib", "onnx", "rouge_score", "sacrebleu", "scipy", "sentence_transformers", "tensorboard", "torchao",
     "triton", "trl",
 )  # fmt: skip
 HIDDEN = (*OPTIONAL, "sklearn")  # it needs scipy, and transformers 5.6 imports it if it is there

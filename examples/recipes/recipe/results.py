@@ -14,6 +14,7 @@ from common import tables
 from flatlora.analysis import Estimate
 
 from .arguments import RecipeArguments, command, settings
+from .processes import is_main, state
 
 Run = Callable[[str, int, Path], dict[str, float]]
 
@@ -36,13 +37,15 @@ def run_all(args: RecipeArguments, run: Run, arguments: list[str] | None = None)
     """
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    check_settings(folder, args)
+    with state().main_process_first():
+        check_settings(folder, args)
     rows = tables.read_csv(folder / "results.csv")
     for seed in args.seeds:
         for method in args.method:
             if any((row["method"], row["seed"]) == (method, str(seed)) for row in rows):
                 continue
-            print(f"{method}, seed {seed}", flush=True)
+            if is_main():
+                print(f"{method}, seed {seed}", flush=True)
             metrics = run(method, seed, folder / f"{method}-seed{seed}")
             if is_main():
                 origin = {"command": command(arguments), "machine": _machine()}
@@ -56,11 +59,6 @@ def run_all(args: RecipeArguments, run: Run, arguments: list[str] | None = None)
     print("\n" + as_text(lines))
     print(f"\nresults.csv, summary.csv and report.html are in {folder}")
     return lines
-
-
-def is_main() -> bool:
-    """Whether this process writes."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def check_settings(folder: Path, args: RecipeArguments) -> None:
@@ -148,4 +146,5 @@ def write_report(folder: Path, lines: list[dict[str, Any]], args: RecipeArgument
     head, rows = as_table(lines)
     top = f"<h2>Results</h2>\n{page.table(head, rows)}<p class=note>{escape(NOTE)}</p>\n{pictures}"
     runs = [folder / f"{method}-seed{args.seeds[0]}" for method in args.method]
-    (folder / "report.html").write_text(report.build([run for run in runs if run.is_dir()], introduction=top))
+    if kept := [run for run in runs if run.is_dir()]:
+        (folder / "report.html").write_text(report.build(kept, introduction=top))

@@ -15,7 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import flatlora
 
-from .arguments import RecipeArguments
+from .arguments import RecipeArguments, optimizer_steps
+from .processes import count
 
 
 def training_arguments(args: RecipeArguments, folder: Path, seed: int, examples: int, **more: Any) -> dict[str, Any]:
@@ -25,14 +26,23 @@ def training_arguments(args: RecipeArguments, folder: Path, seed: int, examples:
         folder: of the run; checkpoints go there.
         examples: of the training data, from which the steps of the warm-up are counted.
         more: put in place of ours.
+
+    Raises:
+        ValueError: the processes cannot share the batch of an optimizer step.
     """
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    world = count()
     micro = args.micro_batch_size or max(1, args.batch_size // world)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.epochs * examples / args.batch_size)
+    if args.batch_size % (micro * world):
+        raise ValueError(
+            f"--batch_size must be a multiple of --micro_batch_size times the processes, {micro} * {world}, "
+            f"got {args.batch_size}"
+        )
+    steps = optimizer_steps(args, examples)
+    more = {"gradient_checkpointing": True, **more} if args.gradient_checkpointing else more
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": max(1, args.batch_size // (micro * world)),
+        "gradient_accumulation_steps": args.batch_size // (micro * world),
         "num_train_epochs": args.epochs,
         "max_steps": args.max_steps,
         "learning_rate": args.learning_rate,
@@ -40,7 +50,6 @@ def training_arguments(args: RecipeArguments, folder: Path, seed: int, examples:
         "label_smoothing_factor": args.label_smoothing,
         "lr_scheduler_type": args.lr_scheduler_type,
         "warmup_steps": args.warmup_steps or math.ceil(args.warmup_ratio * steps),
-        "gradient_checkpointing": args.gradient_checkpointing,
         "save_steps": args.save_steps,
         "save_total_limit": 1,
         "logging_steps": max(1, steps // 50),
@@ -101,6 +110,8 @@ def finish(trainer: Trainer, folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     done = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
     seconds = time.perf_counter() - start
+    if trainer.is_fsdp_enabled:  # the adapter is saved whole, whatever the checkpoints are
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder / "adapter"))
     trainer.save_state()
     return {"train_loss": done.training_loss, "train_seconds": round(seconds, 1), "steps": trainer.state.global_step}

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # what `python examples/quickstart.py` does
+sys.path.insert(0, str(EXAMPLES / "recipes"))
 
 WORDS = [
     *("good", "fine", "great", "bad", "poor", "dull", "film", "plot", "is", "a", "the", "very", "not"),

@@ -85,7 +85,7 @@ def load(args: Arguments, pipeline: Any) -> Data:
     known: dict[str, list[Picture]] = {}
     if args.dataset == "drawn":
         pictures = tiny_sdxl.subject(6 + args.held_out, seed=1)
-        known["others"] = tiny_sdxl.shapes(24, seed=1)
+        known["others"] = tiny_sdxl.shapes(12, seed=1)
     else:
         pictures = diffusion.pictures(args.dataset, args.instance_prompt, args.train_samples)
     if len(pictures) <= args.held_out:

@@ -47,7 +47,9 @@ def picture(pipeline, prompt=tiny_sdxl.SUBJECT):
     return torch.from_numpy(made)
 
 
-def test_runs_and_writes_results(folder, tmp_path):
+def test_runs_and_writes_results(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "STEPS", 2)
+    monkeypatch.setattr(diffusion, "MEASURED", 4)
     text_to_image.main(command(folder, tmp_path))
     with open(tmp_path / "results.csv") as file:
         rows = list(csv.DictReader(file))

@@ -28,7 +28,7 @@ COLORS = {"red": (214, 69, 65), "green": (63, 159, 91), "blue": (58, 110, 201), 
 SHAPES = ("circle", "square", "triangle")
 SUBJECT = "a sks icon"  # the new word, as in DreamBooth's examples, stands for what the adapter learns
 PURPLE, ORANGE = (137, 76, 177), (240, 140, 50)
-STEPS = 800  # of the UNet; the autoencoder has half of it
+STEPS = 1000  # of the UNet; the autoencoder has a third of it
 
 
 def shapes(count: int, seed: int) -> list[Picture]:
@@ -48,8 +48,8 @@ def subject(count: int, seed: int) -> list[Picture]:
 def _draw(shape: str, color: tuple[int, int, int], rng: random.Random) -> Image.Image:
     fine = 8  # drawn larger and reduced, for smooth edges
     image = Image.new("RGB", (fine * SIDE, fine * SIDE), "white")
-    x, y = (fine * rng.uniform(7, 9) for _ in range(2))
-    half = fine * rng.uniform(4.5, 6)
+    x, y = (fine * rng.uniform(7.5, 8.5) for _ in range(2))
+    half = fine * rng.uniform(5, 6)
     box = (x - half, y - half, x + half, y + half)
     pen = ImageDraw.Draw(image)
     if shape == "circle":
@@ -73,7 +73,7 @@ def make(folder: Path, steps: int) -> None:
     """Train a tiny pipeline and save it."""
     print(f"Training a tiny SDXL pipeline from scratch, once: {steps} steps", flush=True)
     pipeline, pictures = untrained(), shapes(240, seed=0)
-    train_autoencoder(pipeline.vae, pixels(pictures, SIDE), steps // 2)
+    train_autoencoder(pipeline.vae, pixels(pictures, SIDE), steps // 3)
     latents = encode_pictures(pipeline, pictures, SIDE)
     prompts = encode_prompts(pipeline, [picture.prompt for picture in pictures])
     unet = pipeline.unet.train()

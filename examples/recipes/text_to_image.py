@@ -6,8 +6,8 @@
         --dataset pictures/ --instance_prompt "a photo of sks dog" --prompts "a photo of sks dog on a beach"
 
 A folder of one's own has images, or also a metadata.jsonl or metadata.csv with the columns `file_name` and `prompt`.
-The adapter is saved in the form of diffusers: `pipeline.load_lora_weights(".../adapter")`. The loss on noise that
-training did not draw is the measure; how good the pictures are, only the sheet of pictures shows.
+The adapter is saved for `pipeline.load_lora_weights(".../adapter")`. The measure is the loss on noise that training did
+not draw; how good the pictures are, only the sheet of pictures shows.
 """
 
 from __future__ import annotations
@@ -101,11 +101,8 @@ def load(args: Arguments, pipeline: Any) -> Data:
 
 def losses(pipeline: Any, data: Data, side: int, when: str) -> dict[str, float]:
     """The denoising loss on each part, with the same noise for every method."""
-    scheduler = pipeline.scheduler
-    return {
-        f"{name}_{when}": diffusion.mean_loss(pipeline.unet, scheduler, latents, prompts, side)
-        for name, (latents, prompts) in data.parts.items()
-    }
+    given = pipeline.unet, pipeline.scheduler
+    return {f"{name}_{when}": diffusion.mean_loss(*given, *part, side) for name, part in data.parts.items()}
 
 
 def micro_batch(args: Arguments) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -120,8 +117,6 @@ def micro_batch(args: Arguments) -> tuple[torch.nn.Module, dict[str, torch.Tenso
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(Arguments, PAPER, arguments)
-    if args.max_steps < 1:
-        raise ValueError(f"--max_steps must be at least 1, got {args.max_steps}")
     if args.estimate:
         print(estimate(lambda: micro_batch(args), args, args.train_samples or 23))
         return []

@@ -7,8 +7,8 @@
     python examples/recipes/vision_language.py --task own --dataset mine.jsonl --model llava-hf/llava-1.5-7b-hf
 
 A .jsonl file of one's own has `image` (a path, also relative to the file), `question` and `answer`. VizWiz is published
-as JSON lists, whose rows have `answers` of several people: `jq -c '.[]' train.json > train.jsonl` makes them lines.
-A tenth of a local file is held out for the test.
+as JSON lists, with `answers` of several people: `jq -c '.[]' train.json > train.jsonl` makes lines of them. A tenth of
+a local file is held out for the test.
 """
 
 from __future__ import annotations
@@ -81,13 +81,11 @@ def load(args: Arguments) -> tuple[list[files.Row], list[files.Row]]:
     if args.dataset == "charts":
         return charts.charts(args.train_samples or 512, seed=1), charts.charts(args.eval_samples or 200, seed=2)
     folder = Path(args.dataset).parent
-    parts = []
-    for rows in files.splits(args.dataset, COLUMNS[args.task]):
-        some = [row for row in rows if row.get("image") is not None]
-        parts.append([one(row, args.task) for row in some])
-    for rows, limit in zip(parts, (args.train_samples, args.eval_samples), strict=True):
-        del rows[limit:]
-    return tuple([{**row, "image": reduced(image_text.image(row, folder), args)} for row in rows] for rows in parts)
+    parts, limits = [], (args.train_samples, args.eval_samples)
+    for rows, limit in zip(files.splits(args.dataset, COLUMNS[args.task]), limits, strict=True):
+        some = [one(row, args.task) for row in rows if row.get("image") is not None][:limit]
+        parts.append([{**row, "image": reduced(image_text.image(row, folder), args)} for row in some])
+    return parts[0], parts[1]
 
 
 def one(row: files.Row, task: str) -> files.Row:

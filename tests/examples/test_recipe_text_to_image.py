@@ -14,9 +14,10 @@ from diffusers import StableDiffusionXLPipeline
 from recipe import diffusion, diffusion_training, tiny_sdxl
 from recipe.methods import METHODS, config
 
+from flatlora import perturbation
+
 # diffusers' own, in the Euler scheduler
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
-from flatlora import perturbation
 
 KEYS = {"trained", "held_out", "others"}
 

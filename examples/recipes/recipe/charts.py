@@ -99,15 +99,18 @@ def untrained(kind: str) -> tuple[PreTrainedModel, Any]:
     tokens = _tokenizer()
     text = dict(
         vocab_size=len(tokens), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.1, bos_token_id=2, eos_token_id=3, pad_token_id=1, max_position_embeddings=256,
+        num_key_value_heads=2, initializer_range=0.1, max_position_embeddings=256,
+        bos_token_id=2, eos_token_id=3, pad_token_id=1,
     )  # fmt: skip
     special = {name: tokens.convert_tokens_to_ids(name) for name in SPECIAL}
     if kind == "tiny-llava":
         vision = CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=SIDE, patch_size=8,
-            initializer_range=0.1,
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=SIDE,
+            patch_size=8, initializer_range=0.1,
         )  # fmt: skip
-        llava = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**text), image_token_index=special["<|image_pad|>"])
+        llava = LlavaConfig(
+            vision_config=vision, text_config=LlamaConfig(**text), image_token_index=special["<|image_pad|>"]
+        )
         size = {"height": SIDE, "width": SIDE}
         images = CLIPImageProcessorPil(size=size, crop_size=size)
         processor: Any = LlavaProcessor(

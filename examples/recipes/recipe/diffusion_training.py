@@ -101,7 +101,13 @@ class Loop:
 
 
 def loop(pipeline: Any, method: str, args: Any, seed: int) -> Loop:
-    """The loop of a pipeline whose UNet has an adapter; see `Loop`."""
+    """The loop of a pipeline whose UNet has an adapter; see `Loop`.
+
+    Raises:
+        ValueError: the number of steps is not given; an epoch of a few pictures says little.
+    """
+    if args.max_steps < 1:
+        raise ValueError(f"--max_steps must be at least 1, got {args.max_steps}")
     accelerator, unet = Accelerator(), pipeline.unet
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

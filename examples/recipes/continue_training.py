@@ -40,7 +40,7 @@ class Arguments(RecipeArguments):
     model: str = "smollm2"
     dataset: str = "movie"
     max_steps: int = 12
-    batch_size: int = 8
+    batch_size: int = 4
     max_length: int = 48
     learning_rate: float = 1e-3
     eval_samples: int | None = 64
@@ -109,11 +109,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         else:
             model = flatlora.load(again, str(saved))  # with the noise's settings
         found["first"] = logits(model.to(models.device()), batches)
-        trained = fit(model, method, args, folder / "second", seed, second, collate)
+        trained = fit(model, method, args, folder, seed, second, collate)
         expected = found["second"] = logits(model, batches)
         model.merge_and_unload().save_pretrained(folder / "merged")
         tokenizer.save_pretrained(folder / "merged")
-        adapter = folder / "second" / "adapter"
+        adapter = folder / "adapter"
         stock = PeftModel.from_pretrained(models.causal(args), adapter).to(models.device())
         merged = AutoModelForCausalLM.from_pretrained(folder / "merged", **models.loading(args)).to(models.device())
         copies = {name: logits(copy, batches) for name, copy in {"peft": stock, "merged": merged}.items()}

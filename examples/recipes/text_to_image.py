@@ -34,6 +34,7 @@ PAPER = {
         "resolution": 1024,
         "r": 4,
         "lora_alpha": 4,
+        "target_modules": "to_q,to_k,to_v,to_out.0",
         "rho": 0.1,
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
@@ -63,12 +64,12 @@ class Arguments(RecipeArguments):
     dataset: str = "drawn"
     r: int = 4
     lora_alpha: int = 4
-    target_modules: str = "to_q,to_k,to_v,to_out.0"
+    target_modules: str = "to_q,to_k,to_v,to_out.0,conv1,conv2"  # the tiny UNet has little attention
     learning_rate: float = 5e-3
     lr_scheduler_type: str = "constant"
     warmup_ratio: float = 0.0
     batch_size: int = 4
-    max_steps: int = 120
+    max_steps: int = 150
     dtype: str = "float32"
 
 

@@ -2,7 +2,8 @@
 
 No package has a diffusion model, so this one stands in for it: 16 x 16 pixels, a small autoencoder, a UNet of half a
 million parameters, and two text encoders with random weights, which are never trained: different prompts get different
-vectors, and that is all the UNet needs. It knows circles, squares and triangles in four colors.
+vectors, and that is all the UNet needs. The UNet knows circles, squares and triangles in four colors, the autoencoder
+the colors of the subject too.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def make(folder: Path, steps: int) -> None:
     """Train a tiny pipeline and save it."""
     print(f"Training a tiny SDXL pipeline from scratch, once: {steps} steps", flush=True)
     pipeline, pictures = untrained(), shapes(240, seed=0)
-    train_autoencoder(pipeline.vae, pixels(pictures, SIDE), steps // 3)
+    train_autoencoder(pipeline.vae, pixels([*pictures, *subject(60, seed=0)], SIDE), steps // 3)
     latents = encode_pictures(pipeline, pictures, SIDE)
     prompts = encode_prompts(pipeline, [picture.prompt for picture in pictures])
     unet = pipeline.unet.train()

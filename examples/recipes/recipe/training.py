@@ -45,6 +45,7 @@ def training_arguments(args: RecipeArguments, folder: Path, seed: int, examples:
         "save_total_limit": 1,
         "logging_steps": max(1, steps // 50),
         "report_to": "none",
+        "dataloader_pin_memory": torch.accelerator.is_available(),
         "seed": seed,
         **more,
     }

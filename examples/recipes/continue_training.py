@@ -11,7 +11,7 @@ commands are printed that serve them, by llama.cpp and by vLLM. A file of one's 
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,24 +98,25 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     batches = [collate(test[k : k + 16]) for k in range(0, len(test), 16)]
 
     def run(method: str, seed: int, folder: Path) -> dict[str, float]:
-        found, base = {}, models.causal(args)
-        found["base"] = logits(base.to(models.device()), batches)
+        found = {"base": logits(models.causal(args), batches)}  # of a copy: evaluation may repack 4-bit weights
         if models.last_run(folder / "first") is None:
-            model = adapt(base, method, args, seed, task_type="CAUSAL_LM")
+            model = adapt(models.causal(args), method, args, seed, task_type="CAUSAL_LM")
             fit(model, method, args, folder / "first", seed, first, collate)
         saved, again = folder / "first" / "adapter", models.causal(args)
         if method == "lora":
             model = PeftModel.from_pretrained(again, saved, is_trainable=True)
         else:
             model = flatlora.load(again, str(saved))  # with the noise's settings
-        found["first"] = logits(model.to(models.device()), batches)
+        found["first"] = logits(PeftModel.from_pretrained(models.causal(args), saved), batches)
         trained = fit(model, method, args, folder, seed, second, collate)
         expected = found["second"] = logits(model, batches)
+        adapter, whole = folder / "adapter", replace(args, load_in_4bit=False)
+        stock = PeftModel.from_pretrained(models.causal(args), adapter)
+        if args.load_in_4bit:  # merging 4-bit weights would round them anew: W + sBA of the unquantized ones is saved
+            model = PeftModel.from_pretrained(models.causal(whole), adapter)
         model.merge_and_unload().save_pretrained(folder / "merged")
         tokenizer.save_pretrained(folder / "merged")
-        adapter = folder / "adapter"
-        stock = PeftModel.from_pretrained(models.causal(args), adapter).to(models.device())
-        merged = AutoModelForCausalLM.from_pretrained(folder / "merged", **models.loading(args)).to(models.device())
+        merged = AutoModelForCausalLM.from_pretrained(folder / "merged", **models.loading(whole)).to(models.device())
         copies = {name: logits(copy, batches) for name, copy in {"peft": stock, "merged": merged}.items()}
         print(serving(folder / "merged", adapter, models.source(args.model)))
         return {

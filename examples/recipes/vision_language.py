@@ -132,15 +132,15 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     def collate(rows: list[files.Row]) -> dict[str, torch.Tensor]:
         return image_text.collate(processor, rows)
 
+    how = processor, test, args.answer_tokens, args.batch_size, dtype
+    before = image_text.mean_score(image_text.answers(image_text.model(name, args), *how), test)
+
     def run(method: str, seed: int, folder: Path) -> dict[str, float]:
         model = adapt(image_text.model(name, args), method, args, seed)
-        how = processor, test, args.answer_tokens, args.batch_size, dtype
-        with model.disable_adapter():
-            before = image_text.answers(model, *how)
         trained = fit(model, method, args, folder, seed, train, collate)
         after = image_text.answers(model, *how)
         image_text.sheet(test[:12], after[:12]).save(folder / "answers.png")
-        return {"before": image_text.mean_score(before, test), "score": image_text.mean_score(after, test), **trained}
+        return {"before": before, "score": image_text.mean_score(after, test), **trained}
 
     return run_all(args, run, arguments)
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .models import device
+
 Batches = Sequence[dict[str, Tensor]]  # with labels, -100 where nothing is to be predicted
 
 
@@ -15,10 +17,12 @@ Batches = Sequence[dict[str, Tensor]]  # with labels, -100 where nothing is to b
 def logits(model: nn.Module, batches: Batches) -> list[Tensor]:
     """Of each batch, (texts, tokens, vocabulary) in float32 on the CPU."""
     model.eval()
-    device = next(model.parameters()).device
+    if not getattr(model, "is_loaded_in_4bit", False):  # those are where they were loaded
+        model.to(device())
+    where = next(model.parameters()).device
     found = []
     for batch in batches:
-        inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        inputs = {name: value.to(where) for name, value in batch.items() if name != "labels"}
         found.append(model(**inputs).logits.float().cpu())
     return found
 

@@ -29,8 +29,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import flatlora
 
-PAPER: dict[str, dict[str, Any]] = {}  # no paper has this task
-
 
 @dataclass
 class Arguments(RecipeArguments):
@@ -45,6 +43,11 @@ class Arguments(RecipeArguments):
     learning_rate: float = 1e-3
     eval_samples: int | None = 64
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paper:
+            raise ValueError("--paper must be left out: no paper has settings for this recipe")
 
 
 def load(args: Arguments) -> tuple[list[str], list[str], list[str]]:
@@ -83,7 +86,7 @@ vLLM:
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    args = parse(Arguments, PAPER, arguments)
+    args = parse(Arguments, {"": {}}, arguments)
     if args.estimate:
         print(estimate(lambda: micro_batch(args), args, 2 * args.batch_size * args.max_steps))
         return []

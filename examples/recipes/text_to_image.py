@@ -59,7 +59,7 @@ class Arguments(RecipeArguments):
     )
     resolution: int = field(default=tiny_sdxl.SIDE, metadata={"help": "pixels of a side"})
     held_out: int = field(default=8, metadata={"help": "pictures that are not trained on"})
-    guidance: float = field(default=3.0, metadata={"help": "of the sheet, classifier-free (arXiv 2207.12598)"})
+    guidance: float = field(default=1.0, metadata={"help": "of the sheet, classifier-free (arXiv 2207.12598); 1: none"})
     model: str = "tiny"
     dataset: str = "drawn"
     r: int = 4
@@ -69,7 +69,7 @@ class Arguments(RecipeArguments):
     lr_scheduler_type: str = "constant"
     warmup_ratio: float = 0.0
     batch_size: int = 4
-    max_steps: int = 150
+    max_steps: int = 120
     dtype: str = "float32"
 
 

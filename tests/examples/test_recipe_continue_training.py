@@ -77,6 +77,11 @@ def test_nll_and_difference_leave_padding_out():
     assert difference([other], [logits], [batch]) == pytest.approx(0.5)
 
 
+def test_there_are_no_settings_of_a_paper():
+    with pytest.raises(ValueError, match="--paper must be left out"):
+        continue_training.main(["--paper"])
+
+
 @pytest.mark.slow
 def test_estimate(capsys):
     assert continue_training.main(["--estimate"]) == []

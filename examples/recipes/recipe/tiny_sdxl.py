@@ -29,7 +29,7 @@ COLORS = {"red": (214, 69, 65), "green": (63, 159, 91), "blue": (58, 110, 201), 
 SHAPES = ("circle", "square", "triangle")
 SUBJECT = "a sks icon"  # the new word, as in DreamBooth's examples, stands for what the adapter learns
 PURPLE, ORANGE = (137, 76, 177), (240, 140, 50)
-STEPS = 1000  # of the UNet; the autoencoder has a third of it
+STEPS = 800  # of the UNet; the autoencoder has a third of it
 
 
 def shapes(count: int, seed: int) -> list[Picture]:
@@ -130,8 +130,11 @@ def untrained() -> StableDiffusionXLPipeline:
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )  # as in SDXL
+    encoders = CLIPTextModel(text), CLIPTextModelWithProjection(text)
+    for encoder in encoders:
+        torch.nn.init.normal_(encoder.get_input_embeddings().weight)  # random words that differ enough to be told apart
     return StableDiffusionXLPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+        vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1],
         tokenizer=tokens, tokenizer_2=tokens, unet=unet, scheduler=scheduler, add_watermarker=False,
     )  # fmt: skip
 

@@ -82,6 +82,7 @@ def test_there_are_no_settings_of_a_paper():
         continue_training.main(["--paper"])
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_estimate(capsys):
     assert continue_training.main(["--estimate"]) == []

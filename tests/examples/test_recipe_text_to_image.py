@@ -181,6 +181,7 @@ def test_the_unet_of_the_estimate_has_the_published_size():
     assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_estimate(capsys):
     assert text_to_image.main(["--paper", "--estimate"]) == []

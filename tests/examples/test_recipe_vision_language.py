@@ -71,6 +71,7 @@ def test_the_tiny_models_are_of_the_published_classes(kind):
     assert type(model) is KINDS[kind]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @kinds
 def test_the_tiny_models_learn_from_the_image(kind, tmp_path):
@@ -131,6 +132,7 @@ def test_the_model_of_the_estimate_has_the_published_size():
     assert inputs["tokens"].shape == (16, 576 + 64)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_estimate(capsys):
     assert vision_language.main(["--task", "scienceqa", "--paper", "--estimate"]) == []

@@ -64,7 +64,7 @@ class Arguments(RecipeArguments):
     dataset: str = "drawn"
     r: int = 4
     lora_alpha: int = 4
-    target_modules: str = "to_q,to_k,to_v,to_out.0,conv1,conv2"  # the tiny UNet has little attention
+    target_modules: str = "to_q,to_k,to_v,to_out.0"
     learning_rate: float = 5e-3
     lr_scheduler_type: str = "constant"
     warmup_ratio: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from html import escape
@@ -139,12 +140,19 @@ def as_text(lines: list[dict[str, Any]]) -> str:
 
 
 def write_report(folder: Path, lines: list[dict[str, Any]], args: RecipeArguments, pictures: str = "") -> None:
-    """report.html: the table, pictures, then settings and training curves of the runs."""
+    """report.html: the table, the PNG pictures in the folders of the runs, then settings and training curves."""
     from flatlora import report
     from flatlora.report import page
 
     head, rows = as_table(lines)
-    top = f"<h2>Results</h2>\n{page.table(head, rows)}<p class=note>{escape(NOTE)}</p>\n{pictures}"
     runs = [folder / f"{method}-seed{args.seeds[0]}" for method in args.method]
+    shown = pictures + "".join(_picture(file) for run in runs for file in sorted(run.glob("*.png")))
+    top = f"<h2>Results</h2>\n{page.table(head, rows)}<p class=note>{escape(NOTE)}</p>\n{shown}"
     if kept := [run for run in runs if run.is_dir()]:
         (folder / "report.html").write_text(report.build(kept, introduction=top))
+
+
+def _picture(file: Path) -> str:
+    """The picture, inside the page."""
+    data, title = base64.b64encode(file.read_bytes()).decode(), f"{file.parent.name}: {file.stem}"
+    return f'<h2>{escape(title)}</h2>\n<img src="data:image/png;base64,{data}" alt="{escape(title)}">\n'

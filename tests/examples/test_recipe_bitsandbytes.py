@@ -42,7 +42,7 @@ def test_t5_and_clip_load_in_four_bits(tmp_path, tokenizer):
     torch.manual_seed(0)
     tiny_t5.make_model(20).save_pretrained(tmp_path / "t5")
     small, large = kinds(models.seq2seq(parsed(tmp_path / "t5")))
-    assert {"q", "v", "wi", "wo"} <= small and large == {"lm_head"}
+    assert {"q", "v", "wi"} <= small and large == {"lm_head", "wo"}  # transformers keeps wo of T5 in float32
     text = {"vocab_size": len(tokenizer), "eos_token_id": 1, "pad_token_id": 1, **LAYERS}
     vision = {"image_size": 16, "patch_size": 8, **LAYERS}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=512)).save_pretrained(tmp_path / "clip")

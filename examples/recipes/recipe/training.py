@@ -53,7 +53,10 @@ def training_arguments(args: RecipeArguments, folder: Path, seed: int, examples:
         "save_steps": args.save_steps,
         "save_total_limit": 1,
         "logging_steps": max(1, steps // 50),
+        # the mean of a classifier's loss knows no tokens, and would be multiplied by the number of processes
+        "average_tokens_across_devices": False,
         "report_to": "none",
+        "use_cpu": not torch.accelerator.is_available(),  # FSDP2 must be told
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "seed": seed,
         **more,

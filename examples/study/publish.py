@@ -18,7 +18,7 @@ from pathlib import Path
 STUDY = Path(__file__).resolve().parent
 sys.path[:] = [str(STUDY.parent), *(p for p in sys.path if Path(p or ".").resolve() != STUDY)]  # as in run.py
 
-from study import report  # noqa: E402
+from study import design, report  # noqa: E402
 from study.arms import BY_NAME, CORE  # noqa: E402
 from study.comparisons import CELLS, FEWEST, Outcome, Rows, best_simple, compare, outcomes, paired, read, values  # noqa: E402
 from study.pictures import Differences, plot_differences  # noqa: E402
@@ -73,6 +73,21 @@ def primary_tables(found: dict[str, Rows], task: str) -> str:
     return "\n\n".join(parts) or "No final runs yet."
 
 
+def strengths(found: dict[str, Rows], arms: tuple[str, ...] = ("flat", "rwp")) -> str:
+    """Validation accuracy and NLL at each strength that was tried, and of LoRA at the same learning rate."""
+    lines = []
+    for task, rows in found.items():
+        for cell in CELLS[task]:
+            base = report.validation_text(cell, BY_NAME["lora"], design.chosen(cell, BY_NAME["lora"], rows), rows)
+            for name in arms if base else ():
+                arm = BY_NAME[name]
+                tried = [report.validation_text(cell, arm, strength, rows) for strength in arm.grid]
+                if all(tried):
+                    lines.append([f"{task} `{cell.name}`", arm.label, base, *tried])
+    grid = [f"rho {rho:g}" for rho in BY_NAME[arms[0]].grid]
+    return report.table(["task and cell", "noise", "LoRA", *grid], lines)
+
+
 def state(found: dict[str, Rows]) -> str:
     """How many of the planned runs are there."""
     lines = []
@@ -87,7 +102,7 @@ def state(found: dict[str, Rows]) -> str:
 def blocks(found: dict[str, Rows]) -> dict[str, str]:
     """Name of a block -> its Markdown."""
     made = {f"primary-{task}": primary_tables(found, task) for task in TASKS}
-    return made | {"headline": headline(found), "state": state(found)}
+    return made | {"headline": headline(found), "state": state(found), "strengths": strengths(found)}
 
 
 def filled(text: str, made: dict[str, str]) -> str:

@@ -17,7 +17,7 @@ sys.path[:] = [str(STUDY.parent), *(p for p in sys.path if Path(p or ".").resolv
 
 import torch  # noqa: E402
 from study import design, stats  # noqa: E402
-from study.arms import BY_NAME  # noqa: E402
+from study.arms import BY_NAME, Arm  # noqa: E402
 from study.comparisons import (  # noqa: E402
     CELLS,
     FEWEST,
@@ -101,6 +101,14 @@ def comparison_table(cell: Cell, rows: Rows, outcome: Outcome) -> str | None:
             line += comparison_text(other.get(name), d)
         lines.append(line)
     return table(header, lines)
+
+
+def validation_text(cell: Cell, arm: Arm, strength: float | None, rows: Rows) -> str:
+    """Validation accuracy in percent and NLL at a strength; empty while a trial is missing."""
+    trial = design.trials(cell, arm, rows).get(strength, []) if strength is not None else []
+    if len(trial) < len(design.TUNING_SEEDS):
+        return ""
+    return f"{100 * design.validated(trial, 'acc'):.1f}, {design.validated(trial, 'nll'):.3f}"
 
 
 def mean_text(of: dict[int, float], digits: int) -> str:

@@ -472,3 +472,14 @@ def test_the_headline_compares_flat_lora_with_lora_and_the_best_simple_regulariz
         low, high = stats.bootstrap_interval(of)
         assert f"{of.mean():+.1f} [{low:+.1f}, {high:+.1f}]" in line
     assert line.startswith("| sentiment, MiniLM, `128-clean` | 4 | 73.0 ± 1.3 | 76.2 ± 2.0 |") and "dropout" in line
+
+
+def test_the_strengths_table_has_the_validation_scores_of_every_trial(monkeypatch):
+    monkeypatch.setitem(comparisons.CELLS, "text", [CELL])
+    rows = tuning_rows("lora", 0.7, 0.6) + tuning_rows("flat", 1.8, 0.5)
+    lines = publish.strengths({"text": rows}).splitlines()
+    assert (
+        lines[-1]
+        == "| text `128-clean` | Flat-LoRA | 70.0, 0.600 | 80.0, 0.500 | 180.0, 0.500 | 80.0, 0.500 | 80.0, 0.500 |"
+    )
+    assert len(publish.strengths({"text": rows[:-1]}).splitlines()) == 2  # a trial is missing: no line

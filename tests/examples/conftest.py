@@ -81,25 +81,17 @@ def matplotlib():
 
 
 @pytest.fixture
-def task(tmp_path, tokenizer):
+def task(tiny_bert):
     """(task, its tests): forty sentences whose label follows from one word."""
     from common.data import Example
     from study import tasks
 
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, pad_token_id=1,
-    )  # fmt: skip
-    folder = tmp_path / "bert"
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     words = [("good", 1), ("fine", 1), ("great", 1), ("bad", 0), ("poor", 0), ("dull", 0)]
     texts = [Example(f"the {n} is {a} {w}", y) for n in ("film", "plot") for a in ("", "very", "not") for w, y in words]
     random.Random(0).shuffle(texts)
     cell = tasks.Cell("128-clean", 8, 0.25, 4, ("lora", "smoothing", "early-stopping", "average", "flat"), 2)
     task = tasks.Text(
         "text", texts[:20], texts[20:], texts[20:26], [cell], ["movie", "books"], batch_size=4, eigen_steps=3,
-        probe=4, pairs=1, folder=str(folder),
+        probe=4, pairs=1, folder=str(tiny_bert),
     )  # fmt: skip
     return task, {"movie": texts[:12], "books": texts[12:24]}

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..methods.base import FactorOffset, WeightNoise
 from ..ops import Branch, RowNoise, adapted_linear, dora_linear, makes_norms, resolve_backend
 from ..ops.checks import Matrix
+from ..ops.fused_lora import masked_branch
 from . import factor_offsets
 from .quantized_rows import FourBitRows
 from .row_norms import compute_row_norms, merged_source, norms_before_dora
@@ -155,10 +156,12 @@ def _branches(layer: FlatLayer, operands: Operands, x: Tensor) -> list[Branch]:
     branches = []
     for name, A, B in operands.adapters:
         dropout: Any = layer.lora_dropout[name]
-        dropped = None
+        branch = Branch(A.weight, B.weight, float(layer.scaling[name]))
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
-            dropped = dropout(layer._cast_input_dtype(x, A.weight.dtype))
-        branches.append(Branch(A.weight, B.weight, float(layer.scaling[name]), dropped))
+            plain = operands.magnitude is None and type(dropout) is nn.Dropout and not _has_hooks(dropout)
+            in_kernel = masked_branch(branch, x, dropout.p) if plain else None
+            branch = in_kernel or branch._replace(dropped=dropout(layer._cast_input_dtype(x, A.weight.dtype)))
+        branches.append(branch)
     return branches
 
 

@@ -27,7 +27,8 @@ from torch.autograd import Function
 from .autograd import Context, Gradients, apply
 from .blocks import is_watched, row_blocks
 from .checks import MAX_LAYERS, Matrix, expect, integer
-from .fused_lora import Branch, RowNoise, add_low_rank, branch_gradients, check_base, checked_branch
+from .fused_lora import Branch, RowNoise, branch_gradients, check_base, checked_branch
+from .low_rank import add_low_rank, is_wide, project
 from .norms import no_autocast
 from .products import (
     NoiseSettings,
@@ -81,7 +82,9 @@ def dora_linear(
     """
     tensor, device = check_base(x, weight, bias, dtype)
     m, n = weight.shape
-    A, B, scaling, dropped = checked_branch(branch, m, n, device)
+    A, B, scaling, dropped, mask, _ = checked_branch(branch, x, m, n, device)
+    if mask is not None:
+        raise ValueError("mask must be None for DoRA, which multiplies x_d by W: give dropped instead")
     expect("magnitude", magnitude, (m,), None, device)
     expect("norms", noise.norms, (m,), None, device)
     if noise.compute_norms:
@@ -120,7 +123,7 @@ class _DoraLinear(Function):
     ) -> Tensor:
         source, dtype = x if dropped is None else dropped, options.branch_dtype
         rows, std = _weight(weight, options), magnitude.detach().abs().to(norms.dtype)
-        hidden = F.linear(source.to(dtype), A.to(dtype))
+        hidden = project(source, A, dtype, is_wide(A, B))
         clean = _clean_product(source, rows, options)
         if dropped is None:
             zeros = clean.new_zeros(()).expand(rows.shape)  # W = 0, so that W + eps is eps

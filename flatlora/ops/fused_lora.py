@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..utils.arguments import boolean
-from . import native
 from .autograd import Context, Gradients, apply
-from .blocks import is_watched
 from .checks import MAX_LAYERS, Matrix, expect, expect_columns, expect_factors, floating_dtype, integer, matrix, number
+from .low_rank import Dropout, add_low_rank, dropout_of, gather, is_wide, project, reads, rows
 from .norms import no_autocast
 from .perturb import ScaledFactors
 from .products import (
@@ -92,17 +91,23 @@ class Branch(NamedTuple):
     Attributes:
         A, B: (r, n) and (m, r), of one dtype.
         scaling: s.
-        dropped: x_d, (..., n) of A's dtype: x after dropout; None if it is x.
+        dropped: x_d, (..., n) of A's dtype: x after dropout; None if it is x, or if `mask` is given.
+        mask: (..., n) bool, the elements of x that dropout keeps: ``x_d = x * keep`` there, else ``x * 0``. It replaces
+            `dropped`, which takes four times as much memory or more.
+        keep: ``1 / (1 - p)`` of this dropout.
     """
 
     A: Tensor
     B: Tensor
     scaling: float
     dropped: Tensor | None = None
+    mask: Tensor | None = None
+    keep: float = 1.0
 
 
 class _Options(NamedTuple):
     scalings: tuple[float, ...]  # s of each branch
+    keeps: tuple[float, ...]  # factor of dropout of each branch with a mask
     dtypes: tuple[torch.dtype, ...]  # of each branch
     matrix: Matrix | None  # a weight in another form than a tensor
     dtype: torch.dtype | None  # of the base product with such a weight
@@ -174,7 +179,7 @@ def adapted_linear(
     """
     tensor, device = check_base(x, weight, bias, dtype)
     m, n = weight.shape
-    branches = [checked_branch(branch, m, n, device) for branch in branches]
+    branches = [checked_branch(branch, x, m, n, device) for branch in branches]
     owner = integer("owner", owner, 0, MAX_LAYERS)
     if tensor is None:
         dtype = product_dtype = dtype or x.dtype
@@ -191,9 +196,16 @@ def adapted_linear(
         settings = NoiseSettings(noise.layer, product_dtype, backend, noise.relative)
     dtypes = tuple(autocast_dtype(x.device.type, branch.A.dtype) for branch in branches)
     scalings = tuple(branch.scaling for branch in branches)
-    options = _Options(scalings, dtypes, weight if tensor is None else None, dtype, settings, compute_norms, owner)
-    operands = [operand for branch in branches for operand in (branch.A, branch.B, branch.dropped)]
+    keeps, whole = tuple(branch.keep for branch in branches), weight if tensor is None else None
+    options = _Options(scalings, keeps, dtypes, whole, dtype, settings, compute_norms, owner)
+    operands = [operand for branch in branches for operand in (branch.A, branch.B, branch.dropped, branch.mask)]
     return apply(_AdaptedLinear, x, tensor, bias, norms, key, options, *operands)
+
+
+def masked_branch(branch: Branch, x: Tensor, p: float) -> Branch | None:
+    """The branch with a dropout of x that the kernel applies; None where it does not, and nothing has been drawn."""
+    dropout = dropout_of(x, p, branch.A, branch.B, autocast_dtype(x.device.type, branch.A.dtype))
+    return None if dropout is None else branch._replace(mask=dropout.mask, keep=dropout.keep)
 
 
 def check_base(
@@ -210,16 +222,20 @@ def check_base(
     return tensor, device
 
 
-def checked_branch(branch: Branch, m: int, n: int, device: torch.device) -> Branch:
+def checked_branch(branch: Branch, x: Tensor, m: int, n: int, device: torch.device) -> Branch:
     """A branch whose operands fit, with x_d not wider than the branch."""
-    A, B, scaling, dropped = branch
+    A, B, scaling, dropped, mask, keep = branch
     expect_factors(B, A, m, n, device)
+    if mask is not None:
+        expect("mask", mask, x.shape, frozenset({torch.bool}), device)
+        if dropped is not None:
+            raise ValueError("give either dropped or mask, got both")
     if dropped is not None:
         expect_columns("dropped", dropped, n)
         dtype = autocast_dtype(device.type, A.dtype)
         if dtype.itemsize < dropped.dtype.itemsize:
             dropped = dropped.to(dtype)  # before the autograd function, which would save the wider copy
-    return Branch(A, B, number("scaling", scaling), dropped)
+    return Branch(A, B, number("scaling", scaling), dropped, mask, number("keep", keep))
 
 
 class _AdaptedLinear(Function):
@@ -232,12 +248,12 @@ class _AdaptedLinear(Function):
         norms: Tensor | None,
         key: Tensor | None,
         options: _Options,
-        *operands: Tensor | None,  # A, B and x_d of each branch
+        *operands: Tensor | None,  # A, B, x_d and mask of each branch
     ) -> Tensor:
         branches = _branches(operands, options)
         sources = [x if branch.dropped is None else branch.dropped for branch in branches]
         hidden = [  # (..., r) each
-            F.linear(source.to(dtype), branch.A.to(dtype))
+            project(source, branch.A, dtype, is_wide(branch.A, branch.B), _dropout(branch.mask, branch.keep))
             for source, branch, dtype in zip(sources, branches, options.dtypes, strict=True)
         ]
         out = _base_product(x, weight, bias, norms, key, options, branches)
@@ -246,8 +262,9 @@ class _AdaptedLinear(Function):
         need = ctx.needs_input_grad
         saved: list[Tensor | None] = [x if need[1] else None, weight, norms, key]
         for k, branch in enumerate(branches):
-            need_A, need_B = need[6 + 3 * k], need[7 + 3 * k]
-            saved += [sources[k] if need_A or need_B else None, hidden[k] if need_B else None, branch.A, branch.B]
+            need_A, need_B = need[6 + 4 * k], need[7 + 4 * k]
+            saved += [sources[k] if need_A or need_B else None, hidden[k] if need_B else None]
+            saved += [branch.A, branch.B, branch.mask]
         ctx.save_for_backward(*saved)
         ctx.has_dropout, ctx.options, ctx.dtype = [b.dropped is not None for b in branches], options, x.dtype
         return out
@@ -259,19 +276,22 @@ class _AdaptedLinear(Function):
         x, weight, norms, key, *saved = ctx.saved_tensors
         need = ctx.needs_input_grad
         found: list[Tensor | None] = []
-        through_x = []  # (dL/d(x_k A_k^T), A_k) of the branches whose input is x
+        through_x = []  # (dL/d(x_k A_k^T), A_k, dropout) of the branches whose input is x, or is made of it here
         for k, (scaling, dtype) in enumerate(zip(options.scalings, options.dtypes, strict=True)):
-            source, hidden, A, B = saved[4 * k : 4 * k + 4]
-            need_A, need_B, need_dropped = need[6 + 3 * k : 9 + 3 * k]
-            grad_hidden, grad_A, grad_B = branch_gradients(grad, source, hidden, A, B, scaling, dtype, (need_A, need_B))
-            found += [grad_A, grad_B, grad_hidden @ A.to(dtype) if need_dropped else None]
+            source, hidden, A, B, mask = saved[5 * k : 5 * k + 5]
+            need_A, need_B, need_dropped = need[6 + 4 * k : 9 + 4 * k]
+            dropout = _dropout(mask, options.keeps[k])
+            grad_hidden, grad_A, grad_B = branch_gradients(
+                grad, source, hidden, A, B, scaling, dtype, (need_A, need_B), dropout
+            )
+            found += [grad_A, grad_B, grad_hidden @ A.to(dtype) if need_dropped else None, None]
             if not ctx.has_dropout[k]:
-                through_x.append((grad_hidden, A.to(dtype)))
+                through_x.append((grad_hidden, A.to(dtype), dropout))
         grad_x = None
         if need[0]:
             grad_x = _base_gradient(grad, weight, norms, key, options, ctx.dtype)
-            for grad_hidden, A in through_x:
-                grad_x = add_low_rank(grad_x, grad_hidden, A, in_place=not torch.is_grad_enabled())
+            for grad_hidden, A, dropout in through_x:
+                grad_x = add_low_rank(grad_x, grad_hidden, A, not torch.is_grad_enabled(), dropout)
         grad_weight = linear_grad_weight(grad, x, weight) if need[1] else None
         grad_bias = linear_grad_bias(grad if options.dtype is None else grad.to(options.dtype)) if need[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None, *found
@@ -286,25 +306,35 @@ def branch_gradients(
     scaling: float,
     dtype: torch.dtype,
     need: tuple[bool, bool],
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dL/d(x_d A^T), (..., r), and the gradients of A and B, if they are needed, of one branch of this dtype."""
     need_A, need_B = need
-    grad_branch = grad.to(dtype)
-    grad_hidden = (grad_branch @ B.to(dtype)) * scaling
+    wide = is_wide(A, B)
+    in_kernel = wide and reads(grad, B, dtype)
+    grad = grad if in_kernel else grad.to(dtype)
+    grad_hidden = (project(grad, B.T, dtype, wide) if in_kernel else grad @ B.to(dtype)) * scaling
     grad_A = grad_B = None
     if need_A:
-        grad_A = (_rows(grad_hidden).T @ _rows(cast(Tensor, source).to(dtype))).to(A.dtype)
+        grad_A = gather(grad_hidden, cast(Tensor, source), dtype, wide, dropout).to(A.dtype)
     if need_B:
         if torch.is_grad_enabled():  # this backward is itself differentiated, and the saved one has no gradient
-            hidden = F.linear(cast(Tensor, source).to(dtype), A.to(dtype))
-        grad_B = (_rows(grad_branch).T @ _rows(cast(Tensor, hidden) * scaling)).to(B.dtype)
+            hidden = project(cast(Tensor, source), A, dtype, wide, dropout)
+        hidden = cast(Tensor, hidden) * scaling
+        in_rows = gather(hidden, grad, dtype, wide).T.contiguous() if in_kernel else rows(grad).T @ rows(hidden)
+        grad_B = in_rows.to(B.dtype)
     return grad_hidden, grad_A, grad_B
+
+
+def _dropout(mask: Tensor | None, keep: float) -> Dropout | None:
+    return None if mask is None else Dropout(mask, keep)
 
 
 def _branches(operands: tuple[Tensor | None, ...], options: _Options) -> list[Branch]:
     return [
-        Branch(cast(Tensor, operands[3 * k]), cast(Tensor, operands[3 * k + 1]), scaling, operands[3 * k + 2])
-        for k, scaling in enumerate(options.scalings)
+        Branch(cast(Tensor, A), cast(Tensor, B), scaling, dropped, mask, keep)
+        for k, (scaling, keep) in enumerate(zip(options.scalings, options.keeps, strict=True))
+        for A, B, dropped, mask in [operands[4 * k : 4 * k + 4]]
     ]
 
 
@@ -355,28 +385,6 @@ def _merged(branches: list[Branch], options: _Options) -> ScaledFactors | None:
     if not options.compute_norms:
         return None
     if len(branches) == 1:
-        A, B, scaling, _ = branches[0]
-        return B, A, scaling
+        return branches[0].B, branches[0].A, branches[0].scaling
     B = torch.cat([branch.B.float() * branch.scaling for branch in branches], dim=1)
     return B, torch.cat([branch.A.float() for branch in branches]), 1.0
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def add_low_rank(out: Tensor, left: Tensor, right: Tensor, in_place: bool = True) -> Tensor:
-    """``out + left @ right`` with few columns of `left`, in place where that is allowed.
-
-    The sum is computed in the wider dtype of the two and rounded to the dtype of `out`.
-    """
-    if not in_place or is_watched():
-        return (out + left @ right).to(out.dtype)
-    flat, left = out.view(-1, out.shape[-1]), _rows(left)
-    if out.dtype == left.dtype:
-        flat.addmm_(left, right)
-    elif left.dtype == torch.float32 and native.has_sums(out, left, right):
-        native.add_product(flat, left, right)
-    else:
-        flat.add_(left @ right)
-    return out

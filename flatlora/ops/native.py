@@ -34,9 +34,10 @@ from .checks import (
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the enum of noise.c
 NORM_DTYPES = frozenset({torch.float32, torch.bfloat16})  # of W, for which the kernel computes row norms
 KERNELS = ("baseline", "avx2", "avx512", "avx512bf16")  # the order of KERNELS in noise.c
+AVX512 = KERNELS.index("avx512")
 FLOAT32 = frozenset({torch.float32})
 CPU = torch.device("cpu")
-ABI = 2  # flatlora_abi() of noise.c
+ABI = 3  # flatlora_abi() of noise.c
 SERIAL = 1 << 16  # below this number of weights (about 0.06 ms) starting other threads takes longer than it saves
 
 
@@ -56,6 +57,9 @@ def _load() -> Any:
     ]  # fmt: skip
     library.flatlora_add_product.argtypes = [
         pointer, integer, long, pointer, pointer, long, long, long, integer, integer
+    ]  # fmt: skip
+    library.flatlora_factor.argtypes = [
+        integer, pointer, integer, long, pointer, ctypes.c_float, pointer, pointer, pointer, long, long, long, integer
     ]  # fmt: skip
     library.flatlora_words.argtypes = [pointer, pointer, long, long, long, pointer, long, integer]
     library.flatlora_normals.argtypes = [pointer, pointer, long, integer]
@@ -214,6 +218,8 @@ def add_product(
     out: Tensor,  # (t, n)
     left: Tensor,  # (t, r)
     right: Tensor,  # (r, n)
+    mask: Tensor | None = None,  # (t, n) bool
+    keep: float = 1.0,
     *,
     kernel: int | None = None,
 ) -> None:
@@ -224,7 +230,8 @@ def add_product(
     Args:
         out: (t, n) on the CPU, of a dtype in `DTYPES`, with contiguous rows.
         left, right: (t, r) and (r, n), float32.
-        kernel: see `perturb`.
+        mask, keep: ``out += keep * mask * (left @ right)``; only if `has_factors(out, left)`.
+        kernel: see `perturb`; not used with a mask.
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other.
@@ -241,11 +248,91 @@ def add_product(
         )
     left, right = left.contiguous(), right.contiguous()
     check_memory([("out", out)], [("left", left), ("right", right)])
+    if mask is not None:
+        _call_factor(2, out, mask, keep, left, right, None)
+        return
     LIBRARY.flatlora_add_product(
         out.data_ptr(), DTYPES[out.dtype], out.stride(0), left.data_ptr(), right.data_ptr(), t, n, r,
         torch.get_num_threads() if t * n >= SERIAL else 1,
         _kernel(kernel),
     )  # fmt: skip
+
+
+def has_factors(x: Tensor, factor: Tensor) -> bool:
+    """Whether `project` and `gather` can multiply this matrix with this factor."""
+    known = x.dtype in (torch.bfloat16, torch.float16) and factor.dtype == torch.float32
+    return known and BEST >= AVX512 and x.is_cpu and x.is_contiguous() and is_plain(x) and is_plain(factor)
+
+
+def project(x: Tensor, factor: Tensor, mask: Tensor | None = None, keep: float = 1.0) -> Tensor:
+    """``x_d @ factor.T`` for a factor of few rows, summed in float32, without a float32 copy of x.
+
+    Args:
+        x: (t, n), bfloat16 or float16 on the CPU, contiguous.
+        factor: (r, n) float32.
+        mask, keep: dropout, ``x_d = keep * mask * x`` with a mask (t, n) of bool; None for ``x_d = x``.
+
+    Returns:
+        (t, r) float32.
+
+    Raises:
+        TypeError, ValueError: operands without `has_factors`, or that do not fit each other.
+    """
+    t, n = matrix("x", x)
+    expect("factor", factor, (factor.shape[0], n), FLOAT32, x.device)
+    out = torch.empty(t, len(factor), dtype=torch.float32, device="cpu")
+    _call_factor(0, x, mask, keep, None, factor.contiguous(), out)
+    return out
+
+
+def gather(left: Tensor, x: Tensor, mask: Tensor | None = None, keep: float = 1.0) -> Tensor:
+    """``left.T @ x_d`` for few columns of `left`, summed in float32, without a float32 copy of x.
+
+    Args:
+        left: (t, r) float32.
+        x, mask, keep: see `project`.
+
+    Returns:
+        (r, n) float32.
+
+    Raises:
+        TypeError, ValueError: operands without `has_factors`, or that do not fit each other.
+    """
+    t, n = matrix("x", x)
+    expect("left", left, (t, left.shape[-1]), FLOAT32, x.device)
+    out = torch.empty(left.shape[1], n, dtype=torch.float32, device="cpu")
+    _call_factor(1, x, mask, keep, None, left.contiguous(), out)
+    return out
+
+
+def _call_factor(
+    what: int, x: Tensor, mask: Tensor | None, keep: float, left: Tensor | None, factor: Tensor, out: Tensor | None
+) -> None:
+    """Call the kernel with operands of checked shapes; `what` as in noise.c."""
+    (t, n), r = x.shape, factor.shape[1 if what == 1 else 0]
+    if not has_factors(x, factor):
+        raise ValueError(
+            "a product with a factor needs a contiguous bfloat16 or float16 matrix on the CPU, a float32 factor and a "
+            f"processor with AVX-512, got {x.dtype} of strides {x.stride()} on {x.device} and {factor.dtype}"
+        )
+    if mask is not None:
+        expect("mask", mask, (t, n), frozenset({torch.bool}), x.device)
+        mask = mask.contiguous()
+    written = [("x", x)] if out is None else [("out", out)]
+    check_memory(written, [("factor", factor), ("mask", mask), ("left", left), ("x", x if out is not None else None)])
+    if t * n * r == 0:
+        if out is not None:
+            out.zero_()
+        return
+    LIBRARY.flatlora_factor(
+        what, x.data_ptr(), DTYPES[x.dtype], x.stride(0), _pointer(mask), number("keep", keep),
+        _pointer(left), factor.data_ptr(), _pointer(out), t, n, r,
+        torch.get_num_threads() if t * n >= SERIAL else 1,
+    )  # fmt: skip
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def words(

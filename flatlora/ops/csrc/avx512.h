@@ -1,7 +1,8 @@
 /* Functions of the AVX-512 kernels with instructions that the compiler does not generate from noise_kernel.h: leading-zero
  * count, table lookup in registers, bit operations with three operands, and (AVX512_BF16) conversion to bfloat16. */
 
-#define AVX512 static inline __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma")))
+#define AVX512_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma")))
+#define AVX512 static inline AVX512_TARGET
 #define AVX512_BF16 static inline __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx512bf16,avx2,fma")))
 
 /* Sixteen centers of intervals in [2^31, 2^32), the last one at its end: 2^31 times 1 + (2 k + 1) / 32, and 2. */

@@ -1,5 +1,5 @@
 /* out = W + std * z in one pass over W, with the z of the noise contract (see ../philox.py). Optionally, the row norms of
- * W + s B A, to which std is relative, are computed first. A second function adds a low-rank product to a matrix.
+ * W + s B A, to which std is relative, are computed first. Other functions multiply with the factors of an adapter.
  *
  * A plain shared library, called from Python through ctypes (see ../native.py): it uses no Python.h, no torch headers and
  * no libraries except libc, libm and threads. The kernel is compiled once for each instruction set and selected at run time.
@@ -66,6 +66,18 @@ typedef struct {
     int64_t n, r;
     int kernel;
 } product_job;
+
+typedef struct {
+    char *x;              /* (t, n) of 16-bit numbers with contiguous rows */
+    int64_t x0;           /* row stride of x, in bytes */
+    int x_type;
+    const uint8_t *mask;  /* (t, n): which elements of x dropout keeps, or NULL */
+    float keep;           /* factor of those */
+    const float *left;    /* (t, r), to add */
+    const float *factor;  /* (r, n), or (t, r) to gather */
+    float *out;           /* (t, r), or (r, n) to gather */
+    int64_t t, n, r;
+} factor_job;
 
 static inline float as_float(uint32_t bits) {
     float f;
@@ -165,6 +177,7 @@ static void copy(char *to, int64_t to0, int64_t to1, const char *from, int64_t f
 #define HALF_TO_FLOAT(x, h) _mm512_storeu_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h))))
 #define FLOAT_TO_HALF(h, x) _mm256_storeu_si256((__m256i *)(h), _mm512_cvtps_ph(_mm512_loadu_ps(x), 0))
 #include "noise_kernel.h"
+#include "factors_avx512.h"
 
 #define NAME(x) x##_avx512bf16
 #define AT_ONCE 4
@@ -209,7 +222,7 @@ static const struct {
 };
 
 /* Version of the functions below: increment it when their arguments change, here and in ../native.py. */
-EXPORT int flatlora_abi(void) { return 2; }
+EXPORT int flatlora_abi(void) { return 3; }
 
 /* Index of the best of KERNELS that this machine supports. */
 EXPORT int flatlora_best(void) {
@@ -249,6 +262,13 @@ static void add_product(const void *arg, int64_t begin, int64_t end) {
     const product_job *j = arg;
     KERNELS[j->kernel].add_product(j, begin, end);
 }
+
+#ifdef DISPATCH
+static void project(const void *job, int64_t begin, int64_t end) { project_avx512(job, begin, end); }
+static void gather(const void *job, int64_t begin, int64_t end) { gather_avx512(job, begin, end); }
+static void add_masked(const void *job, int64_t begin, int64_t end) { add_masked_avx512(job, begin, end); }
+static void (*const FACTOR_WORK[])(const void *, int64_t, int64_t) = {project, gather, add_masked};
+#endif
 
 #if defined(_WIN32)
 static void run(team *t) {
@@ -320,6 +340,24 @@ EXPORT void flatlora_add_product(void *out, int out_type, int64_t o0, const floa
     product_job j = {out, o0 * SIZE[out_type], out_type, left, right, n, r, kernel};
     team t = {add_product, &j, rows, 0, 0};
     start(&t, threads);
+}
+
+/* Products with the factors of an adapter; see factors_avx512.h. x: (t, n). `what` is
+ *   0  out = dropout(x) factor^T     factor: (r, n), out: (t, r)
+ *   1  out = factor^T dropout(x)     factor: (t, r), out: (r, n)
+ *   2  x += keep mask (left factor)  left: (t, r), factor: (r, n)
+ * Returns 0 without AVX-512. */
+EXPORT int flatlora_factor(int what, void *x, int x_type, int64_t x0, const uint8_t *mask, float keep, const float *left,
+                           const float *factor, float *out, int64_t t, int64_t n, int64_t r, int threads) {
+#ifdef DISPATCH
+    factor_job j = {x, x0 * SIZE[x_type], x_type, mask, keep, left, factor, out, t, n, r};
+    team all = {FACTOR_WORK[what], &j, what == 1 ? (n + PANEL - 1) / PANEL : t, 0, 0};
+    if (flatlora_best() < 2) return 0;
+    start(&all, threads);
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 /* out: (m, blocks, 4) */

@@ -28,7 +28,7 @@ from .autograd import Context, Gradients, apply
 from .blocks import is_watched, row_blocks
 from .checks import MAX_LAYERS, Matrix, expect, integer
 from .fused_lora import Branch, RowNoise, branch_gradients, check_base, checked_branch
-from .low_rank import add_low_rank, is_wide, project
+from .low_rank import Dropout, add_low_rank, is_wide, project
 from .norms import no_autocast
 from .products import (
     NoiseSettings,
@@ -82,9 +82,9 @@ def dora_linear(
     """
     tensor, device = check_base(x, weight, bias, dtype)
     m, n = weight.shape
-    A, B, scaling, dropped, mask, _ = checked_branch(branch, x, m, n, device)
-    if mask is not None:
-        raise ValueError("mask must be None for DoRA, which multiplies x_d by W: give dropped instead")
+    A, B, scaling, dropped = checked_branch(branch, x, m, n, device)
+    if isinstance(dropped, Dropout):
+        raise TypeError("dropped must be x_d or None for DoRA, which multiplies x_d by W too, got a Dropout")
     expect("magnitude", magnitude, (m,), None, device)
     expect("norms", noise.norms, (m,), None, device)
     if noise.compute_norms:

@@ -91,23 +91,19 @@ class Branch(NamedTuple):
     Attributes:
         A, B: (r, n) and (m, r), of one dtype.
         scaling: s.
-        dropped: x_d, (..., n) of A's dtype: x after dropout; None if it is x, or if `mask` is given.
-        mask: (..., n) bool, the elements of x that dropout keeps: ``x_d = x * keep`` there, else ``x * 0``. It replaces
-            `dropped`, which takes four times as much memory or more.
-        keep: ``1 / (1 - p)`` of this dropout.
+        dropped: x_d, (..., n) of A's dtype: x after dropout; or this dropout, which is then applied to x in the
+            products and takes a byte per element; or None if x_d is x.
     """
 
     A: Tensor
     B: Tensor
     scaling: float
-    dropped: Tensor | None = None
-    mask: Tensor | None = None
-    keep: float = 1.0
+    dropped: Tensor | Dropout | None = None
 
 
 class _Options(NamedTuple):
     scalings: tuple[float, ...]  # s of each branch
-    keeps: tuple[float, ...]  # factor of dropout of each branch with a mask
+    keeps: tuple[float | None, ...]  # of each branch: factor of dropout, if its third operand is the mask
     dtypes: tuple[torch.dtype, ...]  # of each branch
     matrix: Matrix | None  # a weight in another form than a tensor
     dtype: torch.dtype | None  # of the base product with such a weight
@@ -125,7 +121,7 @@ def lora_linear(
     scaling: float,
     noise: RowNoise | None = None,
     *,
-    dropped: Tensor | None = None,  # (..., n)
+    dropped: Tensor | Dropout | None = None,  # (..., n)
     backend: str = "auto",
     owner: int = 0,
 ) -> Tensor:
@@ -196,16 +192,17 @@ def adapted_linear(
         settings = NoiseSettings(noise.layer, product_dtype, backend, noise.relative)
     dtypes = tuple(autocast_dtype(x.device.type, branch.A.dtype) for branch in branches)
     scalings = tuple(branch.scaling for branch in branches)
-    keeps, whole = tuple(branch.keep for branch in branches), weight if tensor is None else None
+    dropouts = [branch.dropped for branch in branches]
+    keeps, whole = tuple(_keep(dropped) for dropped in dropouts), weight if tensor is None else None
     options = _Options(scalings, keeps, dtypes, whole, dtype, settings, compute_norms, owner)
-    operands = [operand for branch in branches for operand in (branch.A, branch.B, branch.dropped, branch.mask)]
+    operands = [operand for branch in branches for operand in (branch.A, branch.B, _tensor(branch.dropped))]
     return apply(_AdaptedLinear, x, tensor, bias, norms, key, options, *operands)
 
 
 def masked_branch(branch: Branch, x: Tensor, p: float) -> Branch | None:
     """The branch with a dropout of x that the kernel applies; None where it does not, and nothing has been drawn."""
     dropout = dropout_of(x, p, branch.A, branch.B, autocast_dtype(x.device.type, branch.A.dtype))
-    return None if dropout is None else branch._replace(mask=dropout.mask, keep=dropout.keep)
+    return None if dropout is None else branch._replace(dropped=dropout)
 
 
 def check_base(
@@ -224,18 +221,17 @@ def check_base(
 
 def checked_branch(branch: Branch, x: Tensor, m: int, n: int, device: torch.device) -> Branch:
     """A branch whose operands fit, with x_d not wider than the branch."""
-    A, B, scaling, dropped, mask, keep = branch
+    A, B, scaling, dropped = branch
     expect_factors(B, A, m, n, device)
-    if mask is not None:
-        expect("mask", mask, x.shape, frozenset({torch.bool}), device)
-        if dropped is not None:
-            raise ValueError("give either dropped or mask, got both")
-    if dropped is not None:
+    if isinstance(dropped, Dropout):
+        expect("mask", dropped.mask, x.shape, frozenset({torch.bool}), device)
+        dropped = Dropout(dropped.mask, number("keep", dropped.keep))
+    elif dropped is not None:
         expect_columns("dropped", dropped, n)
         dtype = autocast_dtype(device.type, A.dtype)
         if dtype.itemsize < dropped.dtype.itemsize:
             dropped = dropped.to(dtype)  # before the autograd function, which would save the wider copy
-    return Branch(A, B, number("scaling", scaling), dropped, mask, number("keep", keep))
+    return Branch(A, B, number("scaling", scaling), dropped)
 
 
 class _AdaptedLinear(Function):
@@ -248,25 +244,26 @@ class _AdaptedLinear(Function):
         norms: Tensor | None,
         key: Tensor | None,
         options: _Options,
-        *operands: Tensor | None,  # A, B, x_d and mask of each branch
+        *operands: Tensor | None,  # A, B, and x_d or a mask, of each branch
     ) -> Tensor:
         branches = _branches(operands, options)
-        sources = [x if branch.dropped is None else branch.dropped for branch in branches]
+        sources = [branch.dropped if isinstance(branch.dropped, Tensor) else x for branch in branches]
+        dropouts = [branch.dropped if isinstance(branch.dropped, Dropout) else None for branch in branches]
         hidden = [  # (..., r) each
-            project(source, branch.A, dtype, is_wide(branch.A, branch.B), _dropout(branch.mask, branch.keep))
-            for source, branch, dtype in zip(sources, branches, options.dtypes, strict=True)
+            project(source, branch.A, dtype, is_wide(branch.A, branch.B), dropout)
+            for source, branch, dtype, dropout in zip(sources, branches, options.dtypes, dropouts, strict=True)
         ]
         out = _base_product(x, weight, bias, norms, key, options, branches)
         for inner, branch, dtype in zip(hidden, branches, options.dtypes, strict=True):
             out = add_low_rank(out, inner * branch.scaling, branch.B.to(dtype).T)
         need = ctx.needs_input_grad
         saved: list[Tensor | None] = [x if need[1] else None, weight, norms, key]
-        for k, branch in enumerate(branches):
-            need_A, need_B = need[6 + 4 * k], need[7 + 4 * k]
+        for k, (branch, dropout) in enumerate(zip(branches, dropouts, strict=True)):
+            need_A, need_B = need[6 + 3 * k], need[7 + 3 * k]
             saved += [sources[k] if need_A or need_B else None, hidden[k] if need_B else None]
-            saved += [branch.A, branch.B, branch.mask]
+            saved += [branch.A, branch.B, None if dropout is None else dropout.mask]
         ctx.save_for_backward(*saved)
-        ctx.has_dropout, ctx.options, ctx.dtype = [b.dropped is not None for b in branches], options, x.dtype
+        ctx.own_input, ctx.options, ctx.dtype = [source is not x for source in sources], options, x.dtype
         return out
 
     @staticmethod
@@ -279,13 +276,13 @@ class _AdaptedLinear(Function):
         through_x = []  # (dL/d(x_k A_k^T), A_k, dropout) of the branches whose input is x, or is made of it here
         for k, (scaling, dtype) in enumerate(zip(options.scalings, options.dtypes, strict=True)):
             source, hidden, A, B, mask = saved[5 * k : 5 * k + 5]
-            need_A, need_B, need_dropped = need[6 + 4 * k : 9 + 4 * k]
+            need_A, need_B, need_dropped = need[6 + 3 * k : 9 + 3 * k]
             dropout = _dropout(mask, options.keeps[k])
             grad_hidden, grad_A, grad_B = branch_gradients(
                 grad, source, hidden, A, B, scaling, dtype, (need_A, need_B), dropout
             )
-            found += [grad_A, grad_B, grad_hidden @ A.to(dtype) if need_dropped else None, None]
-            if not ctx.has_dropout[k]:
+            found += [grad_A, grad_B, grad_hidden @ A.to(dtype) if need_dropped else None]
+            if not ctx.own_input[k]:
                 through_x.append((grad_hidden, A.to(dtype), dropout))
         grad_x = None
         if need[0]:
@@ -326,15 +323,23 @@ def branch_gradients(
     return grad_hidden, grad_A, grad_B
 
 
-def _dropout(mask: Tensor | None, keep: float) -> Dropout | None:
-    return None if mask is None else Dropout(mask, keep)
+def _keep(dropped: Tensor | Dropout | None) -> float | None:
+    return dropped.keep if isinstance(dropped, Dropout) else None
+
+
+def _tensor(dropped: Tensor | Dropout | None) -> Tensor | None:
+    return dropped.mask if isinstance(dropped, Dropout) else dropped
+
+
+def _dropout(mask: Tensor | None, keep: float | None) -> Dropout | None:
+    return None if mask is None or keep is None else Dropout(mask, keep)
 
 
 def _branches(operands: tuple[Tensor | None, ...], options: _Options) -> list[Branch]:
     return [
-        Branch(cast(Tensor, A), cast(Tensor, B), scaling, dropped, mask, keep)
+        Branch(cast(Tensor, A), cast(Tensor, B), scaling, dropped if keep is None else _dropout(dropped, keep))
         for k, (scaling, keep) in enumerate(zip(options.scalings, options.keeps, strict=True))
-        for A, B, dropped, mask in [operands[4 * k : 4 * k + 4]]
+        for A, B, dropped in [operands[3 * k : 3 * k + 3]]
     ]
 
 

@@ -72,6 +72,18 @@ static void product(int kernel) {
     free(out), free(left), free(right);
 }
 
+static void factor(void) {
+    static const int TYPES[] = {BFLOAT16, FLOAT16};
+    int type = TYPES[below(2)], what = (int)below(3);
+    int64_t t = below(20) + 1, n = below(1100) + 1, r = below(20) + 1, gap = below(3);
+    void *x = memory(-2, ((t - 1) * (n + gap) + n) * 2, 0);
+    uint8_t *mask = what == 2 || below(2) ? memory(-2, t * n, 0) : NULL;
+    float *left = what == 2 ? memory(-2, 4 * t * r, 0) : NULL, *factor = memory(-2, 4 * r * (what == 1 ? t : n), 0);
+    float *out = what == 2 ? NULL : memory(-2, 4 * r * (what == 1 ? n : t), 0);
+    flatlora_factor(what, x, type, n + gap, mask, 1.5f, left, factor, out, t, n, r, 1 + (int)below(4));
+    free(x), free(mask), free(left), free(factor), free(out);
+}
+
 static void for_tests(int kernel) {
     int64_t m = below(5), blocks = below(100), *rows = memory(-2, 8 * m, 0), *key = memory(-2, 16, 0);
     uint32_t *words = memory(-2, 16 * m * blocks, 0);
@@ -89,7 +101,7 @@ int main(int count, char **arguments) {
         return 0;
     }
     for (int k = 0; k < cases; k++)
-        for (int kernel = 0; kernel <= flatlora_best(); kernel++) noise(kernel), product(kernel), for_tests(kernel);
+        for (int kernel = 0; kernel <= flatlora_best(); kernel++) noise(kernel), product(kernel), factor(), for_tests(kernel);
     printf("%d cases, %d kernels\n", cases, flatlora_best() + 1);
     return 0;
 }

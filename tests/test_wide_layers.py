@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -74,3 +75,19 @@ def test_a_copy_of_the_model_gives_the_same_gradients():
         one(x).float().square().mean().backward()
         gradients.append([p.grad for p in one.parameters() if p.requires_grad])
     assert all(map(torch.equal, *gradients))
+
+
+def test_with_rho_zero_training_is_that_of_peft():
+    torch.manual_seed(0)
+    base, lora = Net(False).bfloat16(), {"r": 8, "target_modules": ["up", "down"], "lora_dropout": 0.2}
+    torch.manual_seed(1)
+    plain = get_peft_model(copy.deepcopy(base), LoraConfig(**lora))
+    torch.manual_seed(1)
+    flat = get_flat_peft_model(base, FlatLoraConfig(**lora, rho=0.0, schedule="constant"))
+    x, results = torch.randn(3, WIDTH).bfloat16(), []
+    for model in (plain, flat):
+        torch.manual_seed(5)
+        out = model(x)
+        out.float().square().mean().backward()
+        results.append([out, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(map(torch.equal, *results))

@@ -19,9 +19,7 @@ from torch import Tensor
 from . import native
 from .blocks import is_watched
 
-# The kernel is for layers of at least this many inputs and outputs. It saves time in narrower ones too, but they keep
-# the bits of earlier versions, which add in torch's order.
-MIN_WIDTH = 512
+MIN_WIDTH = 128  # of a layer's inputs and outputs; below, calling the kernel takes longer than it saves
 MAX_RANK = 16  # torch's products are faster above
 
 

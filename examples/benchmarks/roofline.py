@@ -67,11 +67,11 @@ COUNTS = {
     },
     (90, "perturb", "4 bits"): {
         "wide product": 4.88,
-        "product": 3.38,
+        "product": 3.12,
         "float": 15.5,
         "special": 0.69,
-        "integer": 36.5,
-        "other": 10.81,
+        "integer": 37.81,
+        "other": 9.06,
     },
     (90, "merged", "dense"): {
         "wide product": 4.69,
@@ -87,7 +87,7 @@ COUNTS = {
         "float": 18.5,
         "special": 0.5,
         "integer": 56.88,
-        "other": 15.69,
+        "other": 14.81,
     },
     (80, "perturb", "dense"): {
         "wide product": 4.94,
@@ -99,11 +99,11 @@ COUNTS = {
     },
     (80, "perturb", "4 bits"): {
         "wide product": 4.88,
-        "product": 4.69,
+        "product": 3.94,
         "float": 15.5,
         "special": 2.69,
-        "integer": 35.56,
-        "other": 8.88,
+        "integer": 35.62,
+        "other": 8.69,
     },
     (80, "merged", "dense"): {
         "wide product": 4.69,
@@ -118,8 +118,8 @@ COUNTS = {
         "product": 4.25,
         "float": 18.5,
         "special": 2.5,
-        "integer": 55.19,
-        "other": 15.88,
+        "integer": 54.94,
+        "other": 15.69,
     },
 }
 BYTES = {  # of W, of W + eps

@@ -58,7 +58,7 @@ def test_a_branch_is_added_and_rounded_once(t, n, r, dtype, masked):
     low = left.double() @ factor.double() * (dropout.mask * torch.tensor(1 / 0.7).double() if masked else 1)
     exact, out = x.double() + low, add_low_rank(x, left, factor, dropout=dropout)
     bound = exact.abs() * torch.finfo(dtype).eps / 2 * 1.001 + 1e-4 * torch.finfo(torch.float16).tiny + 1e-5
-    assert out is x and ((out - exact).abs() <= bound).all()
+    assert (out is x or not HAS_KERNEL) and ((out - exact).abs() <= bound).all()
 
 
 @torch.no_grad()

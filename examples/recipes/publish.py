@@ -61,9 +61,7 @@ def faults(page: str, results: Path, names: set[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit status 1 if something is wrong"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something is wrong")
     if not parser.parse_args(arguments).check:
         README.write_text(filled(README.read_text(), RESULTS))
     found = faults(README.read_text(), RESULTS, recipes())

@@ -2,8 +2,8 @@
 
 The package asks for `absl`, for `six`, and for a sympy in which `sympy.solvers.diophantine` is a module; it cannot be
 installed beside torch's sympy and numpy 2. Its files are pure Python, so they are imported from the archive, whose hash
-is checked, while stand-ins for those three are in place. Generators that need what numpy 2 lacks (`ndarray.itemset`) do not
-run: all of calculus and most of polynomials.
+is checked, while stand-ins for those three are in place. Generators that need what numpy 2 lacks (`ndarray.itemset`) do
+not run: all of calculus and most of polynomials.
 """
 
 from __future__ import annotations

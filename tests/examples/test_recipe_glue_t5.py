@@ -1,14 +1,13 @@
 """The recipe for T5, text to text, on a T5 as small as the one that it makes, with random weights."""
 
 import csv
-from collections import Counter
 
 import glue_t5
 import pytest
 import torch
 from common import tiny_t5
 from common.data import Example
-from recipe import files, metrics
+from recipe import metrics
 
 TEXTS = [f"the {noun} is {word}" for noun in ("film", "plot", "cast") for word in ("good", "fine", "bad", "dull")]
 LABELS = ["positive", "positive", "negative", "negative"] * 3
@@ -107,23 +106,6 @@ def test_the_tiny_t5_learned_its_sentences(loaded):
     with torch.no_grad():
         logits = metrics.LabelScores(model, words)(batch.input_ids, batch.attention_mask).logits
     assert logits.argmax(-1).tolist() == [x.label for x in examples(reversed(LABELS))]
-
-
-def test_the_packaged_sentences_are_of_four_kinds(monkeypatch):
-    sizes = {"movie": 12, "Amazon": 10, "tweets": 11, "NYT": 13}
-    domains = {name: [Example(f"{name} {k}", k % 2) for k in range(size)] for name, size in sizes.items()}
-    monkeypatch.setattr(files, "fetch", lambda package: package)
-    monkeypatch.setattr(files, "read_vader", lambda archive: domains)
-    args = glue_t5.parse(glue_t5.Arguments, glue_t5.PAPER, [])
-    train, test = glue_t5.load(args)
-    assert (args.name, args.columns, len(train), len(test)) == ("source", ["sentence"], 36, 4)
-    counts = Counter(row["label"] for row in [*train, *test])
-    assert counts == {"movie": 10, "product": 10, "tweet": 10, "news": 10}
-    assert {row["sentence"].split()[0] for row in [*train, *test] if row["label"] == "product"} == {"Amazon"}
-    assert not {row["sentence"] for row in train} & {row["sentence"] for row in test}
-    assert glue_t5.load(args) == (train, test)
-    args.train_samples, args.eval_samples = 5, 2
-    assert [len(rows) for rows in glue_t5.load(args)] == [5, 2]
 
 
 def test_every_task_has_its_settings(capsys):

@@ -13,14 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.data import VADER, load_task, read_vader
-from common.packages import fetch
+from common.data import load_task
 
 from .processes import is_main
 
 Row = dict[str, Any]
 HELD_OUT = 0.1  # of a local file, for the test
-KINDS = {"movie": "movie", "Amazon": "product", "tweets": "tweet", "NYT": "news"}  # of the packaged sentences
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -172,20 +170,6 @@ def movie_reviews(
         for examples in (task.train[:train], task.tests["movie"][:test])
     ]
     return rows[0], rows[1]
-
-
-def text_sources(
-    train: int | None = None, test: int | None = None, column: str = "text"
-) -> tuple[list[Row], list[Row]]:
-    """(training rows, test rows) of packaged sentences: a column of text, and `label`, the kind of text it is from.
-
-    As many of each kind: movie reviews, reviews of products, tweets, and editorials (news).
-    """
-    rng, domains = random.Random(0), read_vader(fetch(VADER))
-    count = min(map(len, domains.values()))
-    rows = [{column: x.text, "label": KINDS[name]} for name, own in domains.items() for x in rng.sample(own, count)]
-    kept, held = held_out(rows, VADER.archive)
-    return kept[:train], held[:test]
 
 
 def read_images(folder: Path, columns: Sequence[str] = ("label",)) -> list[Row]:

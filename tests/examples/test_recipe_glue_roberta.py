@@ -125,4 +125,4 @@ def test_the_estimate_of_the_paper(capsys):
     assert glue_roberta.main(["--task", "rte", "--paper", "--estimate"]) == []
     assert "780 steps of 8 micro-batches" in capsys.readouterr().out  # 20 epochs of ceil(2490 / 64)
     glue_roberta.main(["--task", "few-rte", "--paper", "--estimate", "--max_length", "8"])
-    assert "2560 steps" in capsys.readouterr().out  # 20 epochs of 2 * 512 / 8
+    assert "320 steps of 8 micro-batches" in capsys.readouterr().out  # 20 epochs of 2 * 512 / 64

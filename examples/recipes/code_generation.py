@@ -23,6 +23,7 @@ from recipe.estimate import estimate
 from recipe.methods import adapt
 from recipe.programs import Problem
 from recipe.results import run_all
+from recipe.training import fit
 
 HELD_OUT = 40  # of the 210 functions
 PAPER = {
@@ -125,7 +126,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
     def run(method: str, seed: int, folder: Path) -> dict[str, float]:
         model = adapt(models.causal(args), method, args, seed, task_type="CAUSAL_LM")
-        trained = generation.fit_pairs(model, method, args, folder, seed, tokenizer, train)
+        trained = fit(model, method, args, folder, seed, train, generation.collator(tokenizer))
         torch.manual_seed(seed)
         found: dict[str, float] = {}
         for name, asked in problems.items():

@@ -63,12 +63,13 @@ def load(args: Arguments) -> tuple[list[str], list[str], list[str]]:
     return first[: len(first) // 2], first[len(first) // 2 :], test
 
 
-def micro_batch(args: Arguments) -> tuple[nn.Module, dict[str, Tensor]]:
+def micro_batch(args: Arguments) -> tuple[nn.Module, dict[str, Any]]:
     """A model of SmolLM2-135M's sizes and a micro-batch, for the estimate."""
     sizes = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
     config = LlamaConfig(vocab_size=49_152, num_key_value_heads=3, tie_word_embeddings=True, **sizes)
     tokens = torch.ones(args.micro_batch_size or args.batch_size, args.max_length, dtype=torch.long)
-    return LlamaForCausalLM(config).to(getattr(torch, args.dtype)), {"input_ids": tokens, "labels": tokens}
+    model = LlamaForCausalLM(config).to(getattr(torch, args.dtype))
+    return model, {"input_ids": tokens, "labels": tokens, "use_cache": False}
 
 
 def serving(merged: Path, adapter: Path, base: str) -> str:

@@ -23,6 +23,7 @@ from recipe.arguments import RecipeArguments, parse
 from recipe.estimate import estimate
 from recipe.methods import adapt
 from recipe.results import run_all
+from recipe.training import fit
 from transformers import AutoModelForCausalLM, GPT2Config
 
 MEANING, REFERENCE = "meaning_representation", "human_reference"
@@ -41,12 +42,9 @@ PAPER = {
         "warmup_steps": 500,
         "batch_size": 8,
         "epochs": 5,
-        "max_steps": -1,
         "max_length": 512,
-        "train_samples": None,
-        "eval_samples": None,
-        "beams": 10,
-        "max_new_tokens": 64,
+        **{"max_steps": -1, "train_samples": None, "eval_samples": None},
+        **{"beams": 10, "length_penalty": 0.9, "no_repeat_ngram": 4, "max_new_tokens": 64},
     }
 }
 
@@ -59,6 +57,8 @@ class Arguments(RecipeArguments):
     dataset: str = "meanings"
     target_modules: str = "c_attn,c_proj,c_fc"
     beams: int = field(default=4, metadata={"help": "of the search for the likeliest text"})
+    length_penalty: float = field(default=1.0, metadata={"help": "as in transformers.GenerationConfig"})
+    no_repeat_ngram: int = field(default=0, metadata={"help": "tokens of a sequence that a text has once; 0: any"})
     max_new_tokens: int = 48
     max_steps: int = 150
     batch_size: int = 16
@@ -129,12 +129,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     pairs = [(meanings.PROMPT.format(meaning=row[MEANING]), " " + row[REFERENCE]) for row in train]
     encoded = generation.encode_short(tokenizer, pairs, args.max_length, args.train_samples)
     prompts = [meanings.PROMPT.format(meaning=meaning) for meaning in test]
+    search = dict(num_beams=args.beams, length_penalty=args.length_penalty, no_repeat_ngram_size=args.no_repeat_ngram)
 
     def run(method: str, seed: int, folder: Path) -> dict[str, float]:
         model = adapt(models.causal(args), method, args, seed, **conv1d)
-        trained = generation.fit_pairs(model, method, args, folder, seed, tokenizer, encoded)
-        texts = generation.answers(model, tokenizer, prompts, args.max_new_tokens, num_beams=args.beams)
-        texts = [text.strip() for text in texts]
+        trained = fit(model, method, args, folder, seed, encoded, generation.collator(tokenizer))
+        texts = [t.strip() for t in generation.answers(model, tokenizer, prompts, args.max_new_tokens, **search)]
         rows = [{"meaning": m, "text": t, "references": own} for (m, own), t in zip(test.items(), texts, strict=True)]
         files.write_jsonl(folder / "texts.jsonl", rows)
         said = [meanings.slots(meaning, text) for meaning, text in zip(test, texts, strict=True)]

@@ -23,6 +23,7 @@ from recipe.estimate import estimate
 from recipe.final_answer import extract, same
 from recipe.methods import adapt
 from recipe.results import run_all
+from recipe.training import fit
 
 PROMPT = "Q: {question}\nA: "
 PAPER = {
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
     def run(method: str, seed: int, folder: Path) -> dict[str, float]:
         model = adapt(models.causal(args), method, args, seed, task_type="CAUSAL_LM")
-        trained = generation.fit_pairs(model, method, args, folder, seed, tokenizer, encoded)
+        trained = fit(model, method, args, folder, seed, encoded, generation.collator(tokenizer))
         found = {}
         for name, own in tests.items():
             own = own[: args.eval_samples]

@@ -30,7 +30,7 @@ PAPER = {
     "icons": {
         "model": "stabilityai/stable-diffusion-xl-base-1.0",
         "dataset": "linoyts/3d_icon",
-        "instance_prompt": "a 3d icon in the style of TOK",
+        "instance_prompt": "a TOK icon, in the style of TOK",
         "resolution": 1024,
         "r": 4,
         "lora_alpha": 4,
@@ -42,7 +42,7 @@ PAPER = {
         "max_steps": 500,
         "held_out": 0,
         "guidance": 5.0,
-        "prompts": ["a 3d icon in the style of TOK, a llama eating ramen", "a photo of a llama eating ramen"],
+        "prompts": ["a TOK icon of a llama eating ramen, in the style of TOK", "a photo of a llama eating ramen"],
         "dtype": "bfloat16",
     }
 }

@@ -60,8 +60,8 @@ def test_the_recipe(gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "answers", lambda *a, **options: asked.append(options) or answers(*a, **options))
     lines = data_to_text.main(arguments(tmp_path, gpt2, "--method", "lora", "flat", "--label_smoothing", 0.1))
     means = {(line["method"], line["metric"]): line["mean"] for line in lines}
-    assert {"slots", "train_loss", "steps"} <= {metric for _, metric in means}
-    assert asked == [{"num_beams": 4}] * 2
+    assert {"slots", "train_loss"} <= {metric for _, metric in means}
+    assert asked == [{"num_beams": 4, "length_penalty": 1.0, "no_repeat_ngram_size": 0}] * 2
     rows = [json.loads(line) for line in (tmp_path / "out/flat-seed0/texts.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and all(len(row["references"]) == 2 for row in rows)
     settings = json.loads((tmp_path / "out/flat-seed0/adapter/adapter_config.json").read_text())

@@ -5,7 +5,6 @@ import json
 import mathematics
 import pytest
 from helpers import byte_llama
-from recipe import generation
 from safetensors.torch import load_file
 
 
@@ -18,29 +17,18 @@ def arguments(folder, data, *more):
 def test_an_interrupted_run_gives_the_adapter_of_one_that_was_not(tmp_path, monkeypatch):
     data = tmp_path / "mine.jsonl"
     data.write_text("".join(json.dumps({"question": f"{k}?", "answer": str(k)}) + "\n" for k in range(20)))
-    steps, fit = [], generation.fit_pairs
+    steps, fit = [], mathematics.fit
 
-    def watched(model, method, args, folder, seed, tokenizer, encoded):
-        collate = generation.collator
+    def watched(model, method, args, folder, seed, train, collate):
+        def batch(rows):
+            steps.append(folder.parent.parent.name)
+            if steps.count("two") == 3 and "resumed" not in steps:
+                raise KeyboardInterrupt
+            return collate(rows)
 
-        def stopping(tokenizer):
-            inner = collate(tokenizer)
+        return fit(model, method, args, folder, seed, train, batch)
 
-            def batch(rows):
-                steps.append(folder.parent.parent.name)
-                if steps.count("two") == 3 and "resumed" not in steps:
-                    raise KeyboardInterrupt
-                return inner(rows)
-
-            return batch
-
-        monkeypatch.setattr(generation, "collator", stopping)
-        try:
-            return fit(model, method, args, folder, seed, tokenizer, encoded)
-        finally:
-            monkeypatch.setattr(generation, "collator", collate)
-
-    monkeypatch.setattr(generation, "fit_pairs", watched)
+    monkeypatch.setattr(mathematics, "fit", watched)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     mathematics.main(arguments(tmp_path / "one", data))

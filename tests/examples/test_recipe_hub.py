@@ -41,6 +41,27 @@ def test_a_missing_column_is_named(asked):
         files.load_rows("nyu-mll/glue:mrpc", ["label", "text"])
 
 
+def test_the_copy_in_parquet_is_read_where_there_is_a_script(asked, monkeypatch):
+    load = datasets.load_dataset
+
+    def script(name, configuration, split, revision=None):
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found e2e_nlg.py")
+        assert revision == "refs/convert/parquet"
+        return load(name, configuration, split)
+
+    monkeypatch.setattr(datasets, "load_dataset", script)
+    assert len(files.load_rows("tuetschek/e2e_nlg", ["sentence"])) == 3
+    assert asked == [("tuetschek/e2e_nlg", None, "train")]
+
+    def broken(name, configuration, split):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        files.load_rows("tuetschek/e2e_nlg", ["sentence"])
+
+
 def test_classes_of_images_are_those_of_the_dataset(asked):
     import image_classification
 

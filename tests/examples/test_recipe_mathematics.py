@@ -81,6 +81,7 @@ MODULE = """
 import random
 import numpy as np
 import six
+from absl import logging
 from six.moves import range
 from sympy.solvers.diophantine import base_solution_linear
 import collections
@@ -99,6 +100,7 @@ def _same():
 
 def train(entropy_fn):
     assert list(six.iteritems({1: 2})) == [(1, 2)] and callable(base_solution_linear)
+    assert logging.getLogger  # Python's own
     return {"add_or_sub": lambda: _add(*entropy_fn((0, 9))), "deep": {"one": _same}}
 
 
@@ -128,7 +130,8 @@ def archive(tmp_path, monkeypatch):
 
 
 def test_generators_are_imported_from_the_archive_and_nothing_else_changes(archive):
-    path, six, diophantine = list(sys.path), sys.modules.get("six"), sys.modules.get("sympy.solvers.diophantine")
+    path, diophantine = list(sys.path), sys.modules.get("sympy.solvers.diophantine")
+    stood_in = {name: sys.modules.get(name) for name in ("absl", "six")}
     random.seed(3)
     np.random.seed(3)
     states = random.getstate(), np.random.get_state()[1].tolist()
@@ -138,7 +141,8 @@ def test_generators_are_imported_from_the_archive_and_nothing_else_changes(archi
     assert found == school_math.problems(["arithmetic/add_or_sub"], "train", 20, seed=0)
     assert found != school_math.problems(["arithmetic/add_or_sub"], "train", 20, seed=1)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states
-    assert sys.path == path and sys.modules.get("six") is six
+    assert sys.path == path
+    assert all(sys.modules.get(name) is module for name, module in stood_in.items())
     assert diophantine is None or sys.modules["sympy.solvers.diophantine"] is diophantine
 
 
@@ -159,7 +163,7 @@ def test_the_recipe_on_the_generators(archive, tmp_path):
     more = ["--modules", "arithmetic/add_or_sub", "--train_samples", 16, "--eval_samples", 4, "--max_new_tokens", 3]
     lines = mathematics.main(byte_llama.arguments(tmp_path, *more, "--method", "lora", "flat"))
     metrics = {line["metric"] for line in lines}
-    assert {"accuracy_interpolate", "accuracy_extrapolate", "train_loss", "steps"} <= metrics
+    assert {"accuracy_interpolate", "accuracy_extrapolate", "train_loss"} <= metrics
     rows = (tmp_path / "out/flat-seed0/answers-interpolate.jsonl").read_text().splitlines()
     assert [json.loads(row).keys() for row in rows] == [{"question", "text", "found", "right", "correct"}] * 4
     asked = {json.loads(row)["question"] for row in rows}

@@ -234,6 +234,27 @@ def test_means_and_paired_intervals():
 
 
 @pytest.mark.usefixtures("matplotlib")
+def test_what_a_run_took_is_no_metric(tmp_path):
+    """It is in results.csv, and has a table of its own in the report."""
+    out = ["--output_dir", str(tmp_path), "--method", "lora"]
+
+    def run(method, seed, folder):
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 1.0}]}')
+        return {"accuracy": 0.5, "train_seconds": 8.25, "steps": 60, "dpo_train_seconds": 1.5, "dpo_steps": 7}
+
+    assert [line["metric"] for line in results.run_all(parse(Arguments, PAPER, out), run, out)] == ["accuracy"]
+    metrics, took = re.findall("<table>.*?</table>", (tmp_path / "report.html").read_text(), re.DOTALL)[:2]
+    assert "accuracy" in metrics and "train_seconds" not in metrics and "steps" not in metrics
+    assert re.findall("<t[hd]>(.*?)</t[hd]>", took) == [
+        *("method", "seed", "train_seconds", "steps", "dpo_train_seconds", "dpo_steps"),
+        *("lora", "0", "8.25", "60", "1.5", "7"),
+    ]
+    with open(tmp_path / "results.csv") as file:
+        assert [(row["train_seconds"], row["dpo_steps"]) for row in csv.DictReader(file)] == [("8.25", "7")]
+
+
+@pytest.mark.usefixtures("matplotlib")
 def test_runs_that_were_made_are_not_made_again(out, tmp_path):
     made = []
 

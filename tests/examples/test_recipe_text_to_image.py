@@ -168,6 +168,14 @@ def test_pictures_of_a_folder_with_and_without_prompts(tmp_path):
         diffusion.pictures(str(tmp_path), "a sks dog", None)
 
 
+def test_pictures_of_the_hub_have_the_instance_prompt(monkeypatch):
+    """As in diffusers' script, which reads no captions unless it is told their column."""
+    rows = [{"image": Image.new("L", (4, 4)), "prompt": "a caption"}]
+    monkeypatch.setattr(diffusion, "hub_rows", lambda *given: rows)
+    (made,) = diffusion.pictures("someone/pictures", "a TOK icon", None)
+    assert made.prompt == "a TOK icon" and made.image.mode == "RGB"
+
+
 def test_more_held_out_than_there_are(folder, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="--held_out must be less than the 1 pictures, got 2"):

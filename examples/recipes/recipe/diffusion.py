@@ -112,15 +112,13 @@ def pictures(dataset: str, prompt: str, limit: int | None) -> list[Picture]:
     """The pictures of a folder, or of a dataset on the hub with a column `image`.
 
     Args:
-        prompt: of a picture without a column `prompt`, as those of a folder without metadata.
+        prompt: of every picture of the hub, and of those of a folder whose metadata have no column `prompt`.
     """
-    rows = read_images(Path(dataset), ()) if Path(dataset).is_dir() else hub_rows(dataset, ["image"], "train", limit)
-    made = []
-    for row in rows[:limit]:
-        image = row["image"]
-        image = Image.open(image) if isinstance(image, (str, Path)) else image
-        made.append(Picture(image.convert("RGB"), str(row.get("prompt") or prompt)))
-    return made
+    if not Path(dataset).is_dir():
+        rows = hub_rows(dataset, ["image"], "train", limit)
+        return [Picture(row["image"].convert("RGB"), prompt) for row in rows]
+    rows = read_images(Path(dataset), ())[:limit]
+    return [Picture(Image.open(row["image"]).convert("RGB"), str(row.get("prompt") or prompt)) for row in rows]
 
 
 def loading(args: RecipeArguments) -> dict[str, Any]:

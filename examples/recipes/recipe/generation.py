@@ -7,17 +7,14 @@ the tokens of a prompt are those that the model reads when it answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from .arguments import RecipeArguments
-from .training import fit
 
 IGNORED = -100  # the label of a token without a loss
 Pair = tuple[str, str]  # prompt, answer
@@ -92,19 +89,6 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Encoded]], di
         }
 
     return collate
-
-
-def fit_pairs(
-    model: PeftModel,
-    method: str,
-    args: RecipeArguments,
-    folder: Path,
-    seed: int,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: Sequence[Encoded],
-) -> dict[str, float]:
-    """`training.fit` on encoded pairs."""
-    return fit(model, method, args, folder, seed, encoded, collator(tokenizer))
 
 
 @torch.inference_mode()

@@ -18,6 +18,8 @@ from .arguments import RecipeArguments, command, settings
 from .processes import is_main, state
 
 Run = Callable[[str, int, Path], dict[str, float]]
+NOT_METRICS = ("method", "seed", "command", "machine")  # columns of results.csv
+COSTS = ("train_seconds", "steps")  # ends of the names of those that say what a run took
 
 
 def run_all(args: RecipeArguments, run: Run, arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -56,7 +58,7 @@ def run_all(args: RecipeArguments, run: Run, arguments: list[str] | None = None)
         return []
     lines = summary(rows, args.method, args.seeds)
     tables.write_csv(folder / "summary.csv", lines)
-    write_report(folder, lines, args)
+    write_report(folder, rows, lines, args)
     print("\n" + as_text(lines))
     print(f"\nresults.csv, summary.csv and report.html are in {folder}")
     return lines
@@ -82,10 +84,10 @@ def summary(rows: list[dict[str, Any]], methods: list[str], seeds: list[int]) ->
     """Mean and standard error of each metric over the seeds, and the difference to the first method.
 
     The difference is paired by seed, with Student's 95 % interval; with one seed there is neither error nor interval.
+    What a run took, its seconds and steps, is no metric.
     """
     known = {(row["method"], int(row["seed"])): row for row in rows}
-    fixed = ("method", "seed", "command", "machine")
-    metrics = [key for key in rows[0] if key not in fixed] if rows else []
+    metrics = [key for key in rows[0] if key not in NOT_METRICS and not key.endswith(COSTS)] if rows else []
     lines = []
     for method in methods:
         both = [s for s in seeds if (method, s) in known and (methods[0], s) in known]
@@ -130,24 +132,29 @@ NOTE = (
 )
 
 
+def _note(lines: list[dict[str, Any]]) -> list[str]:
+    """What the cells say, if there are several seeds."""
+    return [NOTE] if any(line["n"] > 1 for line in lines) else []
+
+
 def as_text(lines: list[dict[str, Any]]) -> str:
     """The table for a terminal."""
     head, rows = as_table(lines)
-    table = [head, *rows]
-    widths = [max(len(row[k]) for row in table) for k in range(len(head))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([text[0], "-" * len(max(text, key=len)), *text[1:], NOTE])
+    return "\n".join([tables.aligned([head, *rows]), *_note(lines)])
 
 
-def write_report(folder: Path, lines: list[dict[str, Any]], args: RecipeArguments, pictures: str = "") -> None:
-    """report.html: the table, the PNG pictures in the folders of the runs, then settings and training curves."""
+def write_report(folder: Path, rows: list[dict[str, Any]], lines: list[dict[str, Any]], args: RecipeArguments) -> None:
+    """report.html: the table, what each run took, the PNG pictures of the runs, their settings and training curves."""
     from flatlora import report
     from flatlora.report import page
 
-    head, rows = as_table(lines)
     runs = [folder / f"{method}-seed{args.seeds[0]}" for method in args.method]
-    shown = pictures + "".join(_picture(file) for run in runs for file in sorted(run.glob("*.png")))
-    top = f"<h2>Results</h2>\n{page.table(head, rows)}<p class=note>{escape(NOTE)}</p>\n{shown}"
+    pictures = "".join(_picture(file) for run in runs for file in sorted(run.glob("*.png")))
+    costs = [key for key in rows[0] if key.endswith(COSTS)]
+    took = [[row["method"], str(row["seed"]), *(str(row[key]) for key in costs)] for row in rows]
+    notes = "".join(f"<p class=note>{escape(note)}</p>\n" for note in _note(lines))
+    top = f"<h2>Results</h2>\n{page.table(*as_table(lines))}{notes}{pictures}"
+    top += f"<h2>Runs</h2>\n{page.table(['method', 'seed', *costs], took)}" if costs else ""
     if kept := [run for run in runs if run.is_dir()]:
         (folder / "report.html").write_text(report.build(kept, introduction=top))
 

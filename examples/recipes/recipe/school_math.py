@@ -1,14 +1,15 @@
 """Problems of the Mathematics Dataset (Saxton et al., arXiv 1904.01557) by its generators, from its package on PyPI.
 
-The package asks for `six` and for a sympy in which `sympy.solvers.diophantine` is a module; it cannot be installed
-beside torch's sympy and numpy 2. Its files are pure Python, so they are imported from the archive, whose hash is
-checked, while stand-ins for those two are in place. Generators that need what numpy 2 lacks (`ndarray.itemset`) do not
-run: all of calculus and most of polynomials.
+The package asks for `absl`, for `six`, and for a sympy in which `sympy.solvers.diophantine` is a module; it cannot be
+installed beside torch's sympy and numpy 2. Its files are pure Python, so they are imported from the archive, whose hash
+is checked, while stand-ins for those three are in place. Generators that need what numpy 2 lacks (`ndarray.itemset`) do
+not run: all of calculus and most of polynomials.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import random
 import sys
 import types
@@ -98,8 +99,10 @@ def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Generator]]:
 def _importable() -> Iterator[None]:
     """The archive on the path, and the stand-ins; afterwards what was there before."""
     solvers = importlib.import_module("sympy.solvers.diophantine.diophantine")
-    stand_ins = {"six": _six(), "six.moves": types.ModuleType("six.moves"), "sympy.solvers.diophantine": solvers}
+    stand_ins = {name: types.ModuleType(name) for name in ("absl", "six.moves")}
+    stand_ins["absl"].__dict__.update(logging=logging)
     stand_ins["six.moves"].__dict__.update(range=range, zip=zip)
+    stand_ins |= {"six": _six(), "sympy.solvers.diophantine": solvers}
     before = {name: sys.modules.get(name) for name in stand_ins}
     archive = str(fetch(ARCHIVE))
     sys.modules.update(stand_ins)

@@ -78,7 +78,7 @@ def make(folder: Path, steps: int) -> None:
     latents = encode_pictures(pipeline, pictures, SIDE)
     prompts = encode_prompts(pipeline, [picture.prompt for picture in pictures])
     unet = pipeline.unet.train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     torch.manual_seed(0)
     for _ in trange(steps, desc="UNet", leave=False):
@@ -94,7 +94,7 @@ def make(folder: Path, steps: int) -> None:
 def train_autoencoder(vae: AutoencoderKL, images: Tensor, steps: int) -> None:
     """Minimize the squared error, with a small weight on the divergence; then set the scale of the latents."""
     torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(vae.train().parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(vae.train().parameters(), lr=3e-3, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     for _ in trange(steps, desc="autoencoder", leave=False):
         batch = images[torch.randint(len(images), (8,))]

@@ -33,7 +33,7 @@ def test_right_code_passes_and_wrong_code_does_not(mode):
         b"\x00",
         1j,
         [1, (2, [3])],
-        {(1, 2): {3, "x"}},
+        {(1, 2): {3}},  # of one element: repr shows more of them in any order
         frozenset({1}),
         {},
     ],

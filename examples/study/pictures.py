@@ -22,21 +22,22 @@ def plot_differences(panels: Mapping[str, Differences], unit: str, theme: str = 
     """A row per label: the seeds as dots, their mean with its 95 % bootstrap interval; one panel per heading.
 
     Args:
-        panels: with the same labels in all; a label without seeds is an empty row.
+        panels: a label that a panel lacks, or that has no seeds, is an empty row.
         across: panels beside one another.
     """
     with style.themed(theme) as colors:
         from matplotlib.figure import Figure
 
-        names, columns = list(next(iter(panels.values()))), min(across, len(panels))
+        names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+        columns = min(across, len(panels))
         lines = -(-len(panels) // columns)
         size = (1.9 + 2.5 * columns, lines * (1.1 + 0.34 * len(names)))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=True).flat
         for ax, (heading, panel) in zip(axes, panels.items(), strict=False):
             ax.axvline(0, color=colors["faint"], linewidth=1)
-            for y, d in enumerate(panel.values()):
-                draw_row(ax, y, d, style.COLORS[theme][0], colors["faint"])
+            for name, d in panel.items():
+                draw_row(ax, names.index(name), d, style.COLORS[theme][0], colors["faint"])
             ax.set_title(heading)
             ax.tick_params(labelbottom=True)
         for ax in list(axes)[len(panels) :]:

@@ -21,7 +21,7 @@ from helpers import processes
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from study import comparisons, design, outcomes, publish, records, report, run, stats, tasks, train  # noqa: E402
+from study import comparisons, design, outcomes, pictures, publish, records, report, run, stats, tasks, train  # noqa: E402
 from study.arms import ARMS, BY_NAME  # noqa: E402
 
 import flatlora  # noqa: E402
@@ -483,3 +483,14 @@ def test_the_strengths_table_has_the_validation_scores_of_every_trial(monkeypatc
         == "| text `128-clean` | Flat-LoRA | 70.0, 0.600 | 80.0, 0.500 | 180.0, 0.500 | 80.0, 0.500 | 80.0, 0.500 |"
     )
     assert len(publish.strengths({"text": rows[:-1]}).splitlines()) == 2  # a trial is missing: no line
+
+
+def test_a_panel_without_a_label_keeps_the_rows_of_the_others():
+    few, all_ = {"b": torch.tensor([2.0, 4.0])}, {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([5.0, 5.0])}
+    for panels in ({"first": all_, "second": few}, {"first": few, "second": all_}):
+        figure = pictures.plot_differences(panels, "points")
+        labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        for ax, panel in zip(figure.axes, panels.values(), strict=True):
+            points = [line.get_xydata()[0].tolist() for line in ax.lines if line.get_marker() == "o"]
+            means = {labels[int(y)]: x for x, y in points if y == int(y)}
+            assert means == {label: d.mean().item() for label, d in panel.items()}

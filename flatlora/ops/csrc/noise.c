@@ -12,8 +12,11 @@
 
 #if defined(__GNUC__)
 #define ALIGNED __attribute__((aligned(64)))
+#define PREFETCH(p, bytes, to_write) \
+    for (int64_t line = 0; line < (bytes); line += 64) __builtin_prefetch((p) + line, to_write)
 #else
 #define ALIGNED
+#define PREFETCH(p, bytes, to_write)
 #endif
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -27,7 +30,7 @@
 #define restrict __restrict
 #endif
 
-enum { LANES = 16, TILE = 64, SPAN = 32, ROUNDS = 10, PANEL = 32, BLOCK = 512, MAX_THREADS = 256 };
+enum { LANES = 16, TILE = 64, SPAN = 32, ROUNDS = 10, PANEL = 32, BLOCK = 512, AHEAD = 1024, MAX_THREADS = 256 };
 #define MULTIPLIER0 0xD2511F53u
 #define MULTIPLIER1 0xCD9E8D57u
 #define WEYL0 0x9E3779B9u

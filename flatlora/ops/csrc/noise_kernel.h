@@ -13,23 +13,24 @@
  * The loops over lanes are written so that the compiler vectorizes them: fixed lengths, no branches, no calls.
  */
 
-/* words[k][lane] of the column blocks first, first + 1, ..., first + SPAN - 1. */
+/* words[k][lane] of the column blocks first, first + 1, ..., of as many as are needed, SPAN at most. */
 #ifdef VECTOR
 #ifndef INTERLEAVE
 #define INTERLEAVE(a, b) (((a) & 0xFFFFFFFFu) | ((b) << 32))
 #endif
 typedef uint64_t NAME(lanes) __attribute__((vector_size(VECTOR), may_alias));
 
-static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, uint32_t row, const stream *s) {
+static inline __attribute__((always_inline)) TARGET void NAME(philox_of)(
+    uint32_t words[4][SPAN], uint32_t first, uint32_t row, const stream *s, const int blocks, const int together) {
     enum { WIDTH = VECTOR / 8 };
     NAME(lanes) step = {0};
     for (int i = 0; i < WIDTH; i++) step[i] = 2 * i;
-    for (int start = 0; start < SPAN; start += 2 * WIDTH * TOGETHER) {
+    for (int start = 0; start < blocks; start += 2 * WIDTH * together) {
         /* A counter word is the low half of a 64-bit lane. The multiplication does not read the high half, which may hold
          * any bits until the end: the low half of a product needs no mask. Vectors 2p and 2p + 1 hold the even and the
          * odd blocks of a pair. */
         NAME(lanes) c0[2 * TOGETHER], c1[2 * TOGETHER], c2[2 * TOGETHER], c3[2 * TOGETHER];
-        for (int v = 0; v < 2 * TOGETHER; v++) {
+        for (int v = 0; v < 2 * together; v++) {
             c0[v] = step + (first + start + v / 2 * 2 * WIDTH + v % 2);
             c1[v] = row - (NAME(lanes)){0};
             c2[v] = s->layer - (NAME(lanes)){0};
@@ -39,7 +40,7 @@ static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, 
         for (int round = 0; round < ROUNDS; round++) {
             uint64_t k0 = s->key[0] + round * WEYL0, k1 = s->key[1] + round * WEYL1;
             k0 &= 0xFFFFFFFFu, k1 &= 0xFFFFFFFFu;
-            for (int v = 0; v < 2 * TOGETHER; v++) {
+            for (int v = 0; v < 2 * together; v++) {
                 NAME(lanes) p0 = MULTIPLY(c0[v], MULTIPLIER0), p1 = MULTIPLY(c2[v], MULTIPLIER1);
                 c0[v] = (p1 >> 32) ^ c1[v] ^ k0;
                 c1[v] = p1;
@@ -47,7 +48,7 @@ static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, 
                 c3[v] = p0;
             }
         }
-        for (int v = 0; v < 2 * TOGETHER; v += 2) {
+        for (int v = 0; v < 2 * together; v += 2) {
             int at = start + WIDTH * v;
             *(NAME(lanes) *)&words[0][at] = INTERLEAVE(c0[v], c0[v + 1]);
             *(NAME(lanes) *)&words[1][at] = INTERLEAVE(c1[v], c1[v + 1]);
@@ -56,8 +57,22 @@ static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, 
         }
     }
 }
+
+/* Half of a span, for the end of a row; not inline, which would take registers from the loop over whole spans. */
+static __attribute__((noinline)) TARGET void NAME(half_philox)(
+    uint32_t words[4][SPAN], uint32_t first, uint32_t row, const stream *s) {
+    NAME(philox_of)(words, first, row, s, SPAN / 2, 1);
+}
+
+static inline TARGET void NAME(philox)(
+    uint32_t words[4][SPAN], uint32_t first, uint32_t row, const stream *s, int needed) {
+    if (needed > SPAN / 2) NAME(philox_of)(words, first, row, s, SPAN, TOGETHER);
+    else NAME(half_philox)(words, first, row, s);
+}
 #else
-static inline TARGET void NAME(philox)(uint32_t words[4][SPAN], uint32_t first, uint32_t row, const stream *s) {
+static inline TARGET void NAME(philox)(
+    uint32_t words[4][SPAN], uint32_t first, uint32_t row, const stream *s, int needed) {
+    (void)needed;
     uint32_t *c0 = words[0], *c1 = words[1], *c2 = words[2], *c3 = words[3];
     for (int i = 0; i < SPAN; i++) c0[i] = first + i, c1[i] = row, c2[i] = s->layer, c3[i] = s->sample;
     for (int round = 0; round < ROUNDS; round++) {
@@ -217,7 +232,7 @@ static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
             int skip = j0 < 0 ? (int)-j0 : 0, columns = j->n - j0 < COLUMNS ? (int)(j->n - j0) : COLUMNS;
             const char *w = j->weight + i0 * j->w0 + (j0 + skip) * j->w1;
             char *o = j->out + i0 * j->o0 + (j0 + skip) * j->o1;
-            int partial = columns - skip < COLUMNS, w_copy = w_apart || partial, o_copy = o_apart || partial;
+            int partial = skip || columns % TILE, w_copy = w_apart || partial, o_copy = o_apart || partial;
             if (w_copy)
                 copy(weight_buffer + skip * w_size, COLUMNS * w_size, w_size, w, j->w0, j->w1, rows, columns - skip, w_size);
             for (int i = 0; i < rows; i++) {
@@ -226,7 +241,11 @@ static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
                 ALIGNED uint32_t words[4][SPAN];
                 ALIGNED float z[TILE];
                 double std = std_of(j, i0 + i);
-                NAME(philox)(words, (uint32_t)((j->first_column + j0) / TILE * LANES), row_of(j, i0 + i), &j->s);
+                uint32_t first = (uint32_t)((j->first_column + j0) / TILE * LANES);
+                /* The processor's own prefetch begins anew at each page, and has no time for it in a row of a few pages. */
+                if (!w_copy) PREFETCH(from + AHEAD, COLUMNS * w_size, 0);
+                if (!o_copy) PREFETCH(to + AHEAD, COLUMNS * o_size, 1);
+                NAME(philox)(words, first, row_of(j, i0 + i), &j->s, (columns + TILE - 1) / TILE * LANES);
                 for (int t = 0; t * TILE < columns; t++) {
                     NAME(box_muller)(z, words, t * LANES);
                     NAME(add)(to + t * TILE * o_size, j->o_type, from + t * TILE * w_size, j->w_type, std, z);
@@ -259,6 +278,7 @@ static inline __attribute__((always_inline)) TARGET int64_t NAME(squares)(
         for (int p = 0; p < AT_ONCE; p++)
             for (int v = 0; v < vectors; v++) {
                 const char *w = j->weight + i[p] * j->w0 + (c + v * LANES) * SIZE[type];
+                PREFETCH(w + AT_ONCE * j->w0, 1, 0); /* the next rows */
                 NAME(floats) merged = j->scaling * low_rank[p][v];
                 if (type == FLOAT32) merged += *(const NAME(floats) *)w;
                 else merged += (NAME(floats))(__builtin_convertvector(*(const NAME(halves) *)w, NAME(ints)) << 16);
@@ -362,7 +382,7 @@ static TARGET void NAME(add_product)(const product_job *j, int64_t begin, int64_
 static TARGET void NAME(words)(uint32_t *out, uint32_t row, int64_t first, int64_t blocks, const stream *s) {
     for (int64_t start = 0; start < blocks; start += SPAN) {
         ALIGNED uint32_t words[4][SPAN];
-        NAME(philox)(words, (uint32_t)(first + start), row, s);
+        NAME(philox)(words, (uint32_t)(first + start), row, s, SPAN);
         for (int64_t b = start; b < start + SPAN && b < blocks; b++)
             for (int k = 0; k < 4; k++) out[4 * b + k] = words[k][b - start];
     }

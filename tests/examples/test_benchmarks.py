@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 import drift
 import growth
 import measure
+import parts
 import plot
 import roofline
 import step
@@ -283,3 +284,21 @@ def test_a_step_of_a_saved_model(tiny_model):
     trained()
     assert {weight.dtype for weight in trained.frozen().values()} == {torch.bfloat16}
     assert {p.dtype for p in trained.parameters} == {torch.float32}
+
+
+def test_parts_of_a_step(tmp_path):
+    library = parts.native.LIBRARY
+    parts.main(
+        ["--model", "tiny", "--tokens", "16", "--length", "8", "--rounds", "2", "--csv", str(tmp_path / "p.csv")]
+    )
+    assert parts.native.LIBRARY is library
+    (row,) = measure.read(tmp_path / "p.csv")
+    assert 0 < float(row["perturb ms"]) + float(row["add_product ms"]) < 1000 * 60
+    assert min(float(row[f"{name} ms"]) for name in parts.METHOD_NAMES) > 0
+
+
+def test_parts_are_the_time_of_the_calls():
+    timed = parts.Timed(type("Library", (), {"flatlora_perturb": staticmethod(lambda seconds: time.sleep(seconds))}))
+    timed.flatlora_perturb(0.02)
+    timed.flatlora_perturb(0.01)
+    assert timed.seconds["perturb"] >= 0.03 and timed.seconds["factor"] == 0

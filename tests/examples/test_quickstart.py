@@ -2,6 +2,7 @@
 
 import csv
 import re
+from types import SimpleNamespace
 
 import pytest
 import quickstart
@@ -88,8 +89,9 @@ def test_other_settings_are_other_runs(task, arguments):
 
 def test_the_defaults_are_what_the_study_chose():
     (args,) = quickstart.HfArgumentParser(quickstart.Arguments).parse_args_into_dataclasses([])
-    cell = images.IMAGE_CELLS[0]
-    assert args.task == "image" and not set(args.seeds) & set(range(cell.seeds))  # none of those that chose the setting
+    cell = quickstart.pick_cell(args, SimpleNamespace(cells=images.IMAGE_CELLS))
+    assert (args.task, cell.name) == ("image", quickstart.CLEAREST)
+    assert not set(args.seeds) & set(range(cell.seeds))  # none of those that chose the setting
     rows = comparisons.read(quickstart.STUDY / "image.csv")
     recipes = quickstart.recipes(args, cell)
     for name, recipe in recipes.items():

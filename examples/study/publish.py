@@ -22,11 +22,14 @@ from study import design, report, strength  # noqa: E402
 from study.arms import BY_NAME, CORE  # noqa: E402
 from study.comparisons import CELLS, FEWEST, Outcome, Rows, best_simple, compare, outcomes, paired, read, values  # noqa: E402
 from study.pictures import Differences, plot_differences  # noqa: E402
+from study.stats import bootstrap_interval  # noqa: E402
 from study.tasks import Cell  # noqa: E402
 
 ROOT, RESULTS = STUDY.parents[1], STUDY / "results"
 PAGES = [ROOT / "README.md", ROOT / ".docs" / "pages" / "study.md"]
 FIGURE = RESULTS / "differences"
+QUICKSTART = ROOT / "examples" / "results" / "quickstart"
+AGAIN = ("Accuracy in domain", "NLL out of domain")  # what is shown of the quickstart besides the primary outcome
 TASKS = {"text": "sentiment, MiniLM", "image": "Fashion-MNIST, EfficientNet-lite0", "lm": "arithmetic, SmolLM2-135M"}
 BLOCK = re.compile(r"(<!-- study: ([\w-]+) -->\n).*?(\n?<!-- /study -->)", re.DOTALL)
 UNIT = "points of accuracy out of domain, minus LoRA"
@@ -88,6 +91,24 @@ def strengths(found: dict[str, Rows], arms: tuple[str, ...] = ("flat", "rwp")) -
     return report.table(["task and cell", "noise", "LoRA", *grid], lines)
 
 
+def repeated(found: dict[str, Rows], arm: str = "flat") -> str:
+    """An arm's difference to LoRA in the study, with the other seeds of the quickstart, and with both together."""
+    runs = [row for file in sorted(QUICKSTART.glob("runs*.csv")) for row in read(file)]
+    lines = []
+    for task, cell, rows, primary in cells_with(found):
+        other = [{**row, "part": "final"} for row in runs if row["cell"] == cell.name]
+        tuning = [row for row in rows if row["part"] == "tuning"]
+        for outcome in (primary, *(o for o in outcomes(rows[0]) if o.label.startswith(AGAIN))) if other else ():
+            parts = [values(cell, part, outcome) for part in (rows, tuning + other, rows + other)]
+            line = [f"{task} `{cell.name}`", outcome.label.removesuffix(" (primary)")]
+            for of in parts:
+                d = paired(of[arm], of["lora"])
+                low, high = (f"{x:+.{outcome.digits}f}" for x in bootstrap_interval(d))
+                line.append(f"{d.mean():+.{outcome.digits}f} [{low}, {high}], n = {len(d)}")
+            lines.append(line)
+    return report.table(["cell", "outcome", "study", "other seeds", "both"], lines)
+
+
 def state(found: dict[str, Rows]) -> str:
     """How many of the planned runs are there."""
     lines = []
@@ -103,7 +124,7 @@ def blocks(found: dict[str, Rows]) -> dict[str, str]:
     """Name of a block -> its Markdown."""
     made = {f"primary-{task}": primary_tables(found, task) for task in TASKS}
     made |= {"headline": headline(found), "state": state(found), "strengths": strengths(found)}
-    return made | {"rule": strength.table()}
+    return made | {"rule": strength.table(), "repeated": repeated(found)}
 
 
 def filled(text: str, made: dict[str, str]) -> str:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from study import design, run, spot_check, strength, tasks, train
+from common import tables
+from study import comparisons, design, publish, run, spot_check, strength, tasks, train
 from study.arms import BY_NAME
 
 
@@ -86,3 +87,23 @@ def test_only_what_lora_trains_besides_its_adapters_is_trained(task):
     merged = model.merge_and_unload()
     differ = {name for name, value in merged.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
     assert differ == {"classifier.weight", "classifier.bias"}
+
+
+def test_other_seeds_are_compared_as_those_of_the_study_and_together(made, monkeypatch, tmp_path):
+    folder, task = made
+    rows = comparisons.read(folder / "text.csv")
+    monkeypatch.setattr(publish, "CELLS", {"text": task.cells})
+    monkeypatch.setattr(publish, "FEWEST", 1)
+    monkeypatch.setattr(publish, "QUICKSTART", tmp_path / "quickstart")
+    assert len(publish.repeated({"text": rows}).splitlines()) == 2  # no other seeds: no line
+    other = [{**row, "part": "quickstart", "seed": "10"} for row in rows if row["part"] == "final"]
+    for row in other:
+        row["acc_books"] = {"lora": "0.25", "flat": "0.5"}[row["arm"]]
+    publish.QUICKSTART.mkdir()
+    tables.write_csv(publish.QUICKSTART / "runs.csv", other)
+    line = publish.repeated({"text": rows}).splitlines()[2].split(" | ")
+    of = {row["arm"]: float(row["acc_books"]) for row in rows if row["part"] == "final" and not row["variant"]}
+    here = 100 * (of["flat"] - of["lora"])
+    assert line[2].startswith(f"{here:+.1f} [") and line[2].endswith("n = 1")
+    assert line[3] == "+25.0 [+25.0, +25.0], n = 1"
+    assert line[4].startswith(f"{(here + 25) / 2:+.1f} [") and line[4].endswith("n = 2 |")

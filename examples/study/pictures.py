@@ -29,18 +29,18 @@ def plot_differences(panels: Mapping[str, Differences], unit: str, theme: str = 
         from matplotlib.figure import Figure
 
         names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
-        columns = min(across, len(panels))
-        lines = -(-len(panels) // columns)
+        lines = -(-len(panels) // across)
+        columns = -(-len(panels) // lines)
         size = (1.9 + 2.5 * columns, lines * (1.1 + 0.34 * len(names)))
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=True).flat
+        axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=True).flat)
         for ax, (heading, panel) in zip(axes, panels.items(), strict=False):
             ax.axvline(0, color=colors["faint"], linewidth=1)
             for name, d in panel.items():
                 draw_row(ax, names.index(name), d, style.COLORS[theme][0], colors["faint"])
             ax.set_title(heading)
             ax.tick_params(labelbottom=True)
-        for ax in list(axes)[len(panels) :]:
+        for ax in axes[len(panels) :]:
             ax.remove()
         axes[0].set_yticks(range(len(names)), names)
         axes[0].set_ylim(len(names) - 0.4, -0.6)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from common import tables
-from study import comparisons, design, publish, run, spot_check, strength, tasks, train
+from study import comparisons, design, pictures, publish, run, spot_check, strength, tasks, train
 from study.arms import BY_NAME
 
 
@@ -107,3 +107,11 @@ def test_other_seeds_are_compared_as_those_of_the_study_and_together(made, monke
     assert line[2].startswith(f"{here:+.1f} [") and line[2].endswith("n = 1")
     assert line[3] == "+25.0 [+25.0, +25.0], n = 1"
     assert line[4].startswith(f"{(here + 25) / 2:+.1f} [") and line[4].endswith("n = 2 |")
+
+
+def test_a_figure_has_no_empty_panels():
+    panel = {"a": torch.tensor([1.0, 2.0])}
+    for count, columns in ((1, 1), (4, 4), (5, 3), (7, 4)):
+        figure = pictures.plot_differences({f"panel {k}": panel for k in range(count)}, "points")
+        assert len(figure.axes) == count and all(ax.lines for ax in figure.axes)
+        assert figure.axes[0].get_gridspec().ncols == columns

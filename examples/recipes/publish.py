@@ -1,5 +1,7 @@
 """Write the tables of README.md in this folder, out of results/*.csv, which are the results.csv of one run each.
 
+The list of the recipes at its top is copied into the README.md of all examples.
+
     python examples/recipes/publish.py            # after a new CSV file
     python examples/recipes/publish.py --check    # says what is not up to date or missing
 
@@ -21,6 +23,8 @@ from recipe.results import as_text, summary
 
 HERE = Path(__file__).resolve().parent
 README, RESULTS = HERE / "README.md", HERE / "results"
+ALL_EXAMPLES = HERE.parent / "README.md"
+LIST = re.compile(r"(<!-- recipes -->\n).*?(<!-- /recipes -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -40,6 +44,12 @@ def filled(page: str, results: Path) -> str:
     """The page with the tables of the CSV files in `results`; a block without a file stays as it is."""
     made = {file.stem: table(file) for file in results.glob("*.csv")}
     return BLOCK.sub(lambda m: m[1] + made[m[2]] + m[3] if m[2] in made else m[0], page)
+
+
+def listed(examples: str, page: str) -> str:
+    """The page of all examples with the list of the recipes as it stands on their own page."""
+    rows = re.search(r"^\| script \|.*?(?=\n\n)", page, re.DOTALL | re.MULTILINE)[0].replace("](", "](recipes/")
+    return LIST.sub(lambda m: f"{m[1]}{rows}\n{m[2]}", examples)
 
 
 def faults(page: str, results: Path, names: set[str]) -> list[str]:
@@ -64,7 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something is wrong")
     if not parser.parse_args(arguments).check:
         README.write_text(filled(README.read_text(), RESULTS))
+        ALL_EXAMPLES.write_text(listed(ALL_EXAMPLES.read_text(), README.read_text()))
     found = faults(README.read_text(), RESULTS, recipes())
+    if ALL_EXAMPLES.read_text() != listed(ALL_EXAMPLES.read_text(), README.read_text()):
+        found.append("the list of the recipes in the README.md of all examples is not that of their own page")
     for fault in found:
         print(fault)
     return int(bool(found))

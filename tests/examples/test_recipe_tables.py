@@ -24,7 +24,8 @@ Mean ± standard error over the seeds; in parentheses the difference to the firs
 interval.
 ```
 """
-PAGE = f"{ROW}\n\n<!-- table: own -->\n{TABLE}<!-- /table -->\n"
+HEAD = "| script | what it shows | time here | extras | command |\n|---|---|---|---|---|"
+PAGE = f"{HEAD}\n{ROW}\n\n<!-- table: own -->\n{TABLE}<!-- /table -->\n"
 
 
 @pytest.fixture
@@ -35,7 +36,9 @@ def folder(tmp_path):
 
 def test_the_page_has_the_tables_of_the_csv_files():
     """Else `python examples/recipes/publish.py` writes them."""
-    assert publish.faults(publish.README.read_text(), publish.RESULTS, publish.recipes()) == []
+    page, examples = publish.README.read_text(), publish.ALL_EXAMPLES.read_text()
+    assert publish.faults(page, publish.RESULTS, publish.recipes()) == []
+    assert publish.listed(examples, page) == examples and examples.count("](recipes/text_to_image.py)") == 1
 
 
 def test_a_table_is_that_of_its_rows(folder):
@@ -70,13 +73,18 @@ def test_a_file_without_a_recipe_is_found(folder):
 def test_the_command_writes_what_its_check_asks_for(folder, monkeypatch, capsys):
     (folder / "README.md").write_text(PAGE.replace("0.75 ±", "0.76 ±"))
     monkeypatch.setattr(publish, "README", folder / "README.md")
+    (folder / "all.md").write_text("a\n<!-- recipes -->\nold\n<!-- /recipes -->\nb\n")
+    monkeypatch.setattr(publish, "ALL_EXAMPLES", folder / "all.md")
     monkeypatch.setattr(publish, "RESULTS", folder)
     monkeypatch.setattr(publish, "recipes", lambda: {"own"})
     before = (folder / "README.md").read_text()
     assert publish.main(["--check"]) == 1 and (folder / "README.md").read_text() == before
-    assert capsys.readouterr().out == "the table of own is not that of its CSV file\n"
+    old, copy = capsys.readouterr().out.splitlines()
+    assert old == "the table of own is not that of its CSV file" and copy.startswith("the list of the recipes")
     assert publish.main([]) == 0 and publish.main(["--check"]) == 0
     assert (folder / "README.md").read_text() == PAGE
+    row = ROW.replace("(own.py)", "(recipes/own.py)")
+    assert (folder / "all.md").read_text() == f"a\n<!-- recipes -->\n{HEAD}\n{row}\n<!-- /recipes -->\nb\n"
 
 
 def test_the_page_of_the_documentation_has_every_recipe():

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 STUDY = Path(__file__).resolve().parent
@@ -20,8 +21,9 @@ sys.path[:] = [str(STUDY.parent), *(p for p in sys.path if Path(p or ".").resolv
 
 from study import design, report, strength  # noqa: E402
 from study.arms import BY_NAME, CORE  # noqa: E402
-from study.comparisons import CELLS, FEWEST, Outcome, Rows, best_simple, compare, outcomes, paired, read, values  # noqa: E402
+from study.comparisons import CELLS, FEWEST, Outcome, Row, Rows, best_simple, compare, outcomes, paired, read, values  # noqa: E402
 from study.pictures import Differences, plot_differences  # noqa: E402
+from study.records import key  # noqa: E402
 from study.stats import bootstrap_interval  # noqa: E402
 from study.tasks import Cell  # noqa: E402
 
@@ -91,6 +93,22 @@ def strengths(found: dict[str, Rows], arms: tuple[str, ...] = ("flat", "rwp")) -
     return report.table(["task and cell", "noise", "LoRA", *grid], lines)
 
 
+def described(found: dict[str, Rows], part: Callable[[Cell, Rows, list[Outcome]], str | None], scores: int) -> str:
+    """The ablations or the averaged predictions of every cell that has them.
+
+    Args:
+        part: `report.ablation` or `report.averaged`.
+        scores: how many of accuracy, NLL, Brier score and calibration error are shown.
+    """
+    parts = []
+    for task, rows in found.items():
+        shown = [outcome for outcome in outcomes(rows[0]) if "out of domain" in outcome.label][:scores] if rows else []
+        for cell in CELLS[task]:
+            if text := part(cell, rows, shown):
+                parts.append(f"**{task} `{cell.name}`**\n\n{text}")
+    return "\n\n".join(parts) or "No runs yet."
+
+
 def repeated(found: dict[str, Rows], arm: str = "flat") -> str:
     """An arm's difference to LoRA in the study, with the other seeds of the quickstart, and with both together."""
     runs = [row for file in sorted(QUICKSTART.glob("runs*.csv")) for row in read(file)]
@@ -109,6 +127,22 @@ def repeated(found: dict[str, Rows], arm: str = "flat") -> str:
     return report.table(["cell", "outcome", "study", "other seeds", "both"], lines)
 
 
+def machines(found: dict[str, Rows]) -> str:
+    """How far an outcome moves when a run is made again on another processor."""
+    rows, lines = read(RESULTS / "text_other_machine.csv"), []
+    for outcome in outcomes(rows[0])[:4]:
+        moved = [abs(outcome.of(row) - outcome.of(again)) for row in rows for again in found["text"] if same(row, again)]
+        d = outcome.digits + 1
+        mean, largest = sum(moved) / len(moved), max(moved)
+        lines.append([outcome.label.removesuffix(" (primary)"), len(moved), f"{mean:.{d}f}", f"{largest:.{d}f}"])
+    return report.table(["outcome", "runs", "mean difference", "largest"], lines)
+
+
+def same(row: Row, other: Row) -> bool:
+    """Whether two rows are of one run, with other results."""
+    return key(row) == key(other) and row["machine"] != other["machine"]
+
+
 def state(found: dict[str, Rows]) -> str:
     """How many of the planned runs are there."""
     lines = []
@@ -124,7 +158,8 @@ def blocks(found: dict[str, Rows]) -> dict[str, str]:
     """Name of a block -> its Markdown."""
     made = {f"primary-{task}": primary_tables(found, task) for task in TASKS}
     made |= {"headline": headline(found), "state": state(found), "strengths": strengths(found)}
-    return made | {"rule": strength.table(), "repeated": repeated(found)}
+    made |= {"ablations": described(found, report.ablation, 2), "averaged": described(found, report.averaged, 4)}
+    return made | {"rule": strength.table(), "repeated": repeated(found), "machines": machines(found)}
 
 
 def filled(text: str, made: dict[str, str]) -> str:

@@ -139,19 +139,26 @@ def prediction(cell: Cell, rows: Rows, named: dict[str, Outcome]) -> str | None:
 
 
 def ablation(cell: Cell, rows: Rows, shown: list[Outcome]) -> str | None:
-    """Means of the ablations; described, nothing is tested."""
+    """Means of the ablations and their differences to LoRA; described, nothing is tested.
+
+    LoRA is that of the same ablation, where it has one, or else that of rank 8, with which the others share all else.
+    """
     groups: dict[tuple[str, str, str], Rows] = {}
     for row in rows:
         if (row["part"], row["cell"], row["status"]) == ("ablation", cell.name, "ok"):
             groups.setdefault((row["variant"], row["arm"], row["strength"]), []).append(row)
+    plain = {variant: runs for (variant, arm, _), runs in groups.items() if arm == "lora"}
     lines = []
     for (variant, arm, strength), runs in groups.items():
-        line = [variant, BY_NAME[arm].label, strength, len(runs)]
+        line = [variant, BY_NAME[arm].label, "" if arm == "lora" else strength, len(runs)]
+        reference = [] if arm == "lora" else plain.get(variant, plain.get(design.ABLATION_REFERENCE, []))
         for outcome in shown:
-            mean, error = stats.mean_and_error(torch.tensor(list(map(outcome.of, runs)), dtype=torch.float64))
-            line.append(f"{mean:.{outcome.digits}f}" + (f" ± {error:.{outcome.digits}f}" if len(runs) > 1 else ""))
+            of, base = ({int(row["seed"]): outcome.of(row) for row in part} for part in (runs, reference))
+            line += [mean_text(of, outcome.digits), difference_text(of, base, outcome.digits)]
         lines.append(line)
-    header = ["ablation", "arm", "strength", "n", *(outcome.label for outcome in shown)]
+    header = ["ablation", "arm", "strength", "n"]
+    for outcome in shown:
+        header += [outcome.label, "minus LoRA"]
     return table(header, lines) if lines else None
 
 

@@ -383,7 +383,9 @@ def test_report_leaves_out_failed_runs_and_other_strengths():
 
 def test_report_command_reads_whole_lines_and_ablations(tmp_path):
     path, out = tmp_path / "text.csv", tmp_path / "report.md"
-    rows = [row("ablation", "flat", 0.2, seed, variant="r=4", acc_books=0.5 + seed / 10) for seed in (0, 1)]
+    ablated = [("flat", "r=4", 0.5), ("lora", "r=8", 0.2), ("flat", "float32", 0.3), ("lora", "float32", 0.1)]
+    runs = [(*ablation, seed) for ablation in ablated for seed in (0, 1)]
+    rows = [row("ablation", arm, 0.2, s, variant=variant, acc_books=acc + s / 10) for arm, variant, acc, s in runs]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -391,7 +393,8 @@ def test_report_command_reads_whole_lines_and_ablations(tmp_path):
         file.write("ablation,128-clean,flat,r=4,0.2")  # a process is writing this one
     text = report.main(["--csv", str(path), "--out", str(out)])
     assert out.read_text() == text
-    assert line(text, "Ablations", "r=4")[1:5] == ["Flat-LoRA", "0.2", "2", "55.0 ± 5.0"]
+    assert line(text, "Ablations", "r=4")[1:6] == ["Flat-LoRA", "0.2", "2", "55.0 ± 5.0", "+30.0 [+30.0, +30.0]"]
+    assert line(text, "Ablations", "float32")[1:6] == ["Flat-LoRA", "0.2", "2", "35.0 ± 5.0", "+20.0 [+20.0, +20.0]"]
     with pytest.raises(ValueError, match="--csv must be named after a task"):
         report.main(["--csv", str(tmp_path / "other.csv")])
 

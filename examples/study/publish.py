@@ -14,6 +14,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 STUDY = Path(__file__).resolve().parent
@@ -127,11 +128,37 @@ def repeated(found: dict[str, Rows], arm: str = "flat") -> str:
     return report.table(["cell", "outcome", "study", "other seeds", "both"], lines)
 
 
+def pooled(found: dict[str, Rows]) -> str:
+    """The arms against LoRA over all cells together: what the cells with most seeds have in common, seed by seed.
+
+    Exploratory. The value of a seed is its mean over the cells, so a claim has one number for each seed, as in a cell.
+    """
+    cells = cells_with(found)
+    complete = [entry for entry in cells if entry[1].seeds == max(cell.seeds for _, cell, _, _ in cells)]
+    arms = tuple(arm for arm in BY_NAME if all(arm in cell.arms for _, cell, _, _ in complete))
+    lines: dict[str, list[str]] = {arm: [BY_NAME[arm].label] for arm in arms if arm != "lora"}
+    header = ["arm"]
+    for label in ("Accuracy out of domain", "Accuracy in domain", "NLL out of domain", "NLL in domain"):
+        measured = []
+        for _, cell, rows, _ in complete:
+            (outcome,) = [o for o in outcomes(rows[0]) if o.label.startswith(label) and "bits" not in o.label]
+            measured.append(values(cell, rows, outcome))
+        seeds = set.intersection(*(set(of[arm]) for of in measured for arm in arms))
+        mean = {arm: {s: sum(of[arm][s] for of in measured) / len(measured) for s in seeds} for arm in arms}
+        for arm, of in compare(replace(complete[0][1], arms=arms), mean, "lora").items():
+            lines[arm] += report.comparison_text(of, outcome.digits)
+        header += [f"{label}, minus LoRA", "p"]
+    names = ", ".join(f"{task} `{cell.name}`" for task, cell, _, _ in complete)
+    return f"{names}; n = {len(seeds)} seeds.\n\n{report.table(header, lines.values())}"
+
+
 def machines(found: dict[str, Rows]) -> str:
     """How far an outcome moves when a run is made again on another processor."""
     rows, lines = read(RESULTS / "text_other_machine.csv"), []
     for outcome in outcomes(rows[0])[:4]:
-        moved = [abs(outcome.of(row) - outcome.of(again)) for row in rows for again in found["text"] if same(row, again)]
+        moved = [
+            abs(outcome.of(row) - outcome.of(again)) for row in rows for again in found["text"] if same(row, again)
+        ]
         d = outcome.digits + 1
         mean, largest = sum(moved) / len(moved), max(moved)
         lines.append([outcome.label.removesuffix(" (primary)"), len(moved), f"{mean:.{d}f}", f"{largest:.{d}f}"])
@@ -159,7 +186,12 @@ def blocks(found: dict[str, Rows]) -> dict[str, str]:
     made = {f"primary-{task}": primary_tables(found, task) for task in TASKS}
     made |= {"headline": headline(found), "state": state(found), "strengths": strengths(found)}
     made |= {"ablations": described(found, report.ablation, 2), "averaged": described(found, report.averaged, 4)}
-    return made | {"rule": strength.table(), "repeated": repeated(found), "machines": machines(found)}
+    return made | {
+        "rule": strength.table(),
+        "repeated": repeated(found),
+        "machines": machines(found),
+        "pooled": pooled(found),
+    }
 
 
 def filled(text: str, made: dict[str, str]) -> str:

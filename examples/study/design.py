@@ -14,7 +14,7 @@ from study.train import Recipe
 TUNING_SEEDS = (100, 101)
 ABLATION_CELL, ABLATION_SEEDS = "128-clean", 5
 ABLATED_RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
-ABLATION_REFERENCE = "r=8"  # the ablation whose LoRA differs from the others in nothing but what they ablate
+ABLATION_REFERENCE = "r=8"  # its LoRA is compared with the ablations that have none of their own
 EIGEN_ARMS, EIGEN_SEEDS = ("lora", "flat", "rwp", "rwp-factors"), 3
 AVERAGED_CELLS, AVERAGED_ARMS, AVERAGED_SAMPLES = ("128-clean", "128-flipped"), ("lora", "flat"), 8
 PARTS = ("tuning", "final", "ablation", "averaged")

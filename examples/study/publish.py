@@ -33,6 +33,7 @@ PAGES = [ROOT / "README.md", ROOT / ".docs" / "pages" / "study.md"]
 FIGURE = RESULTS / "differences"
 QUICKSTART = ROOT / "examples" / "results" / "quickstart"
 AGAIN = ("Accuracy in domain", "NLL out of domain")  # what is shown of the quickstart besides the primary outcome
+POOLED = ("Accuracy out of domain", "Accuracy in domain", "NLL out of domain", "NLL in domain")
 TASKS = {"text": "sentiment, MiniLM", "image": "Fashion-MNIST, EfficientNet-lite0", "lm": "arithmetic, SmolLM2-135M"}
 BLOCK = re.compile(r"(<!-- study: ([\w-]+) -->\n).*?(\n?<!-- /study -->)", re.DOTALL)
 UNIT = "points of accuracy out of domain, minus LoRA"
@@ -128,28 +129,45 @@ def repeated(found: dict[str, Rows], arm: str = "flat") -> str:
     return report.table(["cell", "outcome", "study", "other seeds", "both"], lines)
 
 
-def pooled(found: dict[str, Rows]) -> str:
-    """The arms against LoRA over all cells together: what the cells with most seeds have in common, seed by seed.
+def complete(found: dict[str, Rows]) -> tuple[list[tuple[str, Cell, Rows, Outcome]], tuple[str, ...]]:
+    """(the cells of most seeds in which every arm that they share has all its final runs, these arms)."""
+    most = max(cell.seeds for task in found for cell in CELLS[task])
+    planned = [cell for task in found for cell in CELLS[task] if cell.seeds == most]
+    arms = tuple(arm for arm in BY_NAME if all(arm in cell.arms for cell in planned))
 
-    Exploratory. The value of a seed is its mean over the cells, so a claim has one number for each seed, as in a cell.
+    def is_complete(cell: Cell, rows: Rows, primary: Outcome) -> bool:
+        of = values(cell, rows, primary)
+        return cell.seeds == most and all(len(of.get(arm, ())) == most for arm in arms)
+
+    return [(task, *entry) for task, *entry in cells_with(found) if is_complete(*entry)], arms
+
+
+def pooled(found: dict[str, Rows]) -> str:
+    """The arms against LoRA over all complete cells together. Exploratory.
+
+    The value of an arm at a seed is its mean over the cells, so that there is one number for each seed, as in a cell.
     """
-    cells = cells_with(found)
-    complete = [entry for entry in cells if entry[1].seeds == max(cell.seeds for _, cell, _, _ in cells)]
-    arms = tuple(arm for arm in BY_NAME if all(arm in cell.arms for _, cell, _, _ in complete))
-    lines: dict[str, list[str]] = {arm: [BY_NAME[arm].label] for arm in arms if arm != "lora"}
-    header = ["arm"]
-    for label in ("Accuracy out of domain", "Accuracy in domain", "NLL out of domain", "NLL in domain"):
-        measured = []
-        for _, cell, rows, _ in complete:
-            (outcome,) = [o for o in outcomes(rows[0]) if o.label.startswith(label) and "bits" not in o.label]
-            measured.append(values(cell, rows, outcome))
-        seeds = set.intersection(*(set(of[arm]) for of in measured for arm in arms))
-        mean = {arm: {s: sum(of[arm][s] for of in measured) / len(measured) for s in seeds} for arm in arms}
-        for arm, of in compare(replace(complete[0][1], arms=arms), mean, "lora").items():
-            lines[arm] += report.comparison_text(of, outcome.digits)
+    cells, arms = complete(found)
+    if not cells:
+        return "No complete cell yet."
+    common, names = replace(cells[0][1], arms=arms), ", ".join(f"{task} `{cell.name}`" for task, cell, _, _ in cells)
+    header, lines = ["arm"], {arm: [BY_NAME[arm].label] for arm in arms if arm != "lora"}
+    for label in POOLED:
+        digits = named(cells[0][2], label).digits
+        measured = [values(cell, rows, named(rows, label)) for _, cell, rows, _ in cells]
+        mean = {
+            arm: {seed: sum(of[arm][seed] for of in measured) / len(measured) for seed in range(common.seeds)}
+            for arm in arms
+        }
+        for arm, comparison in compare(common, mean, "lora").items():
+            lines[arm] += report.comparison_text(comparison, digits)
         header += [f"{label}, minus LoRA", "p"]
-    names = ", ".join(f"{task} `{cell.name}`" for task, cell, _, _ in complete)
-    return f"{names}; n = {len(seeds)} seeds.\n\n{report.table(header, lines.values())}"
+    return f"{names}; n = {common.seeds} seeds.\n\n{report.table(header, lines.values())}"
+
+
+def named(rows: Rows, label: str) -> Outcome:
+    """The outcome whose label begins so, up to its comma."""
+    return next(outcome for outcome in outcomes(rows[0]) if outcome.label.startswith(f"{label},"))
 
 
 def machines(found: dict[str, Rows]) -> str:

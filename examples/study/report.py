@@ -141,7 +141,8 @@ def prediction(cell: Cell, rows: Rows, named: dict[str, Outcome]) -> str | None:
 def ablation(cell: Cell, rows: Rows, shown: list[Outcome]) -> str | None:
     """Means of the ablations and their differences to LoRA; described, nothing is tested.
 
-    LoRA is that of the same ablation, where it has one, or else that of rank 8, with which the others share all else.
+    LoRA is that of the same ablation where it has one, or else that of rank 8. The latter does not split its batches,
+    as the ablation `resample` does.
     """
     groups: dict[tuple[str, str, str], Rows] = {}
     for row in rows:

@@ -9,7 +9,8 @@ from study import design, publish, records, report, tasks, train
 from study.arms import BY_NAME
 
 ARMS = ("lora", "dropout", "flat")
-CELLS = [tasks.Cell("one", 8, 0.0, 4, ARMS, 4), tasks.Cell("two", 8, 0.2, 4, ARMS, 4)]
+# The first plans an arm that the other does not have, so that it is not compared, nor counted in the correction.
+CELLS = [tasks.Cell("one", 8, 0.0, 4, (*ARMS, "smoothing"), 4), tasks.Cell("two", 8, 0.2, 4, ARMS, 4)]
 TABLE = tasks.Text("text", [], [], [], CELLS, ["movie", "books", "news"])
 SCORES = [f"{score}_{domain}" for domain in TABLE.domains for score in ("acc", "nll", "brier", "ece")]
 
@@ -59,13 +60,16 @@ def test_all_cells_together_are_compared_seed_by_seed(rows):
     assert line[2] == f"{corrected:.3f}"
 
 
-def test_seeds_that_a_cell_lacks_are_left_out_of_all(rows):
+@pytest.mark.parametrize("missing", [{"seed": "3"}, {}], ids=["one seed", "all seeds"])
+def test_a_cell_without_all_runs_of_an_arm_is_left_out(rows, missing):
     numbers, made = rows
-    made = [r for r in made if (r["part"], r["cell"], r["arm"], r["seed"]) != ("final", "two", "dropout", "3")]
+    lacks = {"part": "final", "cell": "two", "arm": "dropout"} | missing
+    made = [r for r in made if not lacks.items() <= r.items()]
     text = publish.pooled({"text": made})
-    assert "n = 3 seeds." in text
-    mean = (numbers[:, 2, :3] - numbers[:, 0, :3]).mean().item()
+    assert text.startswith("text `one`; n = 4 seeds.")
+    mean = (numbers[0, 2] - numbers[0, 0]).mean().item()
     assert cells(text, "| Flat-LoRA |")[1].startswith(f"{100 * mean:+.1f} [")
+    assert publish.pooled({"text": [r for r in made if r["seed"] != "0"]}) == "No complete cell yet."
 
 
 def test_runs_on_two_processors_are_compared(rows, monkeypatch, tmp_path):
@@ -74,6 +78,7 @@ def test_runs_on_two_processors_are_compared(rows, monkeypatch, tmp_path):
     finals = [r for r in made if r["part"] == "final"][:2]
     moved = [0.01, -0.03]
     other = [r | {"machine": "B", "acc_books": float(r["acc_books"]) + d} for r, d in zip(finals, moved, strict=True)]
+    other.append(finals[0] | {"acc_books": "9"})  # of the same processor
     tables.write_csv(tmp_path / "text_other_machine.csv", other)
     line = cells(publish.machines({"text": made}), "| Accuracy out of domain, % |")
     assert line[1:] == ["2", "1.00", "1.50"]  # books is one of two domains
@@ -83,7 +88,7 @@ def test_described_parts_stand_under_the_cell_that_has_them(rows):
     _, made = rows
     assert publish.described({"text": made}, report.ablation, 1) == "No runs yet."
     made += [row("ablation", "two", "lora", 0.001, seed, 0.5, variant=design.ABLATION_REFERENCE) for seed in (0, 1)]
-    made += [row("ablation", "two", "flat", 0.2, seed, 0.6, variant="rho") for seed in (0, 1)]
+    made += [row("ablation", "two", "flat", 0.2, seed, 0.6, variant="rho", acc_movie=0) for seed in (0, 1)]
     text = publish.described({"text": made}, report.ablation, 1)
     assert text.startswith("**text `two`**") and "`one`" not in text and "NLL" not in text
     assert cells(text, "| rho |")[4:] == ["60.0 ± 0.0", "+10.0 [+10.0, +10.0]"]

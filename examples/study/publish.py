@@ -171,8 +171,9 @@ def named(rows: Rows, label: str) -> Outcome:
 
 
 def machines(found: dict[str, Rows]) -> str:
-    """How far an outcome moves when a run is made again on another processor."""
-    rows, lines = read(RESULTS / "text_other_machine.csv"), []
+    """How far an outcome moves when a final run is made again on another processor."""
+    rows = [row for row in read(RESULTS / "text_other_machine.csv") if row["part"] == "final"]
+    lines = []
     for outcome in outcomes(rows[0])[:4]:
         moved = [
             abs(outcome.of(row) - outcome.of(again)) for row in rows for again in found["text"] if same(row, again)

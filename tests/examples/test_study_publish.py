@@ -79,6 +79,8 @@ def test_runs_on_two_processors_are_compared(rows, monkeypatch, tmp_path):
     moved = [0.01, -0.03]
     other = [r | {"machine": "B", "acc_books": float(r["acc_books"]) + d} for r, d in zip(finals, moved, strict=True)]
     other.append(finals[0] | {"acc_books": "9"})  # of the same processor
+    made.append(finals[0] | {"part": "tuning", "acc_books": ""})  # which has no tests
+    other.append(made[-1] | {"machine": "B"})
     tables.write_csv(tmp_path / "text_other_machine.csv", other)
     line = cells(publish.machines({"text": made}), "| Accuracy out of domain, % |")
     assert line[1:] == ["2", "1.00", "1.50"]  # books is one of two domains

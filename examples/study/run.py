@@ -1,5 +1,6 @@
-"""The study of PLAN.md: any part of it by one command, which goes on where it was interrupted.
+"""The study of PLAN.md: all of it or any part by one command, which goes on where it was interrupted.
 
+    python examples/study/run.py
     python examples/study/run.py --task text --part tuning final --max-minutes 60
     python examples/study/run.py --task text --part final --cells 128-clean --skip efmlora
 
@@ -10,6 +11,7 @@ that has a row is not made again. SIGTERM and Ctrl-C stop it; the run in progres
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import shlex
@@ -102,9 +104,9 @@ def make_runs(
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=list(LOADERS), default="text")
+    parser.add_argument("--task", nargs="+", choices=list(LOADERS), default=list(LOADERS), help="in this order")
     parser.add_argument("--part", nargs="+", choices=design.PARTS, default=list(design.PARTS), help="in this order")
-    parser.add_argument("--cells", nargs="+", help="default: all of the task")
+    parser.add_argument("--cells", nargs="+", help="default: all of the tasks")
     parser.add_argument("--skip", nargs="+", default=[], choices=list(BY_NAME), metavar="ARM", help="for later")
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="no run is begun after this time")
     parser.add_argument("--threads", type=int, default=1, help="of torch; the study is made with one")
@@ -123,20 +125,19 @@ def main(arguments: list[str] | None = None) -> bool:
     if args.paper and not torch.cuda.is_available():
         raise ValueError("--paper must have a GPU, torch finds none: leave it out for the study of PLAN.md")
     until = time.monotonic() + 60 * args.max_minutes
-    task, tests = load(args.task)
+    loaded = [load(name) for name in args.task]
     if args.paper:
-        task = paper(task, torch.device("cuda"))
-    cells = args.cells or [cell.name for cell in task.cells]
-    if unknown := set(cells) - {cell.name for cell in task.cells}:
-        raise ValueError(f"cells must be of {[cell.name for cell in task.cells]}, got {sorted(unknown)}")
-    records = Records(args.output / f"{task.name}.csv", train.columns(task))
-    given = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "examples/study/run.py", *given])
-    origin = {"command": command, "commit": commit(), "machine": machine(task.device)}
+        loaded = [(paper(task, torch.device("cuda")), tests) for task, tests in loaded]
+    known = [cell.name for task, _ in loaded for cell in task.cells]
+    if unknown := set(args.cells or []) - set(known):
+        raise ValueError(f"cells must be of {known}, got {sorted(unknown)}")
+    command = shlex.join(["python", "examples/study/run.py", *(sys.argv[1:] if arguments is None else arguments)])
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        for part in args.part:
-            recipes = design.runs(part, task, cells, args.skip, records.rows)
+        for (task, tests), part in itertools.product(loaded, args.part):
+            records = Records(args.output / f"{task.name}.csv", train.columns(task))
+            origin = {"command": command, "commit": commit(), "machine": machine(task.device)}
+            recipes = design.runs(part, task, args.cells or known, args.skip, records.rows)
             if not make_runs(part, task, tests, recipes, records, origin, until):
                 print("Time is over: the same command goes on.", flush=True)
                 return False

@@ -48,7 +48,7 @@ def study(task, tmp_path, monkeypatch):
         monkeypatch.setitem(BY_NAME, name, replace(BY_NAME[name], grid=BY_NAME[name].grid[1:3]))
 
     def study(name, *arguments):
-        done = run.main([*arguments, "--output", str(tmp_path / name)])
+        done = run.main(["--task", "text", *arguments, "--output", str(tmp_path / name)])
         return done, read(tmp_path / name / "text.csv")
 
     return study
@@ -117,7 +117,7 @@ from study import run, tasks
 task, arms = pickle.load(open(sys.argv[2], "rb"))
 run.BY_NAME.update(arms)
 tasks.LOADERS["text"] = lambda: task
-run.main(["--part", "tuning", "--output", sys.argv[3]])
+run.main(["--task", "text", "--part", "tuning", "--output", sys.argv[3]])
 """
 
 

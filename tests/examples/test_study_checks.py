@@ -23,7 +23,7 @@ def made(task, tmp_path, monkeypatch):
     monkeypatch.setattr(strength, "STUDY", tmp_path)
     monkeypatch.setattr(strength, "FILE", tmp_path / "results" / "strength.csv")
     threads = torch.get_num_threads()
-    run.main(["--part", "tuning", "final", "averaged", "--output", str(tmp_path / "results")])
+    run.main(["--task", "text", "--part", "tuning", "final", "averaged", "--output", str(tmp_path / "results")])
     yield tmp_path / "results", task[0]
     torch.set_num_threads(threads)
 

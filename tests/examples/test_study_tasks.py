@@ -400,6 +400,25 @@ def test_core_arms_are_those_of_the_cells():
     assert list(report.CELLS) == [name + end for end in ("", "-paper") for name in tasks.LOADERS]
 
 
+# --- the command
+
+
+def test_one_command_makes_all_tasks(image, language, tmp_path, monkeypatch):
+    small = {task.name: (task, tests) for task, tests in (image, language)}
+    monkeypatch.setattr(run, "LOADERS", small)
+    monkeypatch.setattr(run, "load", small.get)
+    arguments = ["--part", "tuning", "--skip", *SOME[1:], "--output", str(tmp_path / "made")]
+    with pytest.raises(ValueError, match=r"cells must be of \['200-flipped', '.*'\], got \['other'\]"):
+        run.main([*arguments, "--cells", "200-flipped", "other"])
+    assert run.main([*arguments, "--cells", "200-flipped"])
+    assert [file.name for file in (tmp_path / "made").iterdir()] == ["image.csv"]
+    assert run.main(arguments)
+    made = {name: report.read(tmp_path / "made" / f"{name}.csv") for name in small}
+    for name, rows in made.items():
+        assert [row["cell"] for row in rows] == [small[name][0].cells[0].name] * (4 * 2)
+        assert {row["status"] for row in rows} == {"ok"}
+
+
 # --- paper size
 
 

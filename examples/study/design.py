@@ -15,6 +15,25 @@ TUNING_SEEDS = (100, 101)
 ABLATION_CELL, ABLATION_SEEDS = "128-clean", 5
 ABLATED_RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 ABLATION_REFERENCE = "r=8"  # its LoRA is compared with the ablations that have none of their own
+ABLATION_PAIRS = [  # what is compared, then (variant, arm, rho) of one and of the other; rho None: plain LoRA
+    *(
+        (f"{schedule} minus cosine schedule, rho {rho}", (f"schedule={schedule}", "flat", rho), ("rho", "flat", rho))
+        for schedule in ("constant", "linear")
+        for rho in (0.1, 0.2)
+    ),
+    *(
+        (f"{noise} minus row-wise noise, rho {rho}", ("rho", arm, rho), ("rho", "flat", rho))
+        for noise, arm in (("uniform", "rwp"), ("adapter-space", "rwp-factors"))
+        for rho in (0.1, 0.2)
+    ),
+    (
+        "a sample for each step minus for each forward",
+        ("resample=step", "flat", 0.2),
+        ("resample=forward", "flat", 0.2),
+    ),
+    ("float32 minus bf16 base, LoRA", ("float32", "lora", None), (ABLATION_REFERENCE, "lora", None)),
+    ("float32 minus bf16 base, Flat-LoRA", ("float32", "flat", 0.2), (ABLATION_REFERENCE, "flat", 0.2)),
+]
 EIGEN_ARMS, EIGEN_SEEDS = ("lora", "flat", "rwp", "rwp-factors"), 3
 AVERAGED_CELLS, AVERAGED_ARMS, AVERAGED_SAMPLES = ("128-clean", "128-flipped"), ("lora", "flat"), 8
 PARTS = ("tuning", "final", "ablation", "averaged")

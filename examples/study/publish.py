@@ -96,10 +96,10 @@ def strengths(found: dict[str, Rows], arms: tuple[str, ...] = ("flat", "rwp")) -
 
 
 def described(found: dict[str, Rows], part: Callable[[Cell, Rows, list[Outcome]], str | None], scores: int) -> str:
-    """The ablations or the averaged predictions of every cell that has them.
+    """A described part of every cell that has it.
 
     Args:
-        part: `report.ablation` or `report.averaged`.
+        part: `report.ablation`, `report.ablation_pairs` or `report.averaged`.
         scores: how many of accuracy, NLL, Brier score and calibration error are shown.
     """
     parts = []
@@ -205,6 +205,7 @@ def blocks(found: dict[str, Rows]) -> dict[str, str]:
     made = {f"primary-{task}": primary_tables(found, task) for task in TASKS}
     made |= {"headline": headline(found), "state": state(found), "strengths": strengths(found)}
     made |= {"ablations": described(found, report.ablation, 2), "averaged": described(found, report.averaged, 4)}
+    made |= {"ablation-pairs": described(found, report.ablation_pairs, 2)}
     return made | {
         "rule": strength.table(),
         "repeated": repeated(found),

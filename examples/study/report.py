@@ -144,23 +144,48 @@ def ablation(cell: Cell, rows: Rows, shown: list[Outcome]) -> str | None:
     LoRA is that of the same ablation where it has one, or else that of rank 8. The latter does not split its batches,
     as the ablation `resample` does.
     """
-    groups: dict[tuple[str, str, str], Rows] = {}
-    for row in rows:
-        if (row["part"], row["cell"], row["status"]) == ("ablation", cell.name, "ok"):
-            groups.setdefault((row["variant"], row["arm"], row["strength"]), []).append(row)
+    groups = ablated(cell, rows)
     plain = {variant: runs for (variant, arm, _), runs in groups.items() if arm == "lora"}
     lines = []
     for (variant, arm, strength), runs in groups.items():
         line = [variant, BY_NAME[arm].label, "" if arm == "lora" else strength, len(runs)]
         reference = [] if arm == "lora" else plain.get(variant, plain.get(design.ABLATION_REFERENCE, []))
         for outcome in shown:
-            of, base = ({int(row["seed"]): outcome.of(row) for row in part} for part in (runs, reference))
+            of, base = by_seed(runs, outcome), by_seed(reference, outcome)
             line += [mean_text(of, outcome.digits), difference_text(of, base, outcome.digits)]
         lines.append(line)
     header = ["ablation", "arm", "strength", "n"]
     for outcome in shown:
         header += [outcome.label, "minus LoRA"]
     return table(header, lines) if lines else None
+
+
+def ablated(cell: Cell, rows: Rows) -> dict[tuple[str, str, str], Rows]:
+    """(variant, arm, strength) -> its runs, one for each seed."""
+    groups: dict[tuple[str, str, str], Rows] = {}
+    for row in rows:
+        if (row["part"], row["cell"], row["status"]) == ("ablation", cell.name, "ok"):
+            groups.setdefault((row["variant"], row["arm"], row["strength"]), []).append(row)
+    return groups
+
+
+def by_seed(runs: Rows, outcome: Outcome) -> dict[int, float]:
+    return {int(row["seed"]): outcome.of(row) for row in runs}
+
+
+def ablation_pairs(cell: Cell, rows: Rows, shown: list[Outcome]) -> str | None:
+    """Differences between two ablations, paired by seed; described, nothing is tested."""
+    groups = {
+        (variant, arm, None if arm == "lora" else float(strength)): runs
+        for (variant, arm, strength), runs in ablated(cell, rows).items()
+    }
+    lines = []
+    for label, one, other in design.ABLATION_PAIRS:
+        if one in groups and other in groups:
+            sides = [(by_seed(groups[one], o), by_seed(groups[other], o), o.digits) for o in shown]
+            n = len(paired(*sides[0][:2]))
+            lines.append([label, n, *(difference_text(*side) for side in sides)])
+    return table(["compared", "n", *(outcome.label for outcome in shown)], lines) if lines else None
 
 
 def averaged(cell: Cell, rows: Rows, found: list[Outcome]) -> str | None:
@@ -206,6 +231,7 @@ def report(name: str, cells: list[Cell], rows: Rows) -> str:
         by_domain = [outcome for outcome in found if "out of domain" in outcome.label][:4]
         sections += [("Averaged prediction", averaged(cell, rows, by_domain))]
         sections += [("Ablations", ablation(cell, rows, found[:4]))]
+        sections += [("Ablations compared with one another", ablation_pairs(cell, rows, found[:4]))]
         sections = [(title, text) for title, text in sections if text]
         if sections:
             parts.append(f"## Cell `{cell.name}`")

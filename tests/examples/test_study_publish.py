@@ -94,3 +94,33 @@ def test_described_parts_stand_under_the_cell_that_has_them(rows):
     text = publish.described({"text": made}, report.ablation, 1)
     assert text.startswith("**text `two`**") and "`one`" not in text and "NLL" not in text
     assert cells(text, "| rho |")[4:] == ["60.0 ± 0.0", "+10.0 [+10.0, +10.0]"]
+
+
+def test_ablations_are_compared_with_one_another_by_seed(rows):
+    _, made = rows
+
+    def add(variant, arm, strength, accuracies):
+        runs = [
+            row("ablation", "two", arm, strength, seed, value, variant=variant) for seed, value in accuracies.items()
+        ]
+        made.extend(runs)
+
+    add("rho", "flat", 0.1, {0: 0.5, 1: 0.6, 2: 0.9})
+    add("schedule=constant", "flat", 0.1, {0: 0.4, 1: 0.4})
+    add("schedule=linear", "flat", 0.2, {0: 0.1})  # its cosine is missing
+    add("float32", "lora", 0.003, {0: 0.7, 1: 0.7})
+    add(design.ABLATION_REFERENCE, "lora", 0.003, {0: 0.6, 1: 0.6})
+    text = publish.described({"text": made}, report.ablation_pairs, 1)
+    assert cells(text, "| constant minus cosine schedule, rho 0.1 |")[1:] == ["2", "-15.0 [-20.0, -10.0]"]
+    assert cells(text, "| float32 minus bf16 base, LoRA |")[1:] == ["2", "+10.0 [+10.0, +10.0]"]
+    assert text.count("minus cosine") == 1 and text.startswith("**text `two`**")
+
+
+def test_pairs_of_ablations_are_of_runs_that_are_planned():
+    planned = {
+        (recipe.variant, recipe.arm, None if recipe.arm == "lora" else recipe.strength)
+        for cell in tasks.TEXT_CELLS
+        for recipe in design.ablations(cell, 1e-3)
+    }
+    for _, one, other in design.ABLATION_PAIRS:
+        assert {one, other} <= planned and one != other

@@ -208,6 +208,7 @@ def blocks(found: dict[str, Rows]) -> dict[str, str]:
     made |= {"ablation-pairs": described(found, report.ablation_pairs, 2)}
     return made | {
         "rule": strength.table(),
+        "rule-held-out": strength.held_out(strength.cells()),
         "repeated": repeated(found),
         "machines": machines(found),
         "pooled": pooled(found),

@@ -65,6 +65,34 @@ def test_the_largest_rho_within_a_tolerance(tolerance, expected):
     assert strength.largest_rho(rhos, [rho**2 for rho in rhos], tolerance) == pytest.approx(expected)
 
 
+def measured(label, scale, accuracies):
+    """A cell in which noise costs scale * rho^2."""
+    scores = dict(zip((0.05, 0.1, 0.2, 0.4), ((accuracy, 0.0) for accuracy in accuracies), strict=True))
+    return strength.Measured(label, [scale * rho**2 for rho in strength.RHOS], scores)
+
+
+def test_accuracy_between_the_strengths_that_were_tuned():
+    cell = measured("a", 1, [60, 62, 70, 50])
+    wanted = {0.01: 60, 0.05: 60, 0.1: 62, math.sqrt(0.1 * 0.2): 66, 0.4: 50, 0.8: 50}
+    for rho, accuracy in wanted.items():
+        assert cell.accuracy(rho) == pytest.approx(accuracy)
+
+
+def test_the_rule_is_tested_on_a_cell_that_it_was_not_fitted_on():
+    hardy, frail = [60, 61, 62, 65], [60, 50, 40, 30]
+    cells = [
+        measured("a", 0.1 / 0.4**2, hardy),
+        measured("b", 0.1 / 0.4**2, hardy),
+        measured("c", 0.1 / 0.05**2, frail),
+    ]
+    lines = [line.strip("| ").split(" | ") for line in strength.held_out(cells).splitlines()[2:]]
+    # a and b are best at 0.4, which 0.1 nats gives; c at 0.05, which 0.1 nats gives too
+    assert lines[0] == ["a", "0.1", "0.40", "65.0", "0.05", "60.0", "+5.0"] and lines[1] == ["b", *lines[0][1:]]
+    assert lines[2] == ["c", "0.1", "0.05", "60.0", "0.4", "30.0", "+30.0"]
+    assert lines[3][0] == "mean" and lines[3][-1] == "+13.3"
+    assert len(strength.held_out(cells[:1]).splitlines()) == 2  # there is no other
+
+
 def test_the_loss_before_training_is_measured_once_per_cell_and_seed(made, monkeypatch, capsys):
     folder, task = made
     monkeypatch.setattr(strength, "CELLS", {"text": task.cells})
@@ -74,7 +102,7 @@ def test_the_loss_before_training_is_measured_once_per_cell_and_seed(made, monke
     assert all(float(row["low"]) <= float(row["rise"]) <= float(row["high"]) for row in rows)
     rises = [float(row["rise"]) for row in rows if row["seed"] == "100"]
     assert rises[-1] > rises[0]
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = capsys.readouterr().out.split("\n\n")[-2].splitlines()[-1]
     assert line.startswith("| text `128-clean` |") and line.count("±") == 2
     monkeypatch.setattr(strength, "measure", None)  # nothing is left to measure
     strength.main(["--task", "text"])

@@ -143,10 +143,11 @@ def test_a_thread_that_leaves_its_context_takes_no_strength_from_another_one():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_recompute_has_the_strength_of_its_forward(reentrant):
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_a_recompute_has_the_strength_of_its_forward(rho, reentrant):
     gradients = []
     for checkpointed in (False, True):
-        model = tiny.flat_model(rho=0.1)
+        model = tiny.flat_model(rho=rho)
         if checkpointed:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -160,16 +161,6 @@ def test_a_recompute_has_the_strength_of_its_forward(reentrant):
         loss = tiny.loss(model)
     loss.backward()
     assert tiny.same(tiny.gradients(model), gradients[0])
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_recompute_that_would_have_no_noise_is_refused(reentrant):
-    model = tiny.flat_model(rho=0)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    tiny.loss(model).backward()
-    with perturbed(model, rho=0.6), pytest.raises(RuntimeError, match="of a model whose rho is 0: set"):
-        tiny.loss(model)
 
 
 def test_compiled_models_give_the_same():

@@ -63,6 +63,41 @@ class ByFunction(torch.autograd.Function):
         return None, x.grad
 
 
+class ByFunctionOfOtherNames(torch.autograd.Function):
+    """`ByFunction` with other names than torch's."""
+
+    @staticmethod
+    def forward(kept, run, x):
+        kept.run, kept.x = run, x.detach()
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def vjp(node, grad):
+        x = node.x.requires_grad_()
+        with torch.enable_grad():
+            out = node.run(x)
+        torch.autograd.backward(out, grad)
+        return None, x.grad
+
+
+class ByFunctionWithSetup(torch.autograd.Function):
+    """`ByFunction` whose forward has no ctx."""
+
+    @staticmethod
+    def forward(run, x):
+        return run(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.run, x = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ByFunction.backward(ctx, grad)
+
+
 def reentrant(block, x):
     return checkpoint(block, x, use_reentrant=True)
 
@@ -98,6 +133,10 @@ def own_function(block, x):
     return ByFunction.apply(block, x)
 
 
+def own_function_of_other_names(block, x):
+    return ByFunctionOfOtherNames.apply(block, x)
+
+
 def composable(block, x):
     from torch.distributed._composable import checkpoint as by_hooks
 
@@ -120,7 +159,7 @@ def inside_hooks(block, x):
 
 WAYS = [
     *(reentrant, non_reentrant, nested, nested_reentrant, reentrant_in_non_reentrant),
-    *(selective, own_function, composable, inside_hooks),
+    *(selective, own_function, own_function_of_other_names, composable, inside_hooks),
 ]
 ways = pytest.mark.parametrize("run", WAYS, ids=lambda run: run.__name__)
 
@@ -146,7 +185,8 @@ def by_method(model, x):
 
 def results(call, run, between=lambda model: None, after=lambda model: None):
     """(output, gradients) of a pass whose blocks are checkpointed by `run`, after one pass without checkpoints."""
-    model = net()
+    model = net(schedule="linear")
+    perturbation(model).progress = 1.0
     model(X).square().sum().backward()
     model.zero_grad()
     model.base_model.model.backbone.run = run
@@ -179,9 +219,29 @@ def switched_off(model):
     perturbation(model).enabled = False
 
 
+def weaker(model):
+    perturbation(model).rho = 0.01
+
+
+def without_noise(model):
+    perturbation(model).rho = 0
+
+
+def further(model):
+    perturbation(model).progress = 0.5
+
+
+def other_seed(model):
+    perturbation(model).seed = 8
+
+
 @ways
 @pytest.mark.parametrize("call", [by_call, by_method], ids=lambda call: call.__name__)
-@pytest.mark.parametrize("between", [another_step, to_evaluation, switched_off], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "between",
+    [another_step, to_evaluation, switched_off, weaker, without_noise, further, other_seed],
+    ids=lambda f: f.__name__,
+)
 def test_what_runs_between_forward_and_backward_does_not_matter(between, call, run):
     for got, want in zip(results(call, run, between), results(call, None, between), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
@@ -230,6 +290,76 @@ def test_a_forward_in_a_backward_that_belongs_to_no_checkpoint_is_an_error():
     with perturbed(reference, sample=3):
         reference(X).square().sum().backward()
     for got, want in zip(gradients(model), gradients(reference), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_a_function_whose_forward_has_no_ctx_is_an_error():
+    model = net()
+    model.base_model.model.backbone.run = lambda block, x: ByFunctionWithSetup.apply(block, x)
+    with pytest.raises(RuntimeError, match=r"an autograd Function whose forward has ctx as its first argument"):
+        model(X.clone().requires_grad_()).square().sum().backward()
+    with unperturbed(model):
+        model(X.clone().requires_grad_()).square().sum().backward()
+
+
+def test_a_step_of_another_optimizer_between_forward_and_backward():
+    """Two towers whose losses are computed together, with an optimizer each: the first one's step goes up the ramp."""
+    found = []
+    for run in (None, reentrant, non_reentrant):
+        model = net(schedule="linear", total_steps=4)
+        layers = model.base_model.model.backbone.blocks
+        optimizer = torch.optim.SGD([p for p in layers[0].parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            x = X.clone().requires_grad_()
+            first, second = (layer(x) if run is None else run(layer, x) for layer in layers[:2])
+            first.square().sum().backward()
+            optimizer.step()
+            model.zero_grad()
+            second.square().sum().backward()
+        assert perturbation(model).steps == 2
+        found.append(gradients(model))
+    for got in found[1:]:
+        assert tiny.same(got, found[0])
+
+
+def clean_and_noisy(model, x):
+    with unperturbed(model):
+        clean = model(x)
+    return (clean - model(x)).square().sum() + clean.square().sum()
+
+
+def noisy_and_clean(model, x):
+    noisy = model(x)
+    with unperturbed(model):
+        clean = model(x)
+    return (clean - noisy).square().sum() + clean.square().sum()
+
+
+def two_samples(model, x):
+    with perturbed(model, sample=1):
+        first = model(x)
+    with perturbed(model, sample=2):
+        return first.square().sum() - model(x).pow(3).sum()
+
+
+def two_strengths(model, x):
+    with perturbed(model, rho=0.1):
+        first = model(x)
+    with perturbed(model, rho=0.9):
+        return first.square().sum() - model(x).pow(3).sum()
+
+
+@pytest.mark.parametrize("function", [clean_and_noisy, noisy_and_clean, two_samples, two_strengths])
+@pytest.mark.parametrize("run", [reentrant, non_reentrant])
+def test_several_contexts_inside_of_one_checkpoint(run, function):
+    found = []
+    for checkpointed in (False, True):
+        model, x = net(), X.clone().requires_grad_()
+        out = run(lambda x, model=model: function(model, x), x) if checkpointed else function(model, x)
+        out.backward(retain_graph=True)
+        out.backward()  # a second recompute
+        found.append([out.detach(), x.grad, *gradients(model)])
+    for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 

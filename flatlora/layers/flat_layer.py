@@ -118,7 +118,7 @@ class FlatLayer(_PeftLayer):
             return self._eager_forward(peft_forward, x, *args, **kwargs)
 
     def _eager_forward(self, peft_forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.is_switched_off():
+        if self.disable_adapters or self.merged or not self.active_flat_adapters():
             return self._clean_forward(peft_forward, x, *args, **kwargs)
         record = self._new_record()
         if not record.perturbed:
@@ -196,7 +196,8 @@ class FlatLayer(_PeftLayer):
     def _new_record(self) -> Record:
         # an adapter that is injected after model.eval() is in training mode, but its base layer is not
         training = self.training and self.get_base_layer().training
-        return self.perturbation.records.of_forward(self.number, training, self.__dict__.get("user_thread"))
+        thread = self.__dict__.get("user_thread")
+        return self.perturbation.records.of_forward(self.number, training, self.rho() > 0, thread)
 
     def rho(self) -> float:
         """The largest rho of the flat adapters that are active here; above 0 also where `perturbed` sets one."""

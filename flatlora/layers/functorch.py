@@ -91,7 +91,7 @@ def _dense_noise(layer: FlatLayer, method: WeightNoise) -> Tensor:
     """eps, with the shape of the weight."""
     base: Any = layer.get_base_layer()
     perturbation = layer.perturbation
-    seed, sample = perturbation.noise.mixed_seed(), perturbation.records.current().sample
+    seed, sample = perturbation.records.seed(), perturbation.records.current().sample
     rows = rows_of(base)
     (m, n), dtype = rows.shape, norm_dtype(rows.dtype)
     with torch.no_grad():

@@ -46,6 +46,7 @@ class _Running(threading.local):
         self.unused = False  # a pass has begun, and `first_use` has not been called
         self.token: object | None = None  # identifies the pass
         self.layers: set[int] = set()  # numbers of the layers whose forward has run
+        self.perturbed: set[int] = set()  # of those, with noise
         self.recorded: tuple[int, Any] = (-1, None)  # backward, and the record of the pass that it belongs to
 
 
@@ -133,6 +134,14 @@ class ForwardPasses:
         """Note that the forward of a layer runs."""
         self._running.layers.add(number)
 
+    def note_perturbed(self, number: int) -> None:
+        """Note that the forward of a layer runs with noise."""
+        self._running.perturbed.add(number)
+
+    def layers_perturbed(self) -> set[int]:
+        """Numbers of the layers that have run with noise in the pass in this thread."""
+        return self._running.perturbed
+
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # compiled code asks torch itself
             return
@@ -146,7 +155,7 @@ class ForwardPasses:
     def _begin(self, running: _Running, module: nn.Module) -> None:
         running.gradients = torch.is_grad_enabled() or find_checkpoints().will_recompute_with_gradients()
         running.recorded = running.recorded if in_backward() else (-1, None)
-        running.token, running.layers = object(), set()
+        running.token, running.layers, running.perturbed = object(), set(), set()
         if in_backward():
             return
         running.unused, self.count = True, self.count + 1

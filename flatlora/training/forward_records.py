@@ -17,6 +17,13 @@ from .recompute import Checkpoints, find_checkpoints, in_backward, may_be_checkp
 from .schedule import Schedule
 
 
+class Moment(NamedTuple):
+    """What a recompute must find as its first forward did, although a step or the user may have changed it."""
+
+    seed: int
+    strengths: dict[str, float]  # rho_t of each adapter
+
+
 class Record(NamedTuple):
     """The noise of one forward of a layer."""
 
@@ -24,6 +31,7 @@ class Record(NamedTuple):
     perturbed: bool
     token: object | None = None  # identifies its pass
     rho: float | None = None  # strength that `perturbed` set
+    moment: Moment | None = None  # of the first forward, for a recompute
 
 
 class PassRecord(NamedTuple):
@@ -33,6 +41,8 @@ class PassRecord(NamedTuple):
     forced: bool  # by `perturbed(...)`
     enabled: bool
     rho: float | None  # set by `perturbed`
+    moment: Moment
+    layers: set[int]  # numbers of those that were perturbed
 
 
 class _Thread(threading.local):
@@ -54,14 +64,16 @@ class ForwardRecords(PartlyCopied):
     def of_pass(self) -> PassRecord:
         """The record of a training pass that ends now."""
         override = self._overrides.now()
-        return PassRecord(self._sample(override), override.forced, override.enabled, override.rho)
+        sample, layers = self._sample(override), self._passes.layers_perturbed()
+        return PassRecord(sample, override.forced, override.enabled, override.rho, self._moment(), layers)
 
-    def of_forward(self, layer: int, training: bool, thread: int | None = None) -> Record:
+    def of_forward(self, layer: int, training: bool, has_noise: bool = True, thread: int | None = None) -> Record:
         """The record of a layer's forward that begins now.
 
         Args:
             layer: number of the layer.
             training: whether the layer is in training mode.
+            has_noise: whether its rho is above 0.
             thread: the thread of the user's code, if it is another one (`nn.DataParallel`).
 
         Raises:
@@ -69,10 +81,12 @@ class ForwardRecords(PartlyCopied):
         """
         checkpoints = find_checkpoints() if may_be_checkpointed() else None
         record: Record | None = None if checkpoints is None else checkpoints.read(layer)
-        if record is None:
-            record = self._new(training, checkpoints, self._overrides.now(thread))
-        if checkpoints is not None:
-            checkpoints.write(layer, record)
+        if record is None and has_noise:
+            record = self._new(layer, training, checkpoints, self._overrides.now(thread))
+        elif record is None:
+            record = Record(self._noise.sample, False)
+        if checkpoints is not None and checkpoints.running:
+            checkpoints.write(layer, record._replace(moment=record.moment or self._moment()))
         return record
 
     def current(self) -> Record:
@@ -85,11 +99,20 @@ class ForwardRecords(PartlyCopied):
             self._take_new_sample()
         return Record(self._sample(override), True, self._passes.token(), override.rho)
 
-    def strength(self, rho_t: float) -> float:
-        """The strength of the running forward, where the schedule says `rho_t`; outside of any, of one that begins."""
+    def strength(self, adapters: list[str]) -> float:
+        """The largest strength of these adapters in the running forward; outside of any, in one that would begin."""
         record = self._thread.record
         chosen = self._overrides.now().rho if record is None else record.rho
-        return rho_t if chosen is None else chosen
+        if chosen is not None:
+            return chosen
+        if record is not None and record.moment is not None:
+            return max([0.0, *[record.moment.strengths[name] for name in adapters]])
+        return max([0.0, *[self._schedule.rhos[name] for name in adapters]]) * self._schedule.ramp
+
+    def seed(self) -> int:
+        """The seed of the running forward, with the rank mixed in."""
+        record = self._thread.record
+        return self._noise.mixed_seed() if record is None or record.moment is None else record.moment.seed
 
     @contextmanager
     def running(self, record: Record) -> Iterator[None]:
@@ -115,20 +138,27 @@ class ForwardRecords(PartlyCopied):
             return training
         return None if self._passes.now_training else False
 
-    def _new(self, training: bool, checkpoints: Checkpoints | None, override: Override) -> Record:
+    def _new(self, layer: int, training: bool, checkpoints: Checkpoints | None, override: Override) -> Record:
         enabled, forced, token = override.enabled, override.forced, self._passes.token()
         recorded: PassRecord | None = self._passes.recorded() if in_backward() else None
         if recorded is not None:
             trains = training and self._passes.trains(checkpoints)
-            return Record(recorded.sample, recorded.enabled and (recorded.forced or trains), token, recorded.rho)
+            perturbed = recorded.enabled and (recorded.forced or trains)
+            if perturbed and not recorded.forced and layer not in recorded.layers:
+                raise RuntimeError(_UNKNOWN_FORWARD)
+            return Record(recorded.sample, perturbed, token, recorded.rho, recorded.moment)
         perturbed = enabled and (forced or (training and self._passes.trains(checkpoints)))
         if perturbed and not forced:
             if in_backward():
                 raise RuntimeError(_UNKNOWN_FORWARD)
             self._take_new_sample()
-        if checkpoints is not None and checkpoints.running and perturbed and override.rho and self._schedule.rho == 0:
-            raise RuntimeError(_NO_RHO)  # the recompute would be without noise
+        if perturbed:
+            self._passes.note_perturbed(layer)
         return Record(self._sample(override), perturbed, token, override.rho)
+
+    def _moment(self) -> Moment:
+        ramp = self._schedule.ramp
+        return Moment(self._noise.mixed_seed(), {name: rho * ramp for name, rho in self._schedule.rhos.items()})
 
     def _sample(self, override: Override) -> int:
         return self._noise.sample if override.sample is None else override.sample
@@ -140,13 +170,10 @@ class ForwardRecords(PartlyCopied):
         self._schedule.warn_of_unknown_length()
 
 
-_NO_RHO = (
-    "perturbed(..., rho=...) cannot be used on a checkpointed forward of a model whose rho is 0: set "
-    "flatlora.perturbation(model).rho instead"
-)
 _UNKNOWN_FORWARD = (
-    "a layer is recomputed in a backward, but not by a checkpoint of torch or by an autograd Function, so the noise of "
-    "its first forward is not known. Use torch.utils.checkpoint, with use_reentrant=False or True. With a loss that "
+    "a layer is recomputed in a backward, but not by a checkpoint of torch, or by an autograd Function whose forward "
+    "has ctx as its first argument, so the noise of its first forward is not known. Use torch.utils.checkpoint, with "
+    "use_reentrant=False or True. With a loss that "
     "caches gradients (the Cached losses of sentence-transformers), run the whole training step inside "
     "`with flatlora.perturbed(model, sample=step):`."
 )

@@ -64,9 +64,9 @@ class NoiseStream(PartlyCopied):
         """The seed with the rank mixed in."""
         return mix_rank(self.seed, self.rank)
 
-    def key(self, device: torch.device, sample: int) -> Tensor:
+    def key(self, device: torch.device, seed: int, sample: int) -> Tensor:
         """The int64 tensor (seed with the rank mixed in, sample), where the backend of `device` reads it."""
-        source = (self.mixed_seed(), sample & 0xFFFFFFFF, device, torch.is_inference_mode_enabled())
+        source = (seed, sample & 0xFFFFFFFF, device, torch.is_inference_mode_enabled())
         known = self._key
         if known is None or known[0] != source:
             where = device if self.backend(device) == "triton" else "cpu"

@@ -228,13 +228,13 @@ class Perturbation(PartlyCopied):
         sample = self.records.current().sample
         if is_capturing(device):
             return self.graph.key(device, sample), sample
-        return self.noise.key(device, sample), sample
+        return self.noise.key(device, self.records.seed(), sample), sample
 
     def rho_of(self, adapters: list[str], device: torch.device) -> float | Tensor:
         """The largest rho_t of these flat adapters: a number, or a tensor where a CUDA graph is being captured."""
         if adapters and is_capturing(device):
             return self.graph.rho_t(device, max(adapters, key=self.schedule.rhos.__getitem__))
-        return self.records.strength(max([0.0, *[self.schedule.rhos[name] for name in adapters]]) * self.ramp)
+        return self.records.strength(adapters)
 
     def backend(self, device: torch.device) -> str:
         """Name of the noise backend on this device."""

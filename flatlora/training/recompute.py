@@ -7,8 +7,8 @@ from there:
 | checkpoint                                          | object               | found                              |
 |-----------------------------------------------------|----------------------|------------------------------------|
 | torch.utils.checkpoint, use_reentrant=False         | `_CheckpointFrame`   | on the stack, or in the pack hook  |
-| an autograd Function: torch's use_reentrant=True,   | its `ctx`            | on the stack                       |
-| DeepSpeed's, Unsloth's, a compiled forward          |                      |                                    |
+| an autograd Function: torch's use_reentrant=True,   | its `ctx`, the first | on the stack                       |
+| DeepSpeed's, Unsloth's, a compiled forward          | argument             |                                    |
 
 Frames of other functions are passed by without reading their locals, which would keep those alive.
 """
@@ -16,6 +16,7 @@ Frames of other functions are passed by without reading their locals, which woul
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -24,7 +25,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint as torch_checkpoint
 
 _CHECKPOINT_FILE = torch_checkpoint.__file__
-_RECORDS = "_flatlora_records"  # attribute of a checkpoint object: {(layer, gradients enabled): record}
+# attributes of a checkpoint object
+_RECORDS = "_flatlora_records"  # {(layer, gradients enabled): records in the order of its forwards}
+_READS = "_flatlora_reads"  # backward, and how many records of each key it has read
+_FUNCTION_METHODS = ("forward", "backward", "vjp")  # of an autograd Function, which begin with its ctx
 
 
 class Checkpoints(NamedTuple):
@@ -40,17 +44,30 @@ class Checkpoints(NamedTuple):
     def write(self, layer: int, record: Any) -> None:
         """Leave the record of a layer's forward for the recompute."""
         for checkpoint in self.running:
-            checkpoint.__dict__.setdefault(_RECORDS, {})[layer, torch.is_grad_enabled()] = record
+            records = checkpoint.__dict__.setdefault(_RECORDS, {})
+            records.setdefault((layer, torch.is_grad_enabled()), []).append(record)
 
     def read(self, layer: int) -> Any:
         """The record of the first forward of a layer that is computed again; None if there is none.
 
-        A layer may run twice, once under `no_grad`; but the first forward of a reentrant checkpoint is under it whole.
+        A layer may run several times, once under `no_grad`; but the first forward of a reentrant checkpoint is under
+        it whole.
         """
         if self.recomputed is None:
             return None
         records, gradients = self.recomputed.__dict__.get(_RECORDS, {}), torch.is_grad_enabled()
-        return records.get((layer, gradients), records.get((layer, not gradients)))
+        key = (layer, gradients) if (layer, gradients) in records else (layer, not gradients)
+        found = records.get(key)
+        return found[min(self._times_read(key), len(found) - 1)] if found else None
+
+    def _times_read(self, key: tuple[int, bool]) -> int:
+        """How often the backward that runs has read this key before."""
+        backward, attributes = torch._C._current_graph_task_id(), self.recomputed.__dict__
+        if attributes.get(_READS, (None,))[0] != backward:
+            attributes[_READS] = (backward, Counter())
+        counts = attributes[_READS][1]
+        counts[key] += 1
+        return int(counts[key]) - 1
 
 
 def in_backward() -> bool:
@@ -78,10 +95,10 @@ def find_checkpoints() -> Checkpoints:
             if code.co_name == "checkpoint":
                 generator = frame.f_locals.get("gen")
                 _add(running, None if generator is None else generator.gi_frame.f_locals.get("new_frame"))
-        if code.co_varnames[:1] == ("ctx",) and code.co_argcount and code.co_name in ("forward", "backward"):
-            ctx = frame.f_locals["ctx"]
+        if code.co_name in _FUNCTION_METHODS and code.co_argcount and code.co_varnames[0] != "self":
+            ctx = frame.f_locals.get(code.co_varnames[0])
             if isinstance(ctx, BackwardCFunction):
-                if code.co_name == "backward":
+                if code.co_name != "forward":
                     return Checkpoints(running, ctx)
                 if ctx.next_functions:  # none where gradients are off: there will be no backward
                     _add(running, ctx)

@@ -1,5 +1,8 @@
 """`torch.compile` of plain linear layers: one graph, no recompilation from step to step, the noise of the eager run."""
 
+import threading
+from contextlib import contextmanager
+
 import pytest
 import torch
 from helpers import tiny
@@ -217,3 +220,58 @@ def test_evaluation_is_clean_before_anything_was_switched():
     with torch.no_grad():
         assert torch.equal(compiled(x), flat(x))
     assert perturbation(flat).sample == 0
+
+
+@contextmanager
+def in_another_thread(context):
+    """Inside, another thread is in `context`."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def stay():
+        with context:
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    entered.wait()
+    try:
+        yield
+    finally:
+        leave.set()
+        thread.join()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, at a graph break
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("context", [unperturbed, lambda m: perturbed(m, rho=0.7)], ids=["unperturbed", "perturbed"])
+def test_a_context_of_another_thread_does_not_reach_compiled_code(context, training):
+    flat = model(schedule="constant").train(training)
+    compiled, x = torch.compile(flat, backend="aot_eager"), torch.randn(4, 16)
+    with torch.set_grad_enabled(training):
+        expected = flat(x)
+        torch.testing.assert_close(compiled(x), expected)
+        with in_another_thread(context(flat)):
+            torch.testing.assert_close(compiled(x), expected)
+        for own in (unperturbed(flat), perturbed(flat, rho=0.7)):
+            with own:
+                with in_another_thread(context(flat)):
+                    pass
+                torch.testing.assert_close(compiled(x), flat(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_step_of_a_warmup_and_the_steps_of_a_second_optimizer_count(compiled):
+    """Compiled code reports no pass: that something trains is known from the backward."""
+    flat = model()
+    run = torch.compile(flat, backend="aot_eager") if compiled else flat
+    first, second = (torch.optim.SGD(tiny.trainable(flat), lr=0.1) for _ in range(2))
+    warmup = torch.optim.lr_scheduler.LambdaLR(first, lambda step: min(1.0, step / 2))
+    for step in range(6):
+        optimizer = first if step < 3 else second
+        run(torch.ones(4, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if optimizer is first:
+            warmup.step()
+        assert perturbation(flat).steps == step + 1

@@ -295,7 +295,7 @@ class FlatLayer(_PeftLayer):
 
     def note_run(self) -> None:
         """Note that this layer takes part in the coming optimizer step."""
-        self.perturbation.diagnostics.layers_run.add(self.number)
+        self.perturbation.diagnostics.note_run(self.number)
 
     def _report_backward(self, out: Any) -> None:
         number = self.number

@@ -25,6 +25,7 @@ class Diagnostics(PartlyCopied):
 
     not_copied: ClassVar[frozenset[str]] = frozenset(
         {"layers_run", "layers_perturbed", "layers_in_eval", "layers_bypassed", "idle", "_snapshot", "passes_before"}
+        | {"_last_backward", "_in_new_backward"}
     )
 
     def __init__(self, registry: LayerRegistry, passes: ForwardPasses) -> None:
@@ -47,10 +48,20 @@ class Diagnostics(PartlyCopied):
         self.layers_in_eval: set[int] = set()  # of those, without noise because they are in evaluation mode
         self.layers_bypassed: set[int] = set()  # that did not run, but whose factors the outputs depend on
         self.passes_before = self._passes.count, self._passes.training
+        self._last_backward, self._in_new_backward = torch._C._current_graph_task_id(), False
 
     def has_trained(self) -> bool:
-        """Whether a training pass has begun since the last step that counted."""
-        return self._passes.training > self.passes_before[1]
+        """Whether a training pass or a backward has begun since the last step that counted.
+
+        No pass is seen in compiled code, or where a loop calls parts of the model that are not watched.
+        """
+        return self._passes.training > self.passes_before[1] or self._in_new_backward
+
+    def note_run(self, number: int) -> None:
+        """A layer takes part in the coming optimizer step."""
+        self.layers_run.add(number)
+        # a step may be made inside of a backward
+        self._in_new_backward |= torch._C._current_graph_task_id() not in (-1, self._last_backward)
 
     def note_bypassed(self, layers: set[int], outputs: list[Tensor]) -> None:
         """At the end of a training pass, note layers that did not run although its outputs depend on their factors.

@@ -132,6 +132,8 @@ class ForwardRecords(PartlyCopied):
     def compiled_forward_is_perturbed(self, training: bool) -> bool | None:
         """`of_forward` where `torch.compile` traces a forward; None if it cannot be known there."""
         overrides = self._overrides
+        if overrides.differ_now:  # compiled code does not know its thread
+            return None
         if overrides.forced_now or not overrides.enabled_now:
             return overrides.forced_now and overrides.enabled_now
         if not training or torch.is_grad_enabled():

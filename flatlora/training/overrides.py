@@ -23,10 +23,13 @@ class Override(NamedTuple):
     rho: float | None = None  # in place of rho_t of every adapter
 
 
+NOW = ("forced_now", "enabled_now", "rho_now", "differ_now")  # plain attributes for the guards of compiled code
+
+
 class Overrides(PartlyCopied):
     """Which noise the user has switched on or off, for the model and for each thread."""
 
-    not_copied: ClassVar[frozenset[str]] = frozenset({"_by_thread", "forced_now", "enabled_now", "rho_now"})
+    not_copied: ClassVar[frozenset[str]] = frozenset({"_by_thread", "_owner", *NOW})
 
     def __init__(self) -> None:
         self._enabled = True
@@ -34,8 +37,8 @@ class Overrides(PartlyCopied):
 
     def _start(self) -> None:
         self._by_thread: dict[int, Override] = {}
-        # plain attributes for the guards of compiled code
-        self.forced_now, self.enabled_now, self.rho_now = False, self._enabled, 0.0
+        self._owner = threading.get_ident()  # the thread whose override compiled code has
+        self._set_now()
 
     @property
     def enabled(self) -> bool:
@@ -43,7 +46,8 @@ class Overrides(PartlyCopied):
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._enabled = self.enabled_now = boolean("enabled", value)
+        self._enabled = boolean("enabled", value)
+        self._set_now()
 
     @contextmanager
     def override(self, **changes: Any) -> Iterator[None]:
@@ -72,5 +76,9 @@ class Overrides(PartlyCopied):
             self._by_thread.pop(thread, None)
         else:
             self._by_thread[thread] = value
-        now = value or Override()
+        self._set_now()
+
+    def _set_now(self) -> None:
+        now = self._by_thread.get(self._owner) or Override()
         self.forced_now, self.enabled_now, self.rho_now = now.forced, now.enabled and self._enabled, now.rho or 0.0
+        self.differ_now = any(thread != self._owner for thread in list(self._by_thread))

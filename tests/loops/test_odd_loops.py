@@ -8,7 +8,15 @@ from helpers import tiny, twin
 from helpers.methods import every_method, step
 from torch.optim import SGD, AdamW, Optimizer
 
-from flatlora import BarConfig, BiLoraConfig, EFMLoraConfig, FlatLoraConfig, perturbation, perturbed
+from flatlora import (
+    BarConfig,
+    BiLoraConfig,
+    EFMLoraConfig,
+    FlatLoraConfig,
+    get_flat_peft_model,
+    perturbation,
+    perturbed,
+)
 
 
 def flat_model(**settings):
@@ -248,3 +256,20 @@ def test_a_rollback_in_the_middle_takes_the_steps_since_then_back():
         step(model, optimizer, i)
     optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in the loaded state
     assert perturbation(model).steps == 3
+
+
+def test_the_first_step_of_a_warmup_counts_where_layers_are_called_one_by_one():
+    net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(2)])
+    config = FlatLoraConfig(target_modules=["0", "1"], rho=0.2, schedule="linear", total_steps=4)
+    model = get_flat_peft_model(net, config).train()
+    optimizer = SGD(twin.trainable(model), lr=0.1)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 2))
+    for i in range(3):
+        x = torch.ones(2, 8)
+        for layer in net:
+            x = layer(x)
+        x.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        warmup.step()
+        assert perturbation(model).steps == i + 1

@@ -98,10 +98,8 @@ class FlatPeftLayer(FlatLayer):
 
     def unmerge(self) -> None:
         self._norms.clear()
-        kept = exact_merge.take(self)
-        super().unmerge()
-        if kept is not None:
-            exact_merge.restore(self, kept)
+        with exact_merge.restored(self):
+            super().unmerge()
 
     # peft calls it with keywords only
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:  # type: ignore[override]

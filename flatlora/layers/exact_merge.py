@@ -11,14 +11,19 @@ Attention, expert parameters and quantized weights are merged and unmerged as by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import weakref
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..ops.blocks import row_blocks
 from ..training.distributed import is_sharded
+from .module_weights import attributes
 
 if TYPE_CHECKING:
     from .flat_layer import FlatLayer
@@ -41,7 +46,11 @@ class Kept(NamedTuple):
 
     weight: Difference | Tensor  # a tensor is W itself
     bias: Tensor | None
-    source: tuple[Any, ...]  # see `_source`
+    unmerged: str  # fingerprint of what peft's `unmerge` gives
+
+
+# by frozen weight: the layers that are merged into it and have something kept, in the order of merging
+_merged: MutableMapping[Tensor, list[weakref.ref[FlatLayer]]] = WeakTensorKeyDictionary()
 
 
 def difference(weight: Tensor, unmerged: Tensor) -> Difference:
@@ -54,8 +63,11 @@ def difference(weight: Tensor, unmerged: Tensor) -> Difference:
     return Difference(steps.masked_fill_(outside, 0).to(torch.int8), places, weight.flatten()[places])
 
 
-def restore_(unmerged: Tensor, kept: Difference) -> None:
+def restore_(unmerged: Tensor, kept: Difference | Tensor) -> None:
     """Turn the unmerged weight into W, in place."""
+    if isinstance(kept, Tensor):
+        unmerged.copy_(kept)
+        return
     bits = unmerged.view(_BITS[unmerged.dtype.itemsize])
     bits.add_(kept.steps)
     unmerged.view(-1)[kept.places] = kept.values
@@ -63,78 +75,134 @@ def restore_(unmerged: Tensor, kept: Difference) -> None:
 
 @contextmanager
 def recorded(layer: FlatLayer) -> Iterator[None]:
-    """Inside, peft merges adapters of a layer; what `unmerge` needs is kept on the layer."""
+    """Inside, peft merges adapters of a layer; what `restored` needs is kept on the layer."""
     base: Any = layer.get_base_layer()
-    if not _can_restore(layer, base):
+    if layer.perturbation.rho == 0 or not _is_whole(layer, base) or not base.weight.is_contiguous():
         yield
         return
-    before = list(layer.merged_adapters)
-    weight, bias = _original(layer, base)
-    yield
-    if list(layer.merged_adapters) == before:
-        return
-    kept = weight if layer.lora_variant else difference(weight, _dry_unmerge(layer, base))
-    layer.__dict__["_kept"] = Kept(kept, bias, _source(layer, base))
+    with _alone(layer, base):
+        before = list(layer.merged_adapters)
+        original = _original(layer, base)
+        yield
+        if list(layer.merged_adapters) == before:
+            return
+        _forget(layer, base)
+        if original is not None:
+            weight, bias = original
+            unmerged, fingerprint = _dry_unmerge(layer, base)
+            kept = weight if layer.lora_variant else difference(weight, unmerged)
+            layer.__dict__["_kept"] = Kept(kept, bias, fingerprint)
+            _merged.setdefault(base.weight, []).append(weakref.ref(layer))
 
 
-def take(layer: FlatLayer) -> Kept | None:
-    """What was kept, before peft unmerges; None if the weight or the factors have been changed since the merge."""
-    kept: Kept | None = layer.__dict__.pop("_kept", None)
-    return kept if kept is not None and kept.source == _source(layer, layer.get_base_layer()) else None
-
-
-def restore(layer: FlatLayer, kept: Kept) -> None:
-    """Restore the bits of W, after peft has unmerged the adapters."""
+@contextmanager
+def restored(layer: FlatLayer) -> Iterator[None]:
+    """Inside, peft unmerges the adapters of a layer; then W gets its bits back, unless it has been changed since."""
     base: Any = layer.get_base_layer()
-    if isinstance(kept.weight, Difference):
-        restore_(base.weight.data, kept.weight)
-    else:
-        base.weight.data.copy_(kept.weight)
-    if kept.bias is not None:
-        base.bias.data.copy_(kept.bias)
-
-
-def _can_restore(layer: FlatLayer, base: Any) -> bool:
-    weight = base._parameters.get("weight")
-    if layer.perturbation.rho == 0 or not isinstance(weight, nn.Parameter) or not layer.weights.is_dense():
-        return False
-    return weight.is_floating_point() and weight.is_contiguous() and not weight.is_meta and not is_sharded(weight)
-
-
-def _original(layer: FlatLayer, base: Any) -> tuple[Tensor, Tensor | None]:
-    """Copies of W and of the bias, also if adapters are merged already."""
     kept: Kept | None = layer.__dict__.get("_kept")
+    if kept is None:
+        yield
+        return
+    with _alone(layer, base):
+        _forget(layer, base)
+        was_merged = bool(layer.merged_adapters)
+        yield
+        if was_merged and _fingerprint(layer, base) == kept.unmerged:
+            restore_(base.weight.data, kept.weight)
+            if kept.bias is not None:
+                base.bias.data.copy_(kept.bias)
+
+
+@contextmanager
+def _alone(layer: FlatLayer, base: Any) -> Iterator[None]:
+    """Inside, the layers that were merged into the same weight after this one are unmerged."""
+    layers: list[Any] = [ref() for ref in _merged.get(base.weight, [])]
+    above = layers[layers.index(layer) + 1 :] if layer in layers and layer.merged_adapters else []
+    lifted: list[tuple[Any, list[str]]] = []
+    try:
+        for one in reversed(above):
+            # not if it is gone or plain again, or merged for good by clearing the list
+            if "_kept" in getattr(one, "__dict__", ()) and one.merged_adapters:
+                lifted.append((one, list(one.merged_adapters)))
+                one.unmerge()
+        yield
+    finally:
+        for one, names in reversed(lifted):
+            one.merge(adapter_names=names)
+
+
+def _forget(layer: FlatLayer, base: Any) -> None:
+    """Drop what is kept of a layer."""
+    layer.__dict__.pop("_kept", None)
+    layers = _merged.get(base.weight, [])
+    layers[:] = [ref for ref in layers if ref() not in (layer, None)]
+
+
+def _is_whole(layer: FlatLayer, base: Any) -> bool:
+    """Whether this process has all bits of the weight."""
+    weight = base._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter) or not layer.weights.is_dense():
+        return False
+    has_bits = weight.is_floating_point() and weight.dtype.itemsize in _BITS
+    return has_bits and not weight.is_meta and not is_sharded(weight)
+
+
+def _original(layer: FlatLayer, base: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Copies of W and of the bias, also if adapters are merged already; None if that is not known."""
     changes_bias = any(layer.lora_bias.values()) and base.bias is not None
     bias = base.bias.detach().clone() if changes_bias else None
-    if kept is None:
+    if not layer.merged_adapters:
         return base.weight.detach().clone(), bias
-    if isinstance(kept.weight, Tensor):
-        return kept.weight, kept.bias
-    weight = _dry_unmerge(layer, base)
-    restore_(weight, kept.weight)
-    return weight, kept.bias
+    kept: Kept | None = layer.__dict__.get("_kept")
+    if kept is None:
+        return None
+    unmerged, fingerprint = _dry_unmerge(layer, base)
+    if fingerprint != kept.unmerged:
+        return None
+    restore_(unmerged, kept.weight)
+    return unmerged, bias if kept.bias is None else kept.bias
 
 
-def _dry_unmerge(layer: FlatLayer, base: Any) -> Tensor:
-    """The weight that peft's `unmerge` would give; the layer stays merged."""
+def _dry_unmerge(layer: FlatLayer, base: Any) -> tuple[Tensor, str]:
+    """The weight that peft's `unmerge` would give, and its fingerprint; the layer stays merged."""
     peft_class: Any = layer.peft_class
     merged, bias, names = base.weight.data, None, list(layer.merged_adapters)
     if getattr(base, "bias", None) is not None:
         bias = base.bias.data.clone()
     base.weight.data = merged.clone()
+    # DoRA's norms are taken out of the cache
+    caches = dict(layer.__dict__.get("_caches", {}))
     try:
-        if names:
+        with attributes(layer, _caches=caches):
             peft_class.unmerge(layer)
-        unmerged: Tensor = base.weight.data
+        return base.weight.data, _fingerprint(layer, base)
     finally:
         base.weight.data = merged
         layer.merged_adapters[:] = names
         if bias is not None:
             base.bias.data.copy_(bias)
-    return unmerged
 
 
-def _source(layer: FlatLayer, base: Any) -> tuple[Any, ...]:
-    """What peft unmerges from: versions of the weight and the factors, and scales."""
-    tensors = [base.weight, *(p for name, p in layer.named_parameters() if "lora_" in name)]
-    return *((p._version, p.data_ptr()) for p in tensors), *(float(scale) for scale in layer.scaling.values())
+def _fingerprint(layer: FlatLayer, base: Any) -> str:
+    """A digest of the bits of the weight, and of the bias if adapters change it; "" if the weight is not whole."""
+    if not _is_whole(layer, base):
+        return ""
+    digest = hashlib.sha256()
+    for tensor in (base.weight, base.bias if any(layer.lora_bias.values()) else None):
+        if tensor is not None:
+            digest.update(f"{tensor.dtype} {tensor.device}".encode())
+            bits = tensor.detach().view(_BITS[tensor.dtype.itemsize])
+            for sums in _sums(bits.flatten(1) if bits.ndim > 1 else bits[None]):
+                digest.update(sums.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sums(bits: Tensor) -> Iterator[Tensor]:
+    """The sums over each row and each column, modulo 2^64."""
+    m, n = bits.shape
+    columns = torch.zeros(n, dtype=torch.int64, device=bits.device)
+    for rows in row_blocks(m, n, itemsize=8):
+        block = bits[rows].long()
+        columns += block.sum(0)
+        yield block.sum(1)
+    yield columns

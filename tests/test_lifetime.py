@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from helpers import tiny
+from helpers.internals import entries
 from torch import nn
 
 from flatlora import EFMLoraConfig, FlatLoraConfig, attach, detach, get_flat_peft_model, perturbation
@@ -118,6 +119,17 @@ def train(model, steps=4):
         model(X).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_copies_that_are_gone_do_not_add_up():
+    model, layers = blocks()
+    registry, seen = perturbation(model).registry, set()
+    for _ in range(5):
+        copy.deepcopy(layers[7])
+        gc.collect()
+        seen.add(entries(registry))
+    assert len(seen) == 1
+    assert len(registry.alive()) == 8
 
 
 COPIES = {

@@ -115,6 +115,9 @@ class LayerRegistry(PartlyCopied):
         The copy of a layer that was copied with its model keeps its stream. The copy of a part of a model, placed
         beside the original, gets a new one.
         """
+        # copies that are gone would add up
+        self._layers = [ref for ref in self._layers if ref() is not None]
+        self._weights = [(ref, stream) for ref, stream in self._weights if ref() is not None]
         anchor = layer.anchor()
         if any(other.stream == layer.stream and other.anchor() is not anchor for other in self.alive()):
             layer.__dict__["stream"] = self.stream_of(anchor)

@@ -2,6 +2,7 @@
 
 - The row norms that a layer keeps: `analysis.merged_row_norms` computes them anew, so it cannot show an outdated cache.
 - The strength of one layer, which several adapters share: `Perturbation.rho` is that of the whole model.
+- The entries of a registry, dead ones too: `LayerRegistry.alive` leaves those out.
 - The hooks on torch's optimizers, which all models of the process share.
 """
 
@@ -23,6 +24,11 @@ def kept_row_norms(layer):
 def strength(layer):
     """rho of the adapters that are active in the layer."""
     return layer.rho()
+
+
+def entries(registry):
+    """How many layers and weights a `LayerRegistry` lists, existing or not."""
+    return len(registry._layers) + len(registry._weights)
 
 
 def forget_other_models(monkeypatch):

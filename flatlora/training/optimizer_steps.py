@@ -50,9 +50,6 @@ class StepListener(Protocol):
     def repeat_noise(self, position: NoisePosition, optimizer: Optimizer) -> None:
         """The closure of a step runs again: with the noise from this position."""
 
-    def take_back(self, optimizer: Optimizer, steps: int | None) -> None:
-        """The optimizer has loaded an earlier state: its last steps, or all if None, do not count anymore."""
-
 
 _listeners: weakref.WeakSet[StepListener] = weakref.WeakSet()
 # one pair of hooks for all listeners: torch iterates over its hooks while a listener may be garbage collected
@@ -102,7 +99,7 @@ class LeadingOptimizer(PartlyCopied):
     another one steps twice while it does not.
     """
 
-    not_copied: ClassVar[frozenset[str]] = frozenset({"_began", "_origins", "_leader", "_stepped", "_last_counted"})
+    not_copied: ClassVar[frozenset[str]] = frozenset({"_began", "_leader", "_stepped", "_last_counted"})
 
     def __init__(self) -> None:
         self.prepared = False  # the method has seen the gradients of the step that is being made
@@ -112,21 +109,18 @@ class LeadingOptimizer(PartlyCopied):
     def _start(self) -> None:
         # optimizer -> number of steps when its own began
         self._began: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
-        # optimizer -> position of the run when it was first seen
-        self._origins: weakref.WeakKeyDictionary[Optimizer, RunPosition] = weakref.WeakKeyDictionary()
         self._leader: Callable[[], Optimizer | None] = no_object
         self._holds_first = False  # the leader holds the first factor
         # the others that have stepped since the last step that counted
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._last_counted: Callable[[], Optimizer | None] = no_object
 
-    def leads(self, optimizer: Optimizer, factors: Iterator[nn.Parameter], trained: bool, start: RunPosition) -> bool:
+    def leads(self, optimizer: Optimizer, factors: Iterator[nn.Parameter], trained: bool) -> bool:
         """Whether the steps of this optimizer count.
 
         Args:
             factors: the trainable adapter parameters.
             trained: whether a training pass has begun since the last step that counted.
-            start: position of the run after the last step that counted.
         """
         leader = self._leader()
         if leader is optimizer:
@@ -134,19 +128,12 @@ class LeadingOptimizer(PartlyCopied):
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         first = next(factors, None)
         if first is not None and id(first) in held:
-            self._follow(optimizer, True, start)
+            self._leader, self._holds_first = weakref.ref(optimizer), True
         elif not any(id(p) in held for p in factors):
             return False
         elif leader is None or (not self._holds_first and optimizer in self._stepped and trained):
-            self._follow(optimizer, False, start)
+            self._leader, self._holds_first = weakref.ref(optimizer), False
         return self._leader() is optimizer
-
-    def origin(self, optimizer: Optimizer) -> RunPosition:
-        """The position of the run when this optimizer was first seen."""
-        return self._origins[optimizer]
-
-    def is_known(self, optimizer: Optimizer) -> bool:
-        return optimizer in self._origins
 
     def begin(self, optimizer: Optimizer, steps: int) -> None:
         """A step of an optimizer begins."""
@@ -173,38 +160,6 @@ class LeadingOptimizer(PartlyCopied):
         self.seen, self.prepared = True, False
         self._last_counted = weakref.ref(optimizer)
         self._stepped.clear()
-
-    def _follow(self, optimizer: Optimizer, holds_first: bool, start: RunPosition) -> None:
-        self._leader, self._holds_first = weakref.ref(optimizer), holds_first
-        self._origins.setdefault(optimizer, start)
-
-
-def watch_rollbacks(listener: StepListener, optimizer: Optimizer) -> None:
-    """Call `listener.take_back` when the optimizer loads an earlier state (a learning rate finder, a rollback)."""
-    reference = weakref.ref(listener)
-
-    def before_load(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-        listener = reference()
-        if listener is None:
-            return
-        made, kept = _steps_in(optimizer.state), _steps_in(loaded["state"])
-        if not loaded["state"] and (optimizer.state or _options(optimizer.state_dict()) != _options(loaded)):
-            # the state before its first step; an optimizer without a state is recognized by its options
-            listener.take_back(optimizer, None)
-        elif made is not None and kept is not None and kept < made:
-            listener.take_back(optimizer, made - kept)
-
-    optimizer.register_load_state_dict_pre_hook(before_load)
-
-
-def _steps_in(state: Any) -> int | None:
-    """The number of steps in an optimizer's state, None if it is not there."""
-    steps = [int(kept["step"]) for kept in state.values() if isinstance(kept, dict) and "step" in kept]
-    return max(steps, default=None)
-
-
-def _options(state: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
 
 
 def _before(

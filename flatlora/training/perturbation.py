@@ -10,6 +10,7 @@
 | `records`      | forward_records.py | which forward is perturbed by which sample; recomputes      |
 | `registry`     | layer_registry.py  | the flat layers and their noise streams                     |
 | `leader`       | optimizer_steps.py | the optimizer whose steps count                             |
+| `rollbacks`    | rollback.py        | steps that do not count anymore                             |
 | `diagnostics`  | diagnostics.py     | training that silently runs without noise                   |
 | `whole`        | whole_parameters.py | factors and gradients that are divided among processes     |
 | `method_state` | methods/           | what the method remembers                                   |
@@ -42,17 +43,9 @@ from .graph_tensors import GraphTensors, is_capturing
 from .layer_registry import LayerRegistry
 from .model_parts import join_calling_parts
 from .noise_stream import NoiseStream
-from .optimizer_steps import (
-    LeadingOptimizer,
-    NoisePosition,
-    RunPosition,
-    creates_state,
-    ignore,
-    observe,
-    overflowed,
-    watch_rollbacks,
-)
+from .optimizer_steps import LeadingOptimizer, NoisePosition, RunPosition, creates_state, ignore, observe, overflowed
 from .overrides import Overrides
+from .rollback import Rollbacks
 from .schedule import Schedule
 from .whole_parameters import WholeParameters
 
@@ -95,6 +88,7 @@ class Perturbation(PartlyCopied):
         self.passes = ForwardPasses(self)
         self.records = ForwardRecords(self.passes, self.overrides, self.noise, self.schedule)
         self.leader = LeadingOptimizer()
+        self.rollbacks = Rollbacks()
         self.diagnostics = Diagnostics(self.registry, self.passes)
         self.whole = WholeParameters()
         self.method_state: Any = settings.method.make_state()  # a MethodState of the method's own class
@@ -107,7 +101,7 @@ class Perturbation(PartlyCopied):
         self.number = next(_numbers)  # identifies this object while layers are compiled
         self.known_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have called a pass
         self.passes.report_to(self)
-        self._interval_start, self._has_trained = self._position(), False  # whether a training pass has ended
+        self._interval_start, self._has_trained = self.position(), False  # whether a training pass has ended
         observe(self)
 
     @classmethod
@@ -176,6 +170,7 @@ class Perturbation(PartlyCopied):
         if total_steps is not None:
             self.schedule.total_steps = total_steps
         self.schedule.origin = (0.0, 0)
+        self.rollbacks.placed = True
         if step != self.steps:
             self.steps = step
             self._on_steps_changed()
@@ -260,6 +255,7 @@ class Perturbation(PartlyCopied):
             RuntimeError: DeepSpeed makes the optimizer's steps, and the method cannot see them.
         """
         self.registry.bind(module)
+        self.rollbacks.settle(self)
         join_calling_parts(self)
         self._find_mesh()
         engine = calling_deepspeed()
@@ -298,6 +294,7 @@ class Perturbation(PartlyCopied):
         return self.leader.seen or self.schedule.counter.engine is not None
 
     def on_step_begin(self, optimizer: Optimizer) -> None:
+        self.rollbacks.settle(self)
         self.leader.begin(optimizer, self.steps)
 
     def on_gradients_ready(self, optimizer: Optimizer) -> None:
@@ -334,6 +331,7 @@ class Perturbation(PartlyCopied):
                 refuse_unused_closure(method, optimizer)
             self.leader.count(optimizer)
             self.steps += 1
+            self.rollbacks.note_step(optimizer)
             self._on_steps_changed()
             self._begin_interval()
             method.after_step(self, optimizer)
@@ -364,14 +362,14 @@ class Perturbation(PartlyCopied):
             )
         self._set_noise_position(position)
 
-    def take_back(self, optimizer: Optimizer, steps: int | None) -> None:
-        """The optimizer has loaded an earlier state: its last steps, or all of them if None, do not count anymore."""
-        start = self.leader.origin(optimizer)
-        if steps is None or steps >= self.steps - start.steps:
-            self.steps, self.schedule.origin = start.steps, start.origin
-            self._set_noise_position(start.noise)
-        else:
-            self.steps -= steps
+    def position(self) -> RunPosition:
+        """Where the run is."""
+        return RunPosition(self.steps, self.noise_position(), self.schedule.origin)
+
+    def set_position(self, position: RunPosition) -> None:
+        """Continue from a position where the run has been."""
+        self.steps, self.schedule.origin = position.steps, position.origin
+        self._set_noise_position(position.noise)
         self._on_steps_changed()
         self._begin_interval()
 
@@ -388,11 +386,10 @@ class Perturbation(PartlyCopied):
             self.noise.mesh = mesh_of(self.model)
 
     def _leads(self, optimizer: Optimizer) -> bool:
-        known = self.leader.is_known(optimizer)
         trained = self.diagnostics.has_trained()
-        leads = self.leader.leads(optimizer, self.registry.factors(), trained, self._interval_start)
-        if leads and not known:
-            watch_rollbacks(self, optimizer)
+        leads = self.leader.leads(optimizer, self.registry.factors(), trained)
+        if leads:
+            self.rollbacks.watch(self, optimizer, self._interval_start, self.registry.factors())
         return leads
 
     def _only_creates_state(self, optimizer: Optimizer) -> bool:
@@ -409,10 +406,7 @@ class Perturbation(PartlyCopied):
 
     def _begin_interval(self) -> None:
         self.diagnostics.begin_interval()
-        self._interval_start = self._position()
-
-    def _position(self) -> RunPosition:
-        return RunPosition(self.steps, self.noise_position(), self.schedule.origin)
+        self._interval_start = self.position()
 
     def _set_noise_position(self, position: NoisePosition) -> None:
         self.noise.sample, self.noise.sample_used = position
@@ -451,6 +445,7 @@ class Perturbation(PartlyCopied):
         self.seed = known["seed"]
         self._set_noise_position(NoisePosition(known["sample"], known["sample_used"]))
         self.steps, self.total_steps, self.schedule.origin = known["steps"], known["total_steps"], known["origin"]
+        self.rollbacks.placed = True
         self.rhos.update(known["rhos"])
         self.registry.load_tensors(known["tensors"])
         self.method_state.load_state_dict(known["method"])

@@ -215,28 +215,41 @@ def test_of_optimizers_without_the_first_factor_the_one_that_goes_on_counts():
         assert perturbation(model).steps == 2 + i
 
 
-def find_learning_rate(model, optimizer, restore_options=True):
+def states(*stateful):
+    return [copy.deepcopy(each.state_dict()) for each in stateful]
+
+
+def load(stateful, kept):
+    for each, state in zip(stateful, copy.deepcopy(kept), strict=True):  # torch goes on counting in the loaded state
+        each.load_state_dict(state)
+
+
+def find_learning_rate(model, optimizer, order):
     """Find a learning rate like Lightning and torch-lr-finder: save both states, make some steps, load them again."""
-    kept = [copy.deepcopy(each.state_dict()) for each in (model, optimizer)]
+    parts = [(model, optimizer)[i] for i in order]
+    kept = states(*parts)
     for i in range(5):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * 2**i
         step(model, optimizer, i)
-    for each, state in zip((model, optimizer), kept, strict=True):
-        each.load_state_dict(state)
+    load(parts, kept)
 
 
-@pytest.mark.parametrize(
+OPTIMIZERS = pytest.mark.parametrize(
     "kind", [SGD, AdamW, lambda p, lr: SGD(p, lr=lr, momentum=0.9)], ids=["SGD", "AdamW", "momentum"]
 )
+
+
+@OPTIMIZERS
 @pytest.mark.parametrize("resample", ["forward", "step"])
-def test_steps_of_a_learning_rate_finder_do_not_count(kind, resample):
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["model first", "optimizer first"])
+def test_steps_of_a_learning_rate_finder_do_not_count(order, kind, resample):
     results = []
     for find in (False, True):
         model = flat_model(schedule="linear", total_steps=8, resample=resample)
         optimizer = kind(twin.trainable(model), lr=0.1)
         if find:
-            find_learning_rate(model, optimizer)
+            find_learning_rate(model, optimizer, order)
         for i in range(3):
             step(model, optimizer, i)
         results.append((perturbation(model).steps, perturbation(model).sample, twin.trainable(model)))
@@ -244,18 +257,78 @@ def test_steps_of_a_learning_rate_finder_do_not_count(kind, resample):
     assert tiny.same(results[0][2], results[1][2])
 
 
-def test_a_rollback_in_the_middle_takes_the_steps_since_then_back():
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["model first", "optimizer first"])
+def test_a_rollback_in_the_middle_takes_the_steps_since_then_back(order):
     model = flat_model(schedule="linear", total_steps=8)
     optimizer = AdamW(twin.trainable(model), lr=0.1)
+    parts = [(model, optimizer)[i] for i in order]
     for i in range(3):
         step(model, optimizer, i)
-    kept = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in the loaded state
+    kept = states(*parts)
+    load(parts, kept)
     assert perturbation(model).steps == 3  # nothing has happened since
     for i in range(2):
         step(model, optimizer, i)
-    optimizer.load_state_dict(copy.deepcopy(kept))  # torch goes on counting in the loaded state
-    assert perturbation(model).steps == 3
+    load(parts, kept)
+    step(model, optimizer, 2)
+    assert perturbation(model).steps == 4
+    assert perturbation(model).rho_t == pytest.approx(0.2 * 4 / 8)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 0, 2), (1, 2, 0), (2, 1, 0)], ids=str)
+def test_a_rollback_with_the_state_of_the_noise_is_taken_once(order):
+    model = flat_model(schedule="linear", total_steps=20)
+    optimizer = AdamW(twin.trainable(model), lr=0.1)
+    parts = [(model, optimizer, perturbation(model))[i] for i in order]
+    for i in range(5):
+        step(model, optimizer, i)
+    kept = states(*parts)
+    for i in range(5):
+        step(model, optimizer, i)
+    load(parts, kept)
+    step(model, optimizer, 5)
+    assert (perturbation(model).steps, perturbation(model).sample) == (6, 5)
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("average", [False, True], ids=["", "federated"])
+def test_an_optimizer_that_is_reset_in_each_round_goes_on(average, kind):
+    model = flat_model(schedule="linear", total_steps=12)
+    optimizer = kind(twin.trainable(model), lr=0.1)
+    (fresh,) = states(optimizer)
+    for rounds in range(1, 4):
+        optimizer.load_state_dict(copy.deepcopy(fresh))
+        for i in range(3):
+            step(model, optimizer, i)
+            optimizer.param_groups[0]["lr"] *= 0.9
+        if average:  # with the other clients
+            model.load_state_dict({name: 0.5 * p for name, p in model.state_dict().items()})
+        assert (perturbation(model).steps, perturbation(model).sample) == (3 * rounds, 3 * rounds - 1)
+
+
+@OPTIMIZERS
+def test_options_that_are_set_by_a_state_take_no_step_back(kind):
+    model = flat_model(schedule="linear", total_steps=8)
+    optimizer = kind(twin.trainable(model), lr=0.1)
+    for i in range(3):
+        step(model, optimizer, i)
+    (state,) = states(optimizer)
+    state["param_groups"][0]["lr"] = 0.01
+    optimizer.load_state_dict(state)
+    step(model, optimizer, 3)
+    assert perturbation(model).steps == 4
+
+
+def test_optimizer_states_of_two_tasks_in_turn():
+    model = flat_model(schedule="linear", total_steps=12)
+    optimizer, kept = AdamW(twin.trainable(model), lr=0.1), [None, None]
+    for rounds in range(1, 5):
+        if kept[rounds % 2] is not None:
+            optimizer.load_state_dict(kept[rounds % 2])
+        for i in range(3):
+            step(model, optimizer, i)
+        (kept[rounds % 2],) = states(optimizer)
+        assert perturbation(model).steps == 3 * rounds
 
 
 def test_the_first_step_of_a_warmup_counts_where_layers_are_called_one_by_one():

@@ -30,7 +30,7 @@ from .methods.flat_lora import FlatLora, FlatLoraConfig
 from .methods.two_pass import TwoPass
 from .training.first_pass import first_pass
 from .training.forward_passes import listener_of, root_of
-from .training.model_parts import perturbations
+from .training.model_parts import perturbations, point
 from .training.perturbation import Perturbation
 from .training.prediction import MOST_SAMPLES, AveragedPrediction
 from .utils import arguments
@@ -181,8 +181,9 @@ def perturbation(model: nn.Module) -> Perturbation:
     if len(states) > 1:
         names = sorted({_differences(states[0], other) for other in states[1:]})
         raise ValueError(
-            f"the parts of {type(model).__name__} were adapted with different settings ({', '.join(names)}), so they "
-            "have no common perturbation. Adapt them with the same settings, or call perturbation(part) for each part."
+            f"the parts of {type(model).__name__} have different settings, or are at different points of their runs "
+            f"({', '.join(names)}), so they have no common perturbation. Adapt them with the same settings before they "
+            "train, or call perturbation(part) for each part."
         )
     return states[0]
 
@@ -315,7 +316,7 @@ def load(
 
 
 def flat_parts(model: nn.Module) -> list[Perturbation]:
-    """The perturbations of a model: one, unless its parts were adapted with different settings."""
+    """The perturbations of a model: one, unless its parts cannot be joined."""
     found = perturbations(arguments.module("model", model))
     if not found:
         raise ValueError(
@@ -325,8 +326,8 @@ def flat_parts(model: nn.Module) -> list[Perturbation]:
 
 
 def _differences(first: Perturbation, second: Perturbation) -> str:
-    values = vars(first.settings) | {"rho": first.rhos}
-    others = vars(second.settings) | {"rho": second.rhos}
+    values = point(first) | {"rho": first.rhos}
+    others = point(second) | {"rho": second.rhos}
     return ", ".join(
         f"{name}: {values[name]!r} and {others[name]!r}" for name in values if values[name] != others[name]
     )

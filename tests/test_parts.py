@@ -124,7 +124,7 @@ def test_one_optimizer_step_counts_once():
 @pytest.mark.parametrize("other", [{"rho": 0.1}, {"schedule": "linear", "total_steps": 9}, {"seed": 4}], ids=str)
 def test_parts_with_settings_of_their_own(other):
     model = Whole(language=other).train()
-    with pytest.raises(ValueError, match=r"the parts of Whole were adapted with different settings \((rho|sch|seed)"):
+    with pytest.raises(ValueError, match=r"the parts of Whole have different settings.* \((rho|sch|seed)"):
         perturbation(model)
     with torch.no_grad():
         clean = model.eval()(X)["loss"]
@@ -217,3 +217,78 @@ def test_compiled_code_knows_the_stream_after_the_parts_were_joined():
     perturbation(whole)
     assert (first.stream, second.stream) == (0, 1)
     assert before.tolist() == [second.number, 0] and second.address.tolist() == [second.number, 1]
+
+
+def trained(part, steps):
+    """The optimizer of a part that has made some steps alone."""
+    optimizer = torch.optim.SGD([p for p in part.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        one_step(part, optimizer)
+    return optimizer
+
+
+def one_step(part, optimizer):
+    part(X).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def run_of(part):
+    state = perturbation(part)
+    return state.steps, state.sample, state.rho_t, state.enabled, streams(part)
+
+
+def test_an_evaluation_inside_of_a_wrapper_changes_no_run():
+    """Two models are compared during the training of one; then the other one is trained."""
+    found = []
+    for compared in (False, True):
+        model = Whole(schedule="linear", total_steps=10).train()
+        optimizer = trained(model.language, 3)
+        if compared:
+            with torch.no_grad():
+                model(X)
+        one_step(model.language, optimizer)
+        trained(model.vision, 2)
+        found.append([run_of(model.language), run_of(model.vision)])
+    assert found[0] == found[1] and [run[:2] for run in found[0]] == [(4, 3), (2, 1)]
+
+
+def test_a_student_begins_its_run_where_its_teacher_has_ended():
+    model = Whole(schedule="linear", total_steps=5).train()
+    trained(model.vision, 5)
+    model.vision.requires_grad_(False).eval()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for i in range(3):
+        model(X)["loss"].backward()
+        optimizer.step()
+        assert run_of(model.language)[:3] == (i + 1, i, pytest.approx(0.3 * (i + 1) / 5))
+        assert run_of(model.vision)[0] == 5
+    with pytest.raises(ValueError, match="at different points of their runs.*steps: 5 and 3"):
+        perturbation(model)
+
+
+def test_a_part_that_is_switched_off_stays_so():
+    model = Whole().train()
+    perturbation(model.language).enabled = False
+    inside = model.vision(X).detach()
+    clean = model.language.eval()(inside)
+    model.train()
+    for _ in range(2):
+        assert torch.equal(model.language(inside), clean)
+        model(X)
+    assert not perturbation(model.language).enabled and perturbation(model.vision).enabled
+
+
+def test_the_streams_of_a_run_that_has_begun_stay():
+    model = Whole().train()
+    trained(model.language, 2)
+    model(X)
+    assert streams(model.language) == [0]
+
+
+def test_parts_that_have_drawn_samples_alone_do_not_repeat_them():
+    model = Whole().train()
+    for _ in range(3):
+        model.language(X).sum().backward()
+    model(X)
+    assert perturbation(model).sample == 3

@@ -1,15 +1,17 @@
 """Join the perturbations of parts of one model that were adapted separately (vision and language, two encoders).
 
 Each part gets a perturbation when it is adapted, because the whole model is not known then. The parts are joined when a
-function of this library is given the whole, or when the whole is called. The joined perturbation has the settings and
-the seed of the first part in the order of the model's modules, and its noise streams are numbered from part to part.
+function of this library is given the whole, or when the whole is called to train. The joined perturbation has the
+settings and the seed of the first part in the order of the model's modules, and its noise streams are numbered from
+part to part. Parts that are not at the same point of the same run stay apart: a student and its trained teacher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .distributed import calling_modules
@@ -34,8 +36,8 @@ def perturbations(model: nn.Module) -> list[Perturbation]:
 
 
 def join_calling_parts(perturbation: Perturbation) -> None:
-    """Where a pass begins: join the perturbations of the modules on the call stack."""
-    if len(listeners()) == 1:
+    """Where a pass begins: join the perturbations of the modules on the call stack, if it trains."""
+    if len(listeners()) == 1 or not torch.is_grad_enabled():
         return
     for module in calling_modules():
         if module not in perturbation.known_modules and not getattr(module, "_is_replica", False):
@@ -68,14 +70,21 @@ def _join(model: nn.Module, parts: list[Perturbation]) -> list[Perturbation]:
 
 
 def _can_join(first: Perturbation, second: Perturbation) -> bool:
-    """Whether two perturbations have the same settings, and the same rho for adapters of one name."""
+    """Whether two perturbations are at the same point of the same run, with one rho for adapters of one name."""
     shared = first.rhos.keys() & second.rhos.keys()
-    return first.settings == second.settings and all(first.rhos[name] == second.rhos[name] for name in shared)
+    return point(first) == point(second) and all(first.rhos[name] == second.rhos[name] for name in shared)
+
+
+def point(perturbation: Perturbation) -> dict[str, Any]:
+    """The settings of a run, and where it is: what parts must have in common to be joined."""
+    now = {name: getattr(perturbation, name) for name in ("steps", "progress", "total_steps", "enabled")}
+    return vars(perturbation.settings) | now
 
 
 def _move(part: Perturbation, into: Perturbation, model: nn.Module) -> None:
     """Give the layers, hooks and strengths of one perturbation to another one."""
     into.rhos.update(part.rhos)
+    into.noise.sample, into.noise.sample_used = max(into.noise_position(), part.noise_position())
     watched = part.passes.watched()
     part.passes.close(part.registry.model)
     for module in [model, *watched]:
@@ -85,7 +94,12 @@ def _move(part: Perturbation, into: Perturbation, model: nn.Module) -> None:
 
 
 def _separate_streams(part: Perturbation, others: list[Perturbation]) -> None:
-    """Give a part other streams than those of other parts with the same seed, so that their noise differs."""
+    """Give a part other streams than those of other parts with the same seed, so that their noise differs.
+
+    The streams of a run that has begun stay as they are.
+    """
+    if part.steps:
+        return
     taken = {layer.stream for other in others for layer in other.registry.alive() if other.seed == part.seed}
     if any(layer.stream in taken for layer in part.registry.alive()):
         part.registry.start_streams_at(max(taken) + 1)

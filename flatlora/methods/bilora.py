@@ -33,6 +33,7 @@ from ..utils.arguments import tensor as check_tensor
 from .base import AdaptedLayer, FactorOffset, MethodState, TrainingRun
 
 A2, B2 = "ascent_A", "ascent_B"  # names of the ascent factors in `layer.offsets`
+NamedTensors = dict[str, Tensor]
 
 
 @dataclass
@@ -57,7 +58,10 @@ class BiLoraConfig(PerturbedLoraConfig):
 
 
 class AscentOptimizer(MethodState):
-    """The optimizer of the ascent factors, created at the first step."""
+    """The optimizer of the ascent factors, created when they or the class of the user's optimizer have changed.
+
+    It holds those of all adapters, so that an adapter that another optimizer trains for a while keeps its moments.
+    """
 
     def __init__(self) -> None:
         self.optimizer: Optimizer | None = None
@@ -70,7 +74,7 @@ class AscentOptimizer(MethodState):
         self.optimizer, self._loaded = None, state
 
     def recreate(self) -> None:
-        """Create it again at the next step, with the same state: the ascent factors have been replaced."""
+        """Create it again at the next step, with the same state: an ascent factor has been replaced."""
         if self.optimizer is not None:
             self.load_state_dict(self.optimizer.state_dict())
 
@@ -80,9 +84,7 @@ class AscentOptimizer(MethodState):
         is_mapping = isinstance(state, Mapping)
         groups, moments = (state.get("param_groups"), state.get("state")) if is_mapping else (None, None)
         if not (
-            isinstance(groups, list)
-            and isinstance(moments, Mapping)
-            and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+            isinstance(groups, list) and isinstance(moments, Mapping) and all(_is_group(group) for group in groups)
         ):
             raise WrongType(f"method must be None or the state_dict() of an optimizer, got {shown(state)}")
         places = [place for group in groups for place in group["params"]]
@@ -97,20 +99,38 @@ class AscentOptimizer(MethodState):
         return dict(state)
 
     def step(self, run: TrainingRun, optimizer: Optimizer) -> None:
-        """Ascend, with the options that the user's optimizer has now."""
-        groups = _corresponding_groups(run, optimizer)
+        """Ascend, with the class and the options that the user's optimizer has now."""
+        groups, others = _corresponding_groups(run, optimizer)
+        if not groups:
+            return
         if any(group["lr"] is None for group, _ in groups):
             raise RuntimeError(
                 "Bi-LoRA updates its ascent factors with the learning rate of A and B, and this "
                 f"{type(optimizer).__name__} has lr=None: set one (Adafactor: relative_step=False, lr=...)"
             )
-        if self.optimizer is None:
-            self.optimizer = _like(optimizer, groups)
-            if self._loaded is not None:
-                self.optimizer.load_state_dict(self._loaded)
-        for own, (group, _) in zip(self.optimizer.param_groups, groups, strict=True):
-            own["lr"] = group["lr"]
-        self.optimizer.step()
+        for tensor in others.values():
+            tensor.grad = None  # the user's optimizer does not train these adapters
+        tensors = [*(tensors for _, tensors in groups), *([others] if others else [])]
+        own = self._follow(_class_like(optimizer), tensors, groups[0][0]["lr"])
+        for own_group, (group, _) in zip(own.param_groups, groups, strict=False):  # the last may be that of `others`
+            own_group.update(own.defaults | _options(optimizer, group))
+        own.step()
+
+    def _follow(self, kind: Any, groups: list[NamedTensors], lr: Any) -> Optimizer:
+        """The optimizer of this class and of these tensors: the present one, or a new one with its moments."""
+        former = self.optimizer if type(self.optimizer) is kind else None
+        if former is not None and _identities(former) == [[id(t) for t in group.values()] for group in groups]:
+            return former
+        # an optimizer that loads this inside its own state (a Trainer's) keeps strings as keys only
+        own = [{"params": [*group.values()], "names": {name: i for i, name in enumerate(group)}} for group in groups]
+        made: Optimizer = kind(own, lr=lr, maximize=True)
+        if former is not None:
+            tensors = [tensor for group in groups for tensor in group.values()]
+            made.state.update({tensor: former.state[tensor] for tensor in tensors if tensor in former.state})
+        elif self._loaded is not None:
+            made.load_state_dict({**made.state_dict(), "state": _moments(self._loaded, groups)})
+        self.optimizer, self._loaded = made, None
+        return made
 
 
 @dataclass(frozen=True)
@@ -192,34 +212,63 @@ def _on_device(layer: AdaptedLayer, key: tuple[str, str], device: torch.device, 
     return tensor
 
 
-def _like(optimizer: Optimizer, groups: list[tuple[dict[str, Any], list[Tensor]]]) -> Optimizer:
-    """An optimizer of the user's class and options that maximizes; AdamW if the class cannot."""
-    can_maximize = "maximize" in optimizer.defaults
+def _class_like(optimizer: Optimizer) -> Any:
+    """The class of the user's optimizer; AdamW if it cannot maximize."""
+    return type(optimizer) if "maximize" in optimizer.defaults else AdamW
+
+
+def _options(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """The options of one of the user's groups that an optimizer of `_class_like` takes, and that it maximizes."""
+    known = inspect.signature(type(optimizer)).parameters
     # the options of another class have other meanings
-    kind: Any = type(optimizer) if can_maximize else AdamW
-    known = inspect.signature(kind).parameters
-    names = [name for name in optimizer.defaults if name in known] if can_maximize else ["lr"]
-    own = [{"params": tensors, **{name: group[name] for name in names}, "maximize": True} for group, tensors in groups]
-    made: Optimizer = kind(own, lr=groups[0][0]["lr"], maximize=True)
-    return made
+    names = [name for name in optimizer.defaults if name in known] if "maximize" in optimizer.defaults else ["lr"]
+    return {**{name: group[name] for name in names}, "maximize": True}
 
 
-def _corresponding_groups(run: TrainingRun, optimizer: Optimizer) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """The user's parameter groups, each with the ascent factors that correspond to the factors in it.
+def _identities(optimizer: Optimizer) -> list[list[int]]:
+    """The identities of an optimizer's tensors, by group."""
+    return [[id(tensor) for tensor in group["params"]] for group in optimizer.param_groups]
+
+
+def _moments(state: dict[str, Any], groups: list[NamedTensors]) -> dict[int, Any]:
+    """What a saved optimizer keeps for each of these tensors, by its place. A file of 0.1.0 and before has no names."""
+    saved: list[dict[str, Any]] = state["param_groups"]
+    if not all("names" in group for group in saved):
+        sizes = [len(group["params"]) for group in saved]
+        if sizes != [len(group) for group in groups[: len(sizes)]]:
+            raise ValueError("the saved state of Bi-LoRA's ascent is of other parameter groups than this optimizer's")
+        return dict(state["state"])
+    names = [name for group in groups for name in group]
+    places = {name: group["params"][i] for group in saved for name, i in group["names"].items()}
+    return {i: state["state"][places[name]] for i, name in enumerate(names) if places.get(name) in state["state"]}
+
+
+def _corresponding_groups(
+    run: TrainingRun, optimizer: Optimizer
+) -> tuple[list[tuple[dict[str, Any], NamedTensors]], NamedTensors]:
+    """The user's parameter groups, each with the ascent factors that correspond to the factors in it; and the others.
 
     If a factor is frozen, its ascent factor goes to the group of the other one.
     """
     found = run.whole.groups(optimizer)
     place = {p: i for i, group in enumerate(found) for p in group["params"]}
-    tensors: dict[int, list[Tensor]] = defaultdict(list)
-    for _, layer in run.flat_layers():
+    tensors: dict[int, NamedTensors] = defaultdict(dict)
+    for layer_name, layer in run.flat_layers():
         for (name, adapter), tensor in layer.offsets.items():
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             first, second = (A, B) if name == A2 else (B, A)
-            own = first if first in place else second
-            if own in place:
-                tensors[place[own]].append(tensor)
-    return [(found[i], tensors[i]) for i in sorted(tensors)]
+            own = place.get(first, place.get(second, -1))
+            tensors[own][f"{layer_name}.{name}.{adapter}"] = tensor
+    others = tensors.pop(-1, {})
+    return [(found[i], tensors[i]) for i in sorted(tensors)], others
+
+
+def _is_group(group: Any) -> bool:
+    """Whether this may be a parameter group of a saved optimizer: places of tensors, and indices of these by name."""
+    if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+        return False
+    names = group.get("names", {})
+    return isinstance(names, Mapping) and all(i in range(len(group["params"])) for i in names.values())
 
 
 def _check_moment(name: str, moment: Tensor, shapes: set[tuple[int, ...]]) -> None:

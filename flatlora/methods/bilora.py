@@ -154,15 +154,18 @@ class BiLora(FactorOffset):
     def init_adapter(self, layer: AdaptedLayer, adapter: str, run: TrainingRun) -> None:
         """A_2 has the variance of LoRA's initial A, 1/(3n); B_2 is zero."""
         like = layer.lora_A[adapter].weight
-        if like.is_meta or (A2, adapter) in layer.offsets:
+        if (A2, adapter) in layer.offsets:
             return
+        # A may get its memory later (low_cpu_mem_usage, offloading); the first forward moves the ascent factors to it
+        device = torch.device("cpu") if like.is_meta else like.device
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         n, m = layer.lora_A[adapter].in_features, layer.lora_B[adapter].out_features
-        zero, row_std = torch.zeros(self.r, n, dtype=dtype), torch.full((self.r,), 1 / math.sqrt(3 * n), dtype=dtype)
-        key = torch.tensor([mix_rank(run.seed, 0), 0])
+        zero = torch.zeros(self.r, n, dtype=dtype, device="cpu")
+        row_std = torch.full((self.r,), 1 / math.sqrt(3 * n), dtype=dtype, device="cpu")
+        key = torch.tensor([mix_rank(run.seed, 0), 0], device="cpu")
         A = perturb_weight(zero, row_std, key, layer.stream)
-        layer.offsets[A2, adapter] = A.to(like.device).requires_grad_()
-        layer.offsets[B2, adapter] = torch.zeros(m, self.r, dtype=dtype, device=like.device).requires_grad_()
+        layer.offsets[A2, adapter] = A.to(device).requires_grad_()
+        layer.offsets[B2, adapter] = torch.zeros(m, self.r, dtype=dtype, device=device).requires_grad_()
 
     def extra_products(self, layer: AdaptedLayer, x: Tensor, run: TrainingRun) -> list[tuple[Tensor, Tensor, float]]:
         made = []

@@ -297,6 +297,17 @@ def test_state_resumes_bit_for_bit_in_a_plain_loop(kind, settings, tmp_path):
 
 
 @every_method
+def test_an_adapter_that_is_loaded_without_a_first_initialization_trains_with_the_same_bits(kind, settings, tmp_path):
+    tiny.adapted(kind(rho=0.3, **tiny.LORA, **settings, total_steps=4)).save_pretrained(tmp_path)
+    losses = []
+    for low in (False, True):
+        model = flatlora.load(tiny.base_model(), str(tmp_path), low_cpu_mem_usage=low).train()
+        optimizer = torch.optim.AdamW(tiny.trainable(model), lr=1e-2)
+        losses.append([step(model, optimizer, i, tiny.loss) for i in range(3)])
+    assert losses[0] == losses[1]
+
+
+@every_method
 def test_a_copy_goes_on_by_itself(kind, settings):
     model = tiny.adapted(kind(rho=0.3, **tiny.LORA, **settings, total_steps=6))
     optimizer = torch.optim.SGD(tiny.trainable(model), lr=1e-2)

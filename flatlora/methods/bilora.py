@@ -9,6 +9,10 @@ What changes the gradients of `parameters()` does not apply to the ascent factor
 DDP has its own, and with a GradScaler their gradients keep the scale. Adam-like optimizers do not depend on the scale;
 SGD does. Where A and B are divided among processes (FSDP, ZeRO), the gradients of A_2 and B_2 are averaged, so that all
 processes have the same ascent factors.
+
+The gradients of A_2 and B_2 count while A or B has one, so `optimizer.zero_grad()` drops them too. That is looked at
+where a layer's forward begins, and with several processes, where gradients of A and B may be kept elsewhere between two
+backwards, at the optimizer's step alone.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ..config import PerturbedLoraConfig
@@ -142,7 +146,7 @@ class BiLora(FactorOffset):
 
     def unsupported(self, layer: Any, adapter: str) -> str | None:
         reason = super().unsupported(layer, adapter)
-        if reason is None and not isinstance(layer.lora_A[adapter], torch.nn.Linear):
+        if reason is None and not isinstance(layer.lora_A[adapter], nn.Linear):
             reason = "Bi-LoRA is not defined for convolutions"
         elif reason is None and isinstance(layer, (MultiheadAttention, ParamWrapper)):
             reason = "Bi-LoRA adds its product to the output, which must be linear in the input"
@@ -170,6 +174,8 @@ class BiLora(FactorOffset):
     def extra_products(self, layer: AdaptedLayer, x: Tensor, run: TrainingRun) -> list[tuple[Tensor, Tensor, float]]:
         made = []
         for adapter in layer.active_flat_adapters():
+            if torch.is_grad_enabled() and not _has_processes():
+                _drop_without_descent(layer, adapter, run)
             # in the precision of x, which is saved for the backward anyway: a cast of x would be one more copy
             A, B = (_on_device(layer, (factor, adapter), x.device, run).to(x.dtype) for factor in (A2, B2))
             made.append((A, B, layer.scaling[adapter]))
@@ -179,6 +185,8 @@ class BiLora(FactorOffset):
         """Ascend, unless gradients are not finite because of an overflow."""
         tensors = []
         for _, layer in run.flat_layers():
+            for adapter in {adapter for _, adapter in layer.offsets}:
+                _drop_without_descent(layer, adapter, run)
             tensors += layer.offsets.values()
         if tensors:
             run.whole.average_gradients(next(layer.lora_A.parameters()), tensors)
@@ -204,6 +212,19 @@ class BiLora(FactorOffset):
         for A, B in pairs:
             A.mul_(scale)
             B.mul_(scale)
+
+
+def _has_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _drop_without_descent(layer: AdaptedLayer, adapter: str, run: TrainingRun) -> None:
+    """Drop the gradients of ascent factors whose A and B have none: the batch that they are of was discarded."""
+    descent = [factor[adapter].weight for factor in (layer.lora_A, layer.lora_B)]
+    # a weight that is computed in each forward (parametrized, a replica) holds none
+    if all(isinstance(p, nn.Parameter) and not run.whole.has_gradient(p) for p in descent):
+        for name in (A2, B2):
+            layer.offsets[name, adapter].grad = None
 
 
 def _on_device(layer: AdaptedLayer, key: tuple[str, str], device: torch.device, run: TrainingRun) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import twin
+from helpers import tiny, twin
 from peft import LoraConfig
 
 from flatlora import BiLoraConfig, perturbation
@@ -138,3 +138,39 @@ def test_a_run_resumes_bit_for_bit_with_another_adapter_than_the_last(tmp_path):
     for name in ("default", "other"):
         for found, expected in zip(ascent_factors(resumed, name), ascent_factors(model, name), strict=True):
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("checkpoint", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
+@pytest.mark.parametrize("factor", [1.0, float("inf")], ids=["finite", "infinite"])
+def test_a_discarded_batch_changes_no_bit_of_the_next_step(checkpoint, factor):
+    results = []
+    for discards in (False, True):
+        model = tiny.adapted(BiLoraConfig(**tiny.LORA, **SETTINGS))
+        if checkpoint is not None:
+            model.gradient_checkpointing_enable(checkpoint)
+            model.enable_input_require_grads()
+        optimizer = torch.optim.AdamW(tiny.trainable(model), lr=1e-2)
+        for i in range(3):
+            if discards:
+                (factor * tiny.loss(model, 10 + i)).backward()
+                optimizer.zero_grad()
+            if discards and i == 1:
+                optimizer.step()  # without a gradient, it changes nothing
+            tiny.loss(model, i).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([*tiny.trainable(model), *perturbation(model).tensors().values()])
+    assert tiny.same(*results)
+
+
+def test_the_batches_of_a_step_add_up_in_the_ascent():
+    model = twin.adapted(BiLoraConfig, **SETTINGS)
+    before = ascent_factors(model)
+    weights = [(W + S * B @ A).detach().requires_grad_() for W, A, B in twin.factors(model)]
+    G = torch.autograd.grad(twin.dense_loss(weights, 0) + twin.dense_loss(weights, 1), weights)
+    optimizer = torch.optim.SGD(twin.trainable(model), lr=0.1)
+    for i in range(2):
+        twin.loss(model, i).backward()
+    optimizer.step()
+    for (_, B2), (A2, _), g in zip(ascent_factors(model), before, G, strict=True):
+        torch.testing.assert_close(B2, 0.1 * S * g @ A2.T, rtol=1e-9, atol=1e-12)

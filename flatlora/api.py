@@ -203,9 +203,22 @@ def perturbed(model: nn.Module, sample: int | None = None, rho: float | None = N
         model: a flat model.
         sample: index of the noise sample; default the current one. The sample of training does not change.
         rho: strength; default the present one, rho_t, which is 0 at the start of a growing schedule.
+
+    Raises:
+        ValueError: the model has no flat layer, or an argument is out of its bounds.
+        TypeError: `sample` or `rho` is given, and the method of the model has no random noise: its perturbation comes
+            from gradients, and is as it is.
     """
     sample = integer("sample", sample, 0, 2**32 - 1, optional=True, expected="None or an integer in [0, 2^32)")
     rho = None if rho is None else CHECKS["rho"]("rho", rho)
+    for state in flat_parts(model):
+        for name, value in (("sample", sample), ("rho", rho)):
+            if value is not None and state.settings.method.uses_gradients:
+                raise WrongType(
+                    f"{name} is for methods with random noise (Flat-LoRA, RWP), and the perturbation of "
+                    f"{type(state.settings.method).__name__} comes from gradients, got {name}={value!r}. Leave {name} "
+                    "out, or use flatlora.unperturbed(model) for a pass without the perturbation."
+                )
     return _override(model, forced=True, sample=sample, rho=rho)
 
 

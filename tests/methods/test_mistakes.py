@@ -19,6 +19,7 @@ from flatlora import (
     RwpConfig,
     ascent,
     get_flat_peft_model,
+    perturbed,
 )
 
 
@@ -93,6 +94,17 @@ def test_ascent_says_what_is_wrong():
     tiny.loss(model).backward()
     with pytest.raises(RuntimeError, match="takes two passes, and this optimizer step had one"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", FACTOR_METHODS)
+def test_a_strength_or_a_sample_is_refused_where_the_perturbation_is_no_noise(kind):
+    model = twin.adapted(kind)
+    for options in ({"rho": 0.5}, {"rho": 0.0}, {"sample": 0}):
+        ((name, value),) = options.items()
+        with pytest.raises(TypeError, match=f"{name} is for methods with random noise.*got {name}={value}. Leave"):
+            perturbed(model, **options)
+    with perturbed(model):
+        twin.loss(model, 0)
 
 
 @pytest.mark.parametrize(

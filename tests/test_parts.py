@@ -292,3 +292,15 @@ def test_parts_that_have_drawn_samples_alone_do_not_repeat_them():
         model.language(X).sum().backward()
     model(X)
     assert perturbation(model).sample == 3
+
+
+def test_an_adapter_that_is_deleted_in_one_part_goes_on_in_the_other():
+    model, alone = Whole().train(), Whole().train()
+    model(X)
+    model.language.delete_adapter("default")
+    assert perturbation(model).rhos == {"default": 0.3}
+    expected, found = (part(X) for part in (alone.vision, model.vision))
+    assert torch.equal(found, expected) and not torch.equal(found, model.eval().vision(X))
+    found.sum().backward()
+    model.vision.delete_adapter("default")
+    assert model.vision.base_model.model[0].perturbation.rhos == {}

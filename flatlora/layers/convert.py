@@ -133,7 +133,9 @@ class FlatPeftLayer(FlatLayer):
         """Keep nothing of this adapter's perturbation."""
         self.flat_adapters.discard(adapter)
         self.offsets = {key: offset for key, offset in self.offsets.items() if key[1] != adapter}
-        self.perturbation.rhos.pop(adapter, None)
+        # parts of a model that were joined share the strengths of adapters of one name
+        if not any(adapter in layer.flat_adapters for layer in self.perturbation.registry.alive()):
+            self.perturbation.rhos.pop(adapter, None)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

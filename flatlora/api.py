@@ -24,7 +24,7 @@ from .config import (
     lora_config_of,
     settings_of,
 )
-from .layers.convert import make_flat, make_plain, undo_make_flat
+from .layers.convert import make_flat, make_plain, release, undo_make_flat
 from .layers.flat_layer import flat_layers
 from .methods.flat_lora import FlatLora, FlatLoraConfig
 from .methods.two_pass import TwoPass
@@ -161,7 +161,9 @@ def detach(model: nn.Module) -> nn.Module:
         make_plain(layer)
     for state in states:
         # if a part of a model is detached, the rest stays flat
-        if not state.registry.alive():
+        if state.registry.alive():
+            release(state, [], model)
+        else:
             state.close(model)
     for module in model.modules():
         configs: Any = getattr(module, "peft_config", None) or {}

@@ -304,3 +304,33 @@ def test_an_adapter_that_is_deleted_in_one_part_goes_on_in_the_other():
     found.sum().backward()
     model.vision.delete_adapter("default")
     assert model.vision.base_model.model[0].perturbation.rhos == {}
+
+
+def unload(part):
+    return part.unload()
+
+
+def merge_and_unload(part):
+    return part.merge_and_unload()
+
+
+@pytest.mark.parametrize("leave", [detach, unload, merge_and_unload])
+@pytest.mark.parametrize("first", [True, False], ids=["vision", "language"])
+def test_a_part_that_leaves_keeps_no_trace_and_the_other_goes_on(leave, first, tmp_path):
+    model, alone = Whole().train(), Whole().train()
+    for whole in (model, alone):
+        whole(X)
+    names = ("vision", "language") if first else ("language", "vision")
+    leaving, staying = (getattr(model, name) for name in names)
+    leaving.add_adapter("strong", FlatLoraConfig(target_modules=["0"], rho=0.9, schedule="constant", seed=3))
+    left = leave(leaving)
+    setattr(model, names[0], left)
+    for module in (leaving, *left.modules()):
+        assert not module._forward_pre_hooks and not module._forward_hooks
+    torch.save(left, tmp_path / "left")
+    assert b"flatlora" not in (tmp_path / "left").read_bytes()
+    assert perturbation(model).rhos == {"default": 0.3}
+    passes = perturbation(model).passes.count
+    assert torch.equal(staying(X), getattr(alone, names[1])(X))
+    model(X)
+    assert perturbation(model).passes.count == passes + 2

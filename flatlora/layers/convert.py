@@ -71,6 +71,30 @@ def make_plain(layer: FlatLayer) -> None:
     layer.__class__ = peft_class
 
 
+def release(perturbation: Perturbation, leaving: list[FlatLayer], model: nn.Module | None = None) -> None:
+    """Drop what the layers that stay flat do not need: hooks at other modules, and strengths of other adapters.
+
+    Args:
+        leaving: layers that have left the registry, and may still be in the model.
+        model: a model in which hooks may have come with a copy of a part.
+    """
+    _drop_strengths(perturbation)
+    passes = perturbation.passes
+    watched = passes.watched()
+    kept = [module for module in watched if any(layer not in leaving for layer in flat_layers(module))]
+    if model is not None or len(kept) < len(watched):
+        passes.close(model)
+        for module in kept:
+            passes.watch(module)
+
+
+def _drop_strengths(perturbation: Perturbation) -> None:
+    # the parts of a model share the strength of adapters of one name
+    used = {adapter for layer in perturbation.registry.alive() for adapter in layer.flat_adapters}
+    for adapter in perturbation.rhos.keys() - used:
+        del perturbation.rhos[adapter]
+
+
 def _parts(layer: Any) -> list[Any]:
     """The layer, and the layers that become flat with it: attention adapts its out_proj by a layer inside."""
     is_attention = isinstance(layer, lora.MultiheadAttention)
@@ -133,9 +157,7 @@ class FlatPeftLayer(FlatLayer):
         """Keep nothing of this adapter's perturbation."""
         self.flat_adapters.discard(adapter)
         self.offsets = {key: offset for key, offset in self.offsets.items() if key[1] != adapter}
-        # parts of a model that were joined share the strengths of adapters of one name
-        if not any(adapter in layer.flat_adapters for layer in self.perturbation.registry.alive()):
-            self.perturbation.rhos.pop(adapter, None)
+        _drop_strengths(self.perturbation)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -156,6 +178,8 @@ class FlatPeftLayer(FlatLayer):
         perturbation.registry.remove([self, *inside])
         if last:
             perturbation.close()
+        else:
+            release(perturbation, [self, *inside])
         return base
 
     def __setstate__(self, state: dict[str, Any]) -> None:

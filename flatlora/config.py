@@ -233,8 +233,8 @@ class PerturbedLoraConfig(LoraConfig):
             )
         if own is None and "rho" not in override:
             raise ValueError(
-                f"{where!r} has no {CONFIG_NAME}: it was not trained with flatlora. Pass rho=, "
-                "or load it with PeftModel.from_pretrained(..., is_trainable=True) and call flatlora.attach."
+                f"{where!r} has no {CONFIG_NAME}: it was saved without settings of flatlora (attach saves none). Pass "
+                "rho=, or load it with PeftModel.from_pretrained(..., is_trainable=True) and call flatlora.attach."
             )
         values = {f.name: getattr(peft_config, f.name) for f in fields(LoraConfig) if f.init}
         return cls(**{**values, **check_own(cls, own, os.path.join(where, subfolder or "", CONFIG_NAME)), **override})

@@ -156,10 +156,14 @@ def test_the_config_alone(tmp_path):
     assert FlatLoraConfig.from_pretrained(tmp_path, rho=0.5, total_steps=9).rho == 0.5
 
 
-def test_an_adapter_that_was_not_trained_with_us(tmp_path):
-    plain_model().save_pretrained(tmp_path)
+@pytest.mark.parametrize("attached", [False, True], ids=["plain", "attached"])
+def test_an_adapter_that_was_saved_without_our_settings(attached, tmp_path):
+    model = plain_model()
+    (flatlora.attach(model, rho=0.1) if attached else model).save_pretrained(tmp_path)
     for read in (FlatLoraConfig.from_pretrained, lambda path: flatlora.load(tiny.base_model(), path)):
-        with pytest.raises(ValueError, match=f"has no {OURS}: it was not trained with flatlora. Pass rho="):
+        with pytest.raises(
+            ValueError, match=f"has no {OURS}: it was saved without settings.*attach saves none.*Pass rho="
+        ):
             read(tmp_path)
     assert FlatLoraConfig.from_pretrained(tmp_path, rho=0.1) == FlatLoraConfig(
         **{**LoraConfig.from_pretrained(tmp_path).to_dict(), "rho": 0.1}

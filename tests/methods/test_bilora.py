@@ -174,3 +174,14 @@ def test_the_batches_of_a_step_add_up_in_the_ascent():
     optimizer.step()
     for (_, B2), (A2, _), g in zip(ascent_factors(model), before, G, strict=True):
         torch.testing.assert_close(B2, 0.1 * S * g @ A2.T, rtol=1e-9, atol=1e-12)
+
+
+def test_names_without_a_place_are_refused():
+    model = twin.adapted(BiLoraConfig, **SETTINGS)
+    train(model, torch.optim.AdamW(twin.trainable(model), lr=1e-2), [0])
+    state = perturbation(model).state_dict()
+    names = state["method"]["param_groups"][0]["names"]
+    assert set(names) == set(state["tensors"])
+    names |= {next(iter(names)): len(names)}
+    with pytest.raises(ValueError, match=r"method must be None or the state_dict\(\) of an optimizer"):
+        perturbation(model).load_state_dict(state)

@@ -198,12 +198,14 @@ def unperturbed(model: nn.Module) -> AbstractContextManager[None]:
 def perturbed(model: nn.Module, sample: int | None = None, rho: float | None = None) -> AbstractContextManager[None]:
     """Context manager that switches the noise on in this thread, also in evaluation mode and under `no_grad`.
 
-    The mean loss over several samples estimates the objective
-    of Flat-LoRA, E_eps L(W + sBA + eps).
+    The mean loss over several samples estimates the objective of Flat-LoRA, E_eps L(W + sBA + eps). Inside another
+    context of this library, the inner one holds. `perturbation(model).enabled = False` and adapters that are merged or
+    disabled leave nothing to perturb.
 
     Args:
         model: a flat model.
-        sample: index of the noise sample; default the current one. The sample of training does not change.
+        sample: index of the noise sample; default the current one. The sample of training does not change, so a loop
+            that trains inside passes one for each step.
         rho: strength; default the present one, rho_t, which is 0 at the start of a growing schedule.
 
     Raises:
@@ -221,7 +223,7 @@ def perturbed(model: nn.Module, sample: int | None = None, rho: float | None = N
                     f"{type(state.settings.method).__name__} comes from gradients, got {name}={value!r}. Leave {name} "
                     "out, or use flatlora.unperturbed(model) for a pass without the perturbation."
                 )
-    return _override(model, forced=True, sample=sample, rho=rho)
+    return _override(model, enabled=True, forced=True, sample=sample, rho=rho)
 
 
 def averaged(

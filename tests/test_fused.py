@@ -102,6 +102,21 @@ def test_a_module_with_a_hook_is_called(monkeypatch, where):
     assert calls == [where] * len(calls) != []
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_hooks_of_all_modules_run(kind):
+    model, calls = flat_model(), []
+    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+    handle = register(lambda module, *args: calls.append(module))
+    try:
+        model(torch.randn(2, 6, dtype=torch.float64, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    names = ("base_layer", "lora_A.default", "lora_B.default")
+    inside = [layer.get_submodule(name) for layer in flat_layers(model) for name in names]
+    assert all(any(module is called for called in calls) for module in inside)
+    assert takes(model) == [True, True]
+
+
 def test_dropout_draws_the_masks_of_peft():
     model = flat_model(adapters=2, lora_dropout=0.5)
     plain = copy.deepcopy(model).eval()

@@ -114,6 +114,39 @@ def test_unperturbed_is_clean_in_training_mode_and_perturbed_is_noisy_in_evaluat
     assert torch.equal(flat(input_ids=x).logits, plain.eval()(input_ids=x).logits)
 
 
+def test_the_inner_one_of_two_contexts_holds():
+    _, flat = pair()
+    x = tiny.tokens()
+    clean, noisy = flat.eval()(input_ids=x).logits, flat.train()(input_ids=x).logits
+    with unperturbed(flat):
+        with perturbed(flat):
+            assert torch.equal(flat(input_ids=x).logits, noisy)
+        assert torch.equal(flat(input_ids=x).logits, clean)
+    with perturbed(flat), unperturbed(flat):
+        assert torch.equal(flat(input_ids=x).logits, clean)
+    perturbation(flat).enabled = False
+    with perturbed(flat):
+        assert torch.equal(flat(input_ids=x).logits, clean)
+
+
+def test_a_backward_inside_of_perturbed_leaves_the_sample_of_training():
+    """A gradient is measured between the two forwards of a training step, and before its first one."""
+    found = []
+    for measure in (False, True):
+        _, flat = pair()
+        for step in range(2):
+            losses = []
+            for part in range(2):
+                if measure:
+                    with perturbed(flat, sample=1000):
+                        torch.autograd.grad(tiny.loss(flat), tiny.trainable(flat))
+                losses.append(tiny.loss(flat, 2 * step + part))
+            sum(losses).backward()
+            found.append((perturbation(flat).sample, torch.stack(losses).detach()))
+    for (sample, losses), (expected, others) in zip(found[2:], found[:2], strict=True):
+        assert sample == expected and torch.equal(losses, others)
+
+
 def test_an_adapter_injected_after_eval_is_clean_until_the_model_trains():
     base = tiny.base_model().eval()
     model = get_flat_peft_model(base, FlatLoraConfig(**tiny.LORA, rho=0.2, schedule="constant"))

@@ -291,7 +291,7 @@ class FlatLayer(_PeftLayer):
     def on_backward(self) -> None:
         """Called when a backward pass reaches the layer, see `ops.registry`."""
         self.note_run()
-        self.perturbation.noise.on_backward()
+        self.perturbation.records.note_backward()
 
     def note_run(self) -> None:
         """Note that this layer takes part in the coming optimizer step."""

@@ -21,6 +21,11 @@ from .row_norms import compute_row_norms, merged_source, norms_before_dora
 if TYPE_CHECKING:
     from .flat_layer import FlatLayer
 
+GLOBAL_HOOKS: list[Any] = [  # of `torch.nn.modules.module.register_module_forward_hook` and its like
+    getattr(nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward_pre", "forward", "backward_pre", "backward")
+]
+
 
 class Adapter(NamedTuple):
     """An adapter of two matrices."""
@@ -61,8 +66,10 @@ def operands(layer: FlatLayer) -> Operands | None:
     """The operands of this path, or None for a layer that it does not take.
 
     It takes a linear layer, dense or with 4 bits of bitsandbytes, with adapters of two matrices, or one with DoRA,
-    without hooks on these modules.
+    without hooks on these modules or on all.
     """
+    if any(GLOBAL_HOOKS):
+        return None
     names = layer.active_lora_adapters()
     modules: Any = layer._modules  # spares the lookups of nn.Module.__getattr__
     base = modules["base_layer"]

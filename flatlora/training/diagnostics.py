@@ -128,8 +128,8 @@ class Diagnostics(PartlyCopied):
         ):
             self.warn_once(
                 "this optimizer step trains without noise: its gradients come from passes under no_grad, as in "
-                "zeroth-order methods, and those are not perturbed. Run the passes inside "
-                "`with flatlora.perturbed(model):`."
+                "zeroth-order methods, and those are not perturbed. Run the passes of each step inside "
+                "`with flatlora.perturbed(model, sample=step):`."
             )
 
     def _check_evaluation_mode(self) -> None:

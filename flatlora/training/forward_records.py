@@ -114,6 +114,12 @@ class ForwardRecords(PartlyCopied):
         record = self._thread.record
         return self._noise.mixed_seed() if record is None or record.moment is None else record.moment.seed
 
+    def note_backward(self) -> None:
+        """The backward of a perturbed layer runs: it uses the sample, unless `perturbed` has set another one."""
+        recorded: PassRecord | None = self._passes.recorded()
+        if recorded is None or not recorded.forced:
+            self._noise.on_backward()
+
     @contextmanager
     def running(self, record: Record) -> Iterator[None]:
         """The forward of a layer runs inside: the noise that it draws is that of `record`."""

@@ -162,7 +162,7 @@ class Perturbation(PartlyCopied):
 
     @steps.setter
     def steps(self, value: int) -> None:
-        self.schedule.counter.steps = value
+        self.schedule.counter.steps = integer("steps", value, 0, INT64)
 
     def set_step(self, step: int, total_steps: int | None = None) -> None:
         """Set the optimizer step of the run, where the library cannot count (FSDP1, DeepSpeed) or a run is resumed."""

@@ -212,6 +212,7 @@ OF_LIBRARY = {
     "perturbation.progress": attribute("progress", RHO),
     "perturbation.total_steps": attribute("total_steps", f"None {COUNT}"),
     "perturbation.sample": attribute("sample", INDEX),
+    "perturbation.steps": attribute("steps", INDEX),
     "perturbation.seed": attribute("seed", INTEGER),
     "perturbation.rank": attribute("rank", f"None {INDEX}"),
     "perturbation.enabled": attribute("enabled", BOOL),

@@ -42,8 +42,7 @@ class Seen:
 
     def __init__(self, origin: RunPosition, factors: Iterator[nn.Parameter]) -> None:
         self.origin = origin
-        found = list(factors)
-        trained = (p for p in found if p.grad is not None)
+        trained = (p for p in factors if p.grad is not None)
         self._witnesses = [(weakref.ref(p), p.detach().clone()) for p in islice(trained, WITNESSES)]
         self.note_versions()
 

@@ -192,7 +192,7 @@ def perturbation(model: nn.Module) -> Perturbation:
 
 def unperturbed(model: nn.Module) -> AbstractContextManager[None]:
     """Context manager that switches the noise off in this thread, also in training mode."""
-    return _override(model, enabled=False)
+    return _override(flat_parts(model), enabled=False)
 
 
 def perturbed(model: nn.Module, sample: int | None = None, rho: float | None = None) -> AbstractContextManager[None]:
@@ -215,7 +215,8 @@ def perturbed(model: nn.Module, sample: int | None = None, rho: float | None = N
     """
     sample = integer("sample", sample, 0, 2**32 - 1, optional=True, expected="None or an integer in [0, 2^32)")
     rho = None if rho is None else CHECKS["rho"]("rho", rho)
-    for state in flat_parts(model):
+    states = flat_parts(model)
+    for state in states:
         for name, value in (("sample", sample), ("rho", rho)):
             if value is not None and state.settings.method.uses_gradients:
                 raise WrongType(
@@ -223,7 +224,7 @@ def perturbed(model: nn.Module, sample: int | None = None, rho: float | None = N
                     f"{type(state.settings.method).__name__} comes from gradients, got {name}={value!r}. Leave {name} "
                     "out, or use flatlora.unperturbed(model) for a pass without the perturbation."
                 )
-    return _override(model, enabled=True, forced=True, sample=sample, rho=rho)
+    return _override(states, enabled=True, forced=True, sample=sample, rho=rho)
 
 
 def averaged(
@@ -345,18 +346,12 @@ def flat_parts(model: nn.Module) -> list[Perturbation]:
 def _differences(first: Perturbation, second: Perturbation) -> str:
     values = point(first) | {"rho": first.rhos}
     others = point(second) | {"rho": second.rhos}
-    return ", ".join(
-        f"{name}: {values[name]!r} and {others[name]!r}" for name in values if values[name] != others[name]
-    )
-
-
-def _override(model: nn.Module, **changes: Any) -> AbstractContextManager[None]:
-    # errors come where the function is called, not where its context is entered
-    return _override_all(flat_parts(model), changes)
+    found = [f"{name}: {values[name]!r} and {others[name]!r}" for name in values if values[name] != others[name]]
+    return ", ".join(found or [f"each has made {first.steps} steps alone"])
 
 
 @contextmanager
-def _override_all(states: list[Perturbation], changes: dict[str, Any]) -> Iterator[None]:
+def _override(states: list[Perturbation], **changes: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for state in states:
             stack.enter_context(state.override(**changes))

@@ -260,6 +260,18 @@ def test_a_context_of_another_thread_does_not_reach_compiled_code(context, train
                 torch.testing.assert_close(compiled(x), flat(x))
 
 
+def test_a_model_that_a_thread_has_made_which_has_ended():
+    made = []
+    thread = threading.Thread(target=lambda: made.append(model(schedule="constant")))
+    thread.start()
+    thread.join()
+    (flat,), x = made, torch.randn(4, 16)
+    compiled = torch.compile(flat, backend="aot_eager", fullgraph=True)
+    for context in (unperturbed(flat), perturbed(flat, sample=3)):
+        with context:
+            torch.testing.assert_close(compiled(x), flat(x))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_first_step_of_a_warmup_and_the_steps_of_a_second_optimizer_count(compiled):
     """Compiled code reports no pass: that something trains is known from the backward."""

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from flatlora import (
+    BiLoraConfig,
     EFMLoraConfig,
     FlatLoraCallback,
     FlatLoraConfig,
@@ -31,13 +32,13 @@ X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 class Whole(nn.Module):
     """Vision and language, each adapted separately, as InternVL's wrap_backbone_lora and wrap_llm_lora do."""
 
-    def __init__(self, vision=None, language=None, adapt=get_flat_peft_model, **settings):
+    def __init__(self, vision=None, language=None, adapt=get_flat_peft_model, config=FlatLoraConfig, **settings):
         super().__init__()
         torch.manual_seed(0)
         settings = {"rho": 0.3, "schedule": "constant", "seed": 3, "init_lora_weights": False} | settings
         for name, own in (("vision", vision), ("language", language)):
             part = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
-            setattr(self, name, adapt(part, FlatLoraConfig(target_modules=["0"], **settings | (own or {}))))
+            setattr(self, name, adapt(part, config(target_modules=["0"], **settings | (own or {}))))
 
     def forward(self, x, labels=None):
         return {"loss": self.language(self.vision(x)).square().mean()}
@@ -265,6 +266,44 @@ def test_a_student_begins_its_run_where_its_teacher_has_ended():
         assert run_of(model.vision)[0] == 5
     with pytest.raises(ValueError, match="at different points of their runs.*steps: 5 and 3"):
         perturbation(model)
+
+
+def test_runs_that_come_to_the_same_step_stay_apart():
+    model = Whole(schedule="linear", total_steps=9).train()
+    trained(model.vision, 2)
+    student = perturbation(model.language)
+    optimizer = torch.optim.SGD([p for p in model.language.parameters() if p.requires_grad], lr=0.1)
+    for i in range(4):
+        with unperturbed(model):
+            model(X)["loss"].backward()
+        optimizer.step()
+        assert perturbation(model.language) is student and student.steps == i + 1
+
+
+def test_a_context_of_a_part_does_not_keep_it_apart():
+    model = Whole().train()
+    with unperturbed(model.vision):
+        model(X)
+        assert perturbation(model) is perturbation(model.vision) is perturbation(model.language)
+
+
+@pytest.mark.parametrize("config", [FlatLoraConfig, BiLoraConfig])
+def test_a_trainer_begins_a_run_of_parts_of_which_one_has_trained_alone(config, tmp_path):
+    def run(**options):
+        model = Whole(config=config, schedule="linear", total_steps=4)
+        trained(model.train().vision, 2)
+        settings = {"report_to": "none", "use_cpu": True, "remove_unused_columns": False, "disable_tqdm": True}
+        settings |= {"save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "max_steps": 4}
+        data = [{"x": X[i % 4], "labels": 0} for i in range(8)]
+        args = TrainingArguments(str(tmp_path), **settings)
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[FlatLoraCallback()])
+        trainer.train(**options)
+        return perturbation(model)
+
+    first = run()
+    assert (first.steps, first.rho_t) == (4, pytest.approx(0.3))
+    again = run(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (again.steps, again.sample) == (4, first.sample)
 
 
 def test_a_part_that_is_switched_off_stays_so():

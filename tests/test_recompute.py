@@ -1,5 +1,7 @@
 """A recomputed layer has the noise of its own forward, whoever calls it (invariants 4, 5 and 10)."""
 
+import weakref
+
 import pytest
 import torch
 from helpers import tiny
@@ -67,8 +69,8 @@ class ByFunctionOfOtherNames(torch.autograd.Function):
     """`ByFunction` with other names than torch's."""
 
     @staticmethod
-    def forward(kept, run, x):
-        kept.run, kept.x = run, x.detach()
+    def forward(self, run, x):
+        self.run, self.x = run, x.detach()
         with torch.no_grad():
             return run(x)
 
@@ -320,6 +322,22 @@ def test_a_step_of_another_optimizer_between_forward_and_backward():
         found.append(gradients(model))
     for got in found[1:]:
         assert tiny.same(got, found[0])
+
+
+def test_a_tensor_that_a_forward_deletes_is_freed_before_it_returns():
+    model, alive = net(), []
+
+    def forward(x):
+        hidden = torch.tanh(x)
+        reference = weakref.ref(hidden)
+        x = model.base_model.model.backbone.blocks[0](x.detach().requires_grad_())
+        del hidden
+        alive.append(reference() is not None)
+        return x
+
+    x = X.clone().requires_grad_()
+    reentrant(forward, x).sum().backward()
+    assert alive == [False, False]
 
 
 def clean_and_noisy(model, x):

@@ -107,6 +107,10 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self._perturbations, self._sharpness = flat_parts(model), {}
+        if len(self._perturbations) > 1:
+            for each in self._perturbations:  # parts that have trained alone are together in this run
+                each.set_step(0)
+            self._perturbations = flat_parts(model)
         callbacks: Any = state.stateful_callbacks  # a dict here, despite its annotation
         saved = callbacks.get(type(self).__name__)
         # an older checkpoint has no entry, but the trainer's saving expects one

@@ -178,7 +178,7 @@ class FlatPeftLayer(FlatLayer):
         perturbation.registry.remove([self, *inside])
         if last:
             perturbation.close()
-        else:
+        elif perturbation.registry.is_joined:
             release(perturbation, [self, *inside])
         return base
 

@@ -115,19 +115,22 @@ class AscentOptimizer(MethodState):
         for tensor in others.values():
             tensor.grad = None  # the user's optimizer does not train these adapters
         tensors = [*(tensors for _, tensors in groups), *([others] if others else [])]
-        own = self._follow(_class_like(optimizer), tensors, groups[0][0]["lr"])
-        for own_group, (group, _) in zip(own.param_groups, groups, strict=False):  # the last may be that of `others`
-            own_group.update(own.defaults | _options(optimizer, group))
+        options = [_options(optimizer, group) for group, _ in groups]
+        own = self._follow(_class_like(optimizer), tensors, options)
+        for own_group, now in zip(own.param_groups, options, strict=False):  # the last may be that of `others`
+            own_group.update(own.defaults | now)
         own.step()
 
-    def _follow(self, kind: Any, groups: list[NamedTensors], lr: Any) -> Optimizer:
+    def _follow(self, kind: Any, groups: list[NamedTensors], options: list[dict[str, Any]]) -> Optimizer:
         """The optimizer of this class and of these tensors: the present one, or a new one with its moments."""
         former = self.optimizer if type(self.optimizer) is kind else None
         if former is not None and _identities(former) == [[id(t) for t in group.values()] for group in groups]:
             return former
         # an optimizer that loads this inside its own state (a Trainer's) keeps strings as keys only
         own = [{"params": [*group.values()], "names": {name: i for i, name in enumerate(group)}} for group in groups]
-        made: Optimizer = kind(own, lr=lr, maximize=True)
+        for group, given in zip(own, options, strict=False):  # before the state is loaded: `fused` says where it lies
+            group.update(given)
+        made: Optimizer = kind(own, lr=options[0]["lr"], maximize=True)
         if former is not None:
             tensors = [tensor for group in groups for tensor in group.values()]
             made.state.update({tensor: former.state[tensor] for tensor in tensors if tensor in former.state})

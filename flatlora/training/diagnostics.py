@@ -53,9 +53,10 @@ class Diagnostics(PartlyCopied):
     def has_trained(self) -> bool:
         """Whether a training pass or a backward has begun since the last step that counted.
 
-        No pass is seen in compiled code, or where a loop calls parts of the model that are not watched.
+        No pass is ever seen of compiled code, or where a loop calls parts of the model that are not watched.
         """
-        return self._passes.training > self.passes_before[1] or self._in_new_backward
+        unseen = self.compiled or not self._passes.training
+        return self._passes.training > self.passes_before[1] or (unseen and self._in_new_backward)
 
     def note_run(self, number: int) -> None:
         """A layer takes part in the coming optimizer step."""

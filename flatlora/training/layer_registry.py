@@ -58,6 +58,8 @@ class LayerRegistry(PartlyCopied):
         if self.model is None:
             self.set_model(model)
 
+    is_joined = False  # of parts of a model, which may leave it again
+
     def set_model(self, model: nn.Module) -> None:
         self._model = weakref.ref(root_of(model))
 

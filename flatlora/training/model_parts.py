@@ -3,7 +3,7 @@
 Each part gets a perturbation when it is adapted, because the whole model is not known then. The parts are joined when a
 function of this library is given the whole, or when the whole is called to train. The joined perturbation has the
 settings and the seed of the first part in the order of the model's modules, and its noise streams are numbered from
-part to part. Parts that are not at the same point of the same run stay apart: a student and its trained teacher.
+part to part. Parts that are not at the beginning of the same run stay apart: a student and its trained teacher.
 """
 
 from __future__ import annotations
@@ -70,15 +70,16 @@ def _join(model: nn.Module, parts: list[Perturbation]) -> list[Perturbation]:
 
 
 def _can_join(first: Perturbation, second: Perturbation) -> bool:
-    """Whether two perturbations are at the same point of the same run, with one rho for adapters of one name."""
+    """Whether two perturbations are at the beginning of the same run, with one rho for adapters of one name."""
     shared = first.rhos.keys() & second.rhos.keys()
-    return point(first) == point(second) and all(first.rhos[name] == second.rhos[name] for name in shared)
+    same = point(first) == point(second) and all(first.rhos[name] == second.rhos[name] for name in shared)
+    return same and not first.steps
 
 
 def point(perturbation: Perturbation) -> dict[str, Any]:
     """The settings of a run, and where it is: what parts must have in common to be joined."""
-    now = {name: getattr(perturbation, name) for name in ("steps", "progress", "total_steps", "enabled")}
-    return vars(perturbation.settings) | now
+    now = {name: getattr(perturbation, name) for name in ("steps", "progress", "total_steps")}
+    return {**vars(perturbation.settings), **now, "enabled": perturbation.overrides.switch}
 
 
 def _move(part: Perturbation, into: Perturbation, model: nn.Module) -> None:
@@ -90,6 +91,7 @@ def _move(part: Perturbation, into: Perturbation, model: nn.Module) -> None:
     for module in [model, *watched]:
         into.passes.watch(module)
     _give_streams(part, into)
+    into.registry.is_joined = True
     ignore(part)
 
 

@@ -32,26 +32,28 @@ class Overrides(PartlyCopied):
     not_copied: ClassVar[frozenset[str]] = frozenset({"_by_thread", "_owner", *NOW})
 
     def __init__(self) -> None:
-        self._enabled = True
+        self.switch = True  # of the model, for all threads
         self._start()
 
     def _start(self) -> None:
         self._by_thread: dict[int, Override] = {}
-        self._owner = threading.get_ident()  # the thread whose override compiled code has
+        self._owner = threading.current_thread()  # whose override compiled code has
         self._set_now()
 
     @property
     def enabled(self) -> bool:
-        return self._enabled and self.now().enabled
+        return self.switch and self.now().enabled
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._enabled = boolean("enabled", value)
+        self.switch = boolean("enabled", value)
         self._set_now()
 
     @contextmanager
     def override(self, **changes: Any) -> Iterator[None]:
         """Change the fields of this thread's `Override` inside."""
+        if not self._owner.is_alive():
+            self._owner = threading.current_thread()
         thread, before = threading.get_ident(), self._by_thread.get(threading.get_ident())
         self._set(thread, (before or Override())._replace(**changes))
         try:
@@ -65,7 +67,7 @@ class Overrides(PartlyCopied):
         if found is None and self._by_thread and in_backward():  # autograd has its own threads for accelerators
             found = next(reversed(self._by_thread.values()), None)
         found = found or Override()
-        return found if self._enabled else found._replace(enabled=False)
+        return found if self.switch else found._replace(enabled=False)
 
     def chosen_rho(self) -> float:
         """The strength that `perturbed` sets in this thread, 0 if it sets none."""
@@ -79,6 +81,7 @@ class Overrides(PartlyCopied):
         self._set_now()
 
     def _set_now(self) -> None:
-        now = self._by_thread.get(self._owner) or Override()
-        self.forced_now, self.enabled_now, self.rho_now = now.forced, now.enabled and self._enabled, now.rho or 0.0
-        self.differ_now = any(thread != self._owner for thread in list(self._by_thread))
+        owner = self._owner.ident or 0
+        now = self._by_thread.get(owner) or Override()
+        self.forced_now, self.enabled_now, self.rho_now = now.forced, now.enabled and self.switch, now.rho or 0.0
+        self.differ_now = any(thread != owner for thread in list(self._by_thread))

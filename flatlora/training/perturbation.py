@@ -158,6 +158,7 @@ class Perturbation(PartlyCopied):
 
     @property
     def steps(self) -> int:
+        self.rollbacks.settle(self)
         return self.schedule.counter.steps
 
     @steps.setter
@@ -170,10 +171,10 @@ class Perturbation(PartlyCopied):
         if total_steps is not None:
             self.schedule.total_steps = total_steps
         self.schedule.origin = (0.0, 0)
-        self.rollbacks.placed = True
         if step != self.steps:
             self.steps = step
             self._on_steps_changed()
+        self._note_placed()
 
     # ---- noise ----
 
@@ -255,7 +256,7 @@ class Perturbation(PartlyCopied):
             RuntimeError: DeepSpeed makes the optimizer's steps, and the method cannot see them.
         """
         self.registry.bind(module)
-        self.rollbacks.settle(self)
+        self.rollbacks.settle(self, at_last=torch.is_grad_enabled())
         join_calling_parts(self)
         self._find_mesh()
         engine = calling_deepspeed()
@@ -294,7 +295,7 @@ class Perturbation(PartlyCopied):
         return self.leader.seen or self.schedule.counter.engine is not None
 
     def on_step_begin(self, optimizer: Optimizer) -> None:
-        self.rollbacks.settle(self)
+        self.rollbacks.settle(self, at_last=True)
         self.leader.begin(optimizer, self.steps)
 
     def on_gradients_ready(self, optimizer: Optimizer) -> None:
@@ -331,7 +332,7 @@ class Perturbation(PartlyCopied):
                 refuse_unused_closure(method, optimizer)
             self.leader.count(optimizer)
             self.steps += 1
-            self.rollbacks.note_step(optimizer)
+            self.rollbacks.placed = False
             self._on_steps_changed()
             self._begin_interval()
             method.after_step(self, optimizer)
@@ -408,6 +409,9 @@ class Perturbation(PartlyCopied):
         self.diagnostics.begin_interval()
         self._interval_start = self.position()
 
+    def _note_placed(self) -> None:
+        self.rollbacks.placed, self._interval_start = True, self.position()
+
     def _set_noise_position(self, position: NoisePosition) -> None:
         self.noise.sample, self.noise.sample_used = position
 
@@ -423,6 +427,7 @@ class Perturbation(PartlyCopied):
         These are plain numbers, and with the keys "tensors" and "method" what the method keeps (nothing for Flat-LoRA).
         `accelerator.register_for_checkpointing(perturbation(model))` saves and loads it with the rest.
         """
+        self.rollbacks.settle(self)
         return {
             "seed": self.seed,
             "sample": self.sample,
@@ -445,7 +450,7 @@ class Perturbation(PartlyCopied):
         self.seed = known["seed"]
         self._set_noise_position(NoisePosition(known["sample"], known["sample_used"]))
         self.steps, self.total_steps, self.schedule.origin = known["steps"], known["total_steps"], known["origin"]
-        self.rollbacks.placed = True
+        self._note_placed()
         self.rhos.update(known["rhos"])
         self.registry.load_tensors(known["tensors"])
         self.method_state.load_state_dict(known["method"])

@@ -15,6 +15,7 @@ Frames of other functions are passed by without reading their locals, which woul
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from types import FrameType
@@ -28,7 +29,7 @@ _CHECKPOINT_FILE = torch_checkpoint.__file__
 # attributes of a checkpoint object
 _RECORDS = "_flatlora_records"  # {(layer, gradients enabled): records in the order of its forwards}
 _READS = "_flatlora_reads"  # backward, and how many records of each key it has read
-_FUNCTION_METHODS = ("forward", "backward", "vjp")  # of an autograd Function, which begin with its ctx
+_FUNCTION_FILE = inspect.getfile(torch.autograd.Function)
 
 
 class Checkpoints(NamedTuple):
@@ -95,7 +96,7 @@ def find_checkpoints() -> Checkpoints:
             if code.co_name == "checkpoint":
                 generator = frame.f_locals.get("gen")
                 _add(running, None if generator is None else generator.gi_frame.f_locals.get("new_frame"))
-        if code.co_name in _FUNCTION_METHODS and code.co_argcount and code.co_varnames[0] != "self":
+        if _may_have_ctx(frame):
             ctx = frame.f_locals.get(code.co_varnames[0])
             if isinstance(ctx, BackwardCFunction):
                 if code.co_name != "forward":
@@ -104,6 +105,15 @@ def find_checkpoints() -> Checkpoints:
                     _add(running, ctx)
         frame = frame.f_back
     return Checkpoints(running, None)
+
+
+def _may_have_ctx(frame: FrameType) -> bool:
+    """Whether this looks like a method of an autograd Function: torch has called it, or its first argument is ctx."""
+    code, caller = frame.f_code, frame.f_back
+    if not code.co_argcount:
+        return False
+    by_name = code.co_varnames[0] == "ctx" and code.co_name in ("forward", "backward")  # inside torch.amp.custom_fwd
+    return by_name or (caller is not None and caller.f_code.co_filename == _FUNCTION_FILE)
 
 
 def _add(found: list[Any], checkpoint: Any) -> None:

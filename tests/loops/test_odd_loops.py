@@ -37,7 +37,7 @@ def after_the_backward(model):
             optimizer.zero_grad()
 
 
-def in_the_backward(model):
+def in_the_backward(model, loss=twin.loss):
     optimizers = optimizers_of(model)
 
     def step(p):
@@ -47,7 +47,7 @@ def in_the_backward(model):
     for p in optimizers:
         p.register_post_accumulate_grad_hook(step)
     for i in range(3):
-        twin.loss(model, i).backward()
+        loss(model, i).backward()
 
 
 LOOPS = pytest.mark.parametrize("loop", [after_the_backward, in_the_backward], ids=lambda loop: loop.__name__)
@@ -288,6 +288,78 @@ def test_a_rollback_with_the_state_of_the_noise_is_taken_once(order):
     load(parts, kept)
     step(model, optimizer, 5)
     assert (perturbation(model).steps, perturbation(model).sample) == (6, 5)
+
+
+def through_data(model, values):
+    for p, value in zip(twin.trainable(model), values, strict=True):
+        p.data = value.clone()
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["model first", "optimizer first"])
+def test_a_rollback_through_data_with_an_evaluation_in_between(order, evaluated, kind):
+    model = flat_model(schedule="linear", total_steps=20)
+    optimizer, state = kind(twin.trainable(model), lr=0.1), perturbation(model)
+    for i in range(2):
+        step(model, optimizer, i)
+    values, kept = [p.detach().clone() for p in twin.trainable(model)], states(optimizer)
+    for i in range(4):
+        step(model, optimizer, i)
+    for part in order:
+        load([optimizer], kept) if part else through_data(model, values)
+        if evaluated:
+            with torch.no_grad():
+                twin.loss(model, 0)
+    assert state.state_dict()["steps"] == state.steps == 2
+
+
+@pytest.mark.parametrize("project", [False, True], ids=["", "projected after each step"])
+@pytest.mark.parametrize("count", [1, 2], ids=["one optimizer", "two"])
+def test_optimizers_alone_that_load_an_earlier_state_take_no_step_back(count, project):
+    model = flat_model(schedule="linear", total_steps=20)
+    optimizers = [AdamW(twin.trainable(model)[i::count], lr=0.1) for i in range(count)]
+
+    def both(i):
+        twin.loss(model, i).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for p in twin.trainable(model) if project else ():
+            p.data.clamp_(-0.5, 0.5)
+
+    for i in range(2):
+        both(i)
+    parts = [model, *optimizers]
+    kept = states(*parts)
+    for i in range(3):
+        both(i)
+    load(optimizers, kept[1:])
+    both(5)
+    assert perturbation(model).steps == 6
+    load(parts, kept)
+    both(2)
+    assert perturbation(model).steps == 3
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["model first", "optimizer first"])
+def test_the_start_of_a_resumed_run_is_where_it_was_resumed(order):
+    """A learning rate finder in a new process, and a new optimizer with the rate that it has found."""
+    model = flat_model(schedule="linear", total_steps=200)
+    perturbation(model).set_step(100)
+    optimizer = AdamW(twin.trainable(model), lr=0.1)
+    find_learning_rate(model, optimizer, order)
+    optimizer = AdamW(twin.trainable(model), lr=0.01)
+    step(model, optimizer, 0)
+    assert perturbation(model).steps == 101
+
+
+def test_an_optimizer_for_each_parameter_under_reentrant_checkpoints_counts_once():
+    model = tiny.flat_model(rho=0.2)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    in_the_backward(model, tiny.loss)
+    assert (perturbation(model).steps, perturbation(model).sample) == (3, 2)
 
 
 @OPTIMIZERS

@@ -14,10 +14,13 @@ def dense(A, B, grad_A, grad_B, s, rho):
     return E_W, E_W @ pinv(A) / s
 
 
-def random(r, m, n, seed):
+def matrices(*shapes, seed):
     g = torch.Generator().manual_seed(seed)
-    shapes = [(r, n), (m, r), (r, n), (m, r)]
     return [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
+
+
+def random(r, m, n, seed):
+    return matrices((r, n), (m, r), (r, n), (m, r), seed=seed)
 
 
 def lower_rank(M, rank):
@@ -112,3 +115,36 @@ def test_the_cut_off_drops_small_singular_values():
     expected = full_weight_ascent(cut, B, grad_A, grad_B, scaling=1.0, rho=0.1, rtol=1e-2)
     torch.testing.assert_close(E, expected, rtol=2e-3, atol=1e-6)
     assert (full_weight_ascent(small, B, grad_A, grad_B, scaling=1.0, rho=0.1) - expected).norm() > expected.norm()
+
+
+def exact_ascent(A, B, grad_A, grad_B, scaling, rho):
+    """The dense formulas in float64, with the rank that factors of this dtype have."""
+    eps = torch.finfo(A.dtype).eps
+    pinv = lambda M: torch.linalg.pinv(M.double(), rtol=max(M.shape) * eps)  # noqa: E731
+    grad_A, grad_B = grad_A.double(), grad_B.double()
+    G = grad_B @ pinv(A.T) + pinv(B.T) @ grad_A
+    return rho / scaling * G / G.norm() @ pinv(A)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m, n, r", [(1, 64, 8), (2, 30, 8), (30, 3, 8), (30, 3, 16), (4, 4, 16), (64, 8, 64)])
+def test_layers_with_fewer_outputs_or_inputs_than_r(m, n, r, dtype):
+    A, B, G = (part.to(dtype) for part in matrices((r, n), (m, r), (m, n), seed=r))
+    grads = 2.0 * B.T @ G, 2.0 * G @ A.T
+    E = full_weight_ascent(A, B, *grads, scaling=2.0, rho=0.1)
+    expected = exact_ascent(A, B, *grads, scaling=2.0, rho=0.1)
+    assert (E.double() - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("smallest", [1e-2, 1e-3, 3e-4])
+def test_an_ill_conditioned_factor_in_float32(smallest):
+    """B after a few examples: its columns are nearly the same."""
+    U, V, A, G = matrices((20, 4), (4, 4), (4, 30), (20, 30), seed=5)
+    U, V = torch.linalg.qr(U)[0], torch.linalg.qr(V)[0]
+    B = (U * torch.tensor([1.0, 0.5, 0.1, smallest], dtype=torch.float64)) @ V
+    A, B = A.float(), B.float()
+    grads = (2.0 * B.double().T @ G).float(), (2.0 * G @ A.double().T).float()
+    E = full_weight_ascent(A, B, *grads, scaling=2.0, rho=0.1)
+    expected = exact_ascent(A, B, *grads, scaling=2.0, rho=0.1)
+    assert E.dtype == torch.float32
+    assert (E.double() - expected).norm() < 1e-3 * expected.norm()

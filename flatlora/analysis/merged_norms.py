@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from ..utils.dtypes import accumulation_dtype
 from .displacement import CHUNK, Weight, active, find_weights
+from .mean_loss import evaluation_mode
 from .options import Layers
 
 
 def merged_row_norms(model: nn.Module, layers: Layers = None, space: str = "merged") -> dict[str, Tensor]:
     """The row norms ||W'_i|| of each chosen weight, a common reference for the option `norms`.
+
+    The layers are in evaluation mode meanwhile: the norms have no dropout, and no random state changes.
 
     Args:
         model: any module.
@@ -32,7 +35,11 @@ def merged_row_norms(model: nn.Module, layers: Layers = None, space: str = "merg
 def all_row_norms(weights: list[Weight]) -> dict[str, Tensor]:
     """The row norms of each weight by layer name, (m,) each; tied weights share those of the first."""
     first: dict[int, Tensor] = {}
-    return {w.name: first[w.index] if w.index in first else first.setdefault(w.index, row_norms(w)) for w in weights}
+    with evaluation_mode(nn.ModuleList(w.owner for w in weights)):  # some norms come from outputs, with dropout
+        for w in weights:
+            if w.index not in first:
+                first[w.index] = row_norms(w)
+    return {w.name: first[w.index] for w in weights}
 
 
 @torch.no_grad()

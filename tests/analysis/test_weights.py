@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from helpers.landscapes import Snapshot
 from helpers.layer_cases import CASES, apply_dense, dense_weight, flat_model, merged_norms
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from flatlora.analysis import expected_sharpness, merged_row_norms
 from flatlora.analysis.displacement import displaced, find_weights
 from flatlora.analysis.merged_norms import all_row_norms
 
@@ -118,6 +119,29 @@ def test_a_quantized_base_is_displaced_additively():
             torch.testing.assert_close(model(x), clean + x @ D["0"].T)
     merged = layer.base_layer.weight.float() * layer.base_layer.scale + layer.get_delta_weight("default")
     torch.testing.assert_close(all_row_norms(weights)["0"], merged.norm(dim=1).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VeraConfig(r=8, target_modules=["0"], vera_dropout=0.5, d_initial=1.0, init_weights=False),
+        LoHaConfig(r=4, target_modules=["0"], module_dropout=0.5, rank_dropout=0.5, alpha=64, init_weights=False),
+    ],
+    ids=["vera", "loha"],
+)
+def test_norms_from_outputs_are_those_without_dropout_and_draw_nothing(config):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4)), config).train()
+    layer = model.base_model.model[0].eval()
+    with torch.no_grad():
+        merged = layer.get_base_layer().weight + layer.get_delta_weight("default")
+    layer.train()
+    x, loss = [torch.randn(5, 12)], lambda m, b: m(b).square().mean()
+    before = Snapshot(model)
+    torch.testing.assert_close(merged_row_norms(model)["0"], merged.norm(dim=1))
+    training = expected_sharpness(model, loss, x, rho=0.3, samples=2)
+    before.assert_same()
+    assert torch.equal(training.rises, expected_sharpness(model.eval(), loss, x, rho=0.3, samples=2).rises)
 
 
 def test_attention_that_reads_its_weights_itself():

@@ -9,6 +9,9 @@ If D cannot be added to the base weight of a LoRA layer (a quantized weight; DoR
 operation with D alone is added to its output, out + x D^T. LoRA layers are recognized by their methods
 (`get_base_layer`, `get_delta_weight`, `active_adapters`), so this module does not import peft.
 
+A weight with a parametrization of torch (weight_norm, spectral_norm, orthogonal) is the computed one, and the displaced
+weight replaces it as one more parametrization, at the end: the parametrized tensors are not written.
+
 Row form: each weight is viewed as (m, n), one row per output. The Conv1D of GPT-2 stores the transpose; the trailing
 dimensions of a convolution are flattened.
 """
@@ -24,6 +27,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..utils import arguments
 from .options import Layers, check_space
@@ -59,13 +63,22 @@ class Weight:
     full_shape: tuple[int, ...]
 
     def parameter(self) -> Tensor | None:
-        """The stored parameter, or None for an additive weight."""
+        """The stored parameter, or None for an additive weight; of a parametrized one, the computed weight."""
         if self.path is None:
             return None
-        *parents, leaf = self.path.split(".")
-        module: Any = self.owner.get_submodule(".".join(parents))
-        held = module[leaf] if isinstance(module, nn.ParameterDict) else getattr(module, leaf)
-        return cast("Tensor | None", held)
+        module, leaf = self._place(self.path)
+        return cast("Tensor | None", module[leaf] if isinstance(module, nn.ParameterDict) else _read(module, leaf))
+
+    def parametrizations(self) -> Any:
+        """torch's list of the parametrizations of this weight, or None if it has none."""
+        if self.path is None:
+            return None
+        module, leaf = self._place(self.path)
+        return module.parametrizations[leaf] if is_parametrized(module, leaf) else None
+
+    def _place(self, path: str) -> tuple[Any, str]:
+        *parents, leaf = path.split(".")
+        return self.owner.get_submodule(".".join(parents)), leaf
 
     def values(self) -> Tensor:
         """The values in row form, (m, n): a view of the parameter; zeros for an additive weight."""
@@ -152,6 +165,43 @@ def displaced(weights: list[Weight], at: At) -> Iterator[set[str]]:
                 owner.forward = forward
 
 
+class _Constant(nn.Module):
+    """A parametrization whose weight is a given tensor."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = (weight,)  # in a tuple: never a parameter or buffer
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.weight[0]
+
+
+@contextlib.contextmanager
+def _parametrized_as(tensors: dict[Weight, Tensor]) -> Iterator[None]:
+    """Give parametrized weights other values."""
+    lists = [weight.parametrizations() for weight in tensors]
+    for parts, tensor in zip(lists, tensors.values(), strict=True):
+        parts.append(_Constant(tensor))
+    try:
+        yield
+    finally:
+        for parts in lists:
+            del parts[-1]
+
+
+def _read(module: Any, name: str) -> Any:
+    """An attribute; a parametrized one in evaluation mode, since spectral_norm writes its buffers in training mode."""
+    if not is_parametrized(module, name):
+        return getattr(module, name, None)
+    parts = module.parametrizations[name]
+    modes = {part: part.training for part in parts.modules()}
+    try:
+        return parts.eval()()
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 class _Call(nn.Module):
     """A layer with its original forward."""
 
@@ -174,8 +224,10 @@ def _displaced_forward(run: Forward, owner: nn.Module, group: list[Weight], at: 
             shift = _shift(owner, args[0], weight.stored(at(weight, weight.values())))
             out = run(*args, **kwargs)
             return out + shift.to(out.dtype)
-        swap = {f"layer.{weight.path}": weight.stored(at(weight, weight.values())) for weight in group}
-        return functional_call(call, swap, args, kwargs)
+        moved = {weight: weight.stored(at(weight, weight.values())) for weight in group}
+        computed = {weight: moved.pop(weight) for weight in group if weight.parametrizations() is not None}
+        with _parametrized_as(computed):
+            return functional_call(call, {f"layer.{weight.path}": to for weight, to in moved.items()}, args, kwargs)
 
     return forward
 
@@ -231,14 +283,14 @@ def _weight(name: str, owner: nn.Module, path: str, transposed: bool) -> Weight:
 
 def _merged_weights(name: str, module: Any) -> list[Weight]:
     if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is None:
+        if _read(module, "in_proj_weight") is None:
             raise ValueError(f"layer {name!r}: MultiheadAttention must have one in_proj_weight; leave it out (layers=)")
         paths = ("in_proj_weight", "out_proj.weight")
         return [_weight(f"{name}.{path}", module, path, False) for path in paths]
     if not is_adapted(module):
         return [_weight(name, module, "weight", is_transposed(module))]
     base = module.get_base_layer()
-    parameter = getattr(base, "weight", None)
+    parameter = _read(base, "weight")
     takes = parameter is not None and parameter.is_floating_point() and parameter.ndim > 1 and parameter.numel() > 0
     known = takes and (isinstance(base, PLAIN) or is_transposed(base)) and module.base_layer is base
     added = hasattr(module, "lora_A") and not any(adapter in _variants(module) for adapter in active(module))
@@ -282,7 +334,7 @@ def _share_tied(weights: list[Weight]) -> list[Weight]:
     tied: dict[int, int] = {}
     out = []
     for weight in weights:
-        index, parameter = weight.index, weight.parameter()
+        index, parameter = weight.index, weight.parametrizations() or weight.parameter()
         if parameter is not None and id(parameter) in tied:
             index = tied[id(parameter)]
         else:

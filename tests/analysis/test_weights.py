@@ -1,6 +1,7 @@
 """A displacement D is added to the merged weight, for every kind of layer."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from helpers.landscapes import Snapshot
 from helpers.layer_cases import CASES, apply_dense, dense_weight, flat_model, merged_norms
 from peft import LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from flatlora.analysis import expected_sharpness, merged_row_norms
+from flatlora.analysis import Hessian, expected_sharpness, merged_row_norms, sam_sharpness
 from flatlora.analysis.displacement import displaced, find_weights
 from flatlora.analysis.merged_norms import all_row_norms
 
@@ -165,6 +167,31 @@ def test_attention_that_reads_its_weights_itself():
 def test_two_names_with_one_hash_get_two_indices(monkeypatch):
     monkeypatch.setattr("zlib.crc32", lambda data: 7)
     assert [w.index for w in find_weights(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))] == [7, 8]
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+def test_a_parametrized_weight_is_displaced_and_its_tensors_are_not_written(kind, adapted):
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict((name, nn.Linear(5, 5).double()) for name in "abc"))
+    plain = copy.deepcopy(model)
+    for linear, copied in zip(model, plain, strict=True):
+        getattr(parametrizations, kind)(linear)
+        with torch.no_grad():
+            for parameter in linear.parametrizations.parameters():  # as after training: no longer its own inverse
+                parameter.mul_(1.3).add_(0.1 * torch.randn_like(parameter))
+            copied.weight.copy_(linear.eval().weight)
+    if adapted:
+        config = LoraConfig(target_modules=list("abc"), init_lora_weights=False)
+        model, plain = (get_peft_model(m, config, autocast_adapter_dtype=False) for m in (model, plain))
+        plain.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" in k}, strict=False)
+    x, v = [torch.randn(4, 5).double()], torch.randn(75).double()
+    loss = lambda m, b: torch.tanh(m(b)).square().mean()  # noqa: E731
+    before = Snapshot(model.train())
+    for measure in (expected_sharpness, sam_sharpness):
+        torch.testing.assert_close(measure(model, loss, x, rho=0.5).rises, measure(plain, loss, x, rho=0.5).rises)
+    torch.testing.assert_close(Hessian(model, loss, x) @ v, Hessian(plain, loss, x) @ v)
+    before.assert_same()
 
 
 def test_a_weight_that_is_elsewhere_is_an_error():

@@ -1,7 +1,8 @@
 """Gradients and Hessian-vector products with respect to the merged weights, trainable or frozen.
 
 A detached view replaces each chosen weight (`displaced`), and gradients are taken with respect to these views: no
-`.grad` and no `requires_grad` of the model changes. Memory: the autograd graph of one batch, as in training.
+`.grad` and no `requires_grad` of the model changes. Inference mode is left meanwhile, since no gradient exists in it;
+torch refuses batches made in it. Memory: the autograd graph of one batch, as in training.
 """
 
 from __future__ import annotations
@@ -67,11 +68,13 @@ class WeightVector:
         ):
             yield list(leaves.values())
 
+    @torch.inference_mode(False)
     def value(self, batches: list[tuple[float, Any]], offset: Tensor) -> float:
         """The mean loss of (share, batch) pairs at W' + offset."""
         with self.leaves(offset), torch.no_grad():
             return float(sum(share * self.loss.loss(batch).item() for share, batch in batches))
 
+    @torch.inference_mode(False)
     def gradient(self, batches: list[tuple[float, Any]], offset: Tensor | None = None) -> tuple[float, Tensor]:
         """The mean loss of (share, batch) pairs at W' + offset and its gradient, (N,)."""
         total, gradient = 0.0, torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -83,8 +86,10 @@ class WeightVector:
             total += share * loss.item()
         return total, gradient
 
+    @torch.inference_mode(False)
     def product(self, vector: Tensor) -> Tensor:
         """The product H v, (N,), with the Hessian H of the mean loss over all batches."""
+        vector = vector.clone() if vector.is_inference() else vector  # which cannot be in a graph
         out = torch.zeros_like(vector)
         parts = self.split(vector)
         for share, batch in zip(self.loss.shares, self.loss.batches, strict=True):

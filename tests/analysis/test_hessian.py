@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flatlora.analysis import Hessian, hessian_vector_product, spectral_density, top_eigenvalues, trace
+from flatlora.analysis import Hessian, hessian_vector_product, sam_sharpness, spectral_density, top_eigenvalues, trace
 from flatlora.analysis.displacement import find_weights
 
 
@@ -83,6 +83,26 @@ def test_tied_weights_convolution_embedding(net, ids):
     )
     with pytest.raises(ValueError, match="vectors must have the keys"):
         hessian_vector_product(net, token_loss, ids, {})
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_the_same_where_torch_takes_none(net, ids, context):
+    def measure():
+        hessian = Hessian(net, token_loss, ids)
+        sam = sam_sharpness(net, token_loss, ids, rho=0.1, steps=2)
+        return hessian @ torch.ones(hessian.size), top_eigenvalues(hessian, steps=3).values, sam.rises, sam.first_order
+
+    expected, before = measure(), Snapshot(net)
+    with context():
+        found = measure()
+    before.assert_same()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)) and expected[0].any()
+
+
+def test_a_batch_made_in_inference_mode_has_no_gradient():
+    model = nn.Linear(3, 2)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        sam_sharpness(model, lambda m, b: m(b).square().mean(), [torch.randn(4, 3)])
 
 
 def tiny_llama():

@@ -189,6 +189,9 @@ def top_eigenvalues(
 ) -> Eigenvalues:
     """The algebraically largest (or smallest) eigenvalues, by Lanczos with full reorthogonalization.
 
+    A repeated eigenvalue is listed as often as it occurs if Lanczos exhausts its Krylov spaces within `steps`, as for a
+    small matrix or one of low rank: it then goes on in the orthogonal complement. Otherwise it may be listed once.
+
     Args:
         operator: symmetric, for instance a `Hessian`.
         count: number of eigenvalues.
@@ -213,16 +216,15 @@ def top_eigenvalues(
     steps = min(operator.size, 20 + 10 * count if steps is None else steps)
     if steps < count:
         raise ValueError(f"steps must be at least count, {count}, got {steps}")
-    lanczos = Lanczos(operator, probe(operator, seed, 0))
+    lanczos, starts = Lanczos(operator, probe(operator, seed, 0)), 1
     with progress_bar(steps, "eigenvalues", progress) as bar:
         while lanczos.step():
             bar.update()
-            values, small = lanczos.eigen()
-            order = torch.argsort(values, descending=not smallest)[:count]
-            bounds = lanczos.last_beta * small[-1, order].abs()
-            converged = len(values) >= count and (bounds <= 0.1 * tolerance * values.abs().max()).all()
-            if len(values) >= steps or converged:
+            if len(lanczos.alphas) >= steps or _is_done(lanczos, count, smallest, tolerance):
                 break
+            if lanczos.exhausted:
+                lanczos.restart(probe(operator, seed, starts))
+                starts += 1
     values, small = lanczos.eigen()
     order = torch.argsort(values, descending=not smallest)[:count]
     vectors = torch.stack(lanczos.basis[: len(values)], dim=1) @ small[:, order].to(operator.device, operator.dtype)
@@ -230,6 +232,21 @@ def top_eigenvalues(
     products = torch.stack([operator @ v for v in vectors.T], dim=1)
     eigenvalues = (vectors * products).sum(dim=0)
     return Eigenvalues(eigenvalues, (products - eigenvalues * vectors).norm(dim=0), vectors)
+
+
+def _is_done(lanczos: Lanczos, count: int, smallest: bool, tolerance: float) -> bool:
+    """Whether the `count` extreme eigenvalues have converged, and no further Krylov space can hold one of them."""
+    values, small = lanczos.eigen()
+    slack = 0.1 * tolerance * float(values.abs().max())
+    order = torch.argsort(values, descending=not smallest)[:count]
+    bounds = lanczos.last_beta * small[-1, order].abs()
+    if len(values) < count or (bounds > slack).any():
+        return False
+    if not lanczos.exhausted:
+        return lanczos.block == 0
+    # the extreme eigenvalue of the newest space is that of all that was left before it
+    newest, last = lanczos.newest_eigenvalues(), float(values[order[-1]])
+    return bool(newest[0] >= last - slack if smallest else newest[-1] <= last + slack)
 
 
 def trace(operator: Operator, *, samples: int = 16, seed: int = 0, progress: bool | None = None) -> Estimate:

@@ -160,6 +160,41 @@ def test_an_operator_of_low_rank_ends_lanczos_early():
     assert spectral_density(Dense(matrix), steps=15).nodes.isnan().any()
 
 
+def diagonal(*values):
+    return torch.diag(torch.tensor(values, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize(
+    "matrix, count",
+    [
+        (diagonal(5, 5, 1, 0), 2),
+        (2 * torch.eye(6).double(), 3),
+        (diagonal(3, *[0] * 30), 3),
+        (diagonal(*[0] * 4), 2),
+        (torch.block_diag(*[diagonal(4, 1, -2)] * 3), 4),
+        (torch.block_diag(*[symmetric(5)] * 4), 20),
+    ],
+    ids=["twice", "identity", "rank-1", "zero", "blocks", "all"],
+)
+def test_repeated_eigenvalues_are_listed_as_often_as_they_occur(matrix, count, smallest):
+    found = top_eigenvalues(Dense(matrix), count, smallest=smallest)
+    truth = torch.linalg.eigvalsh(matrix)
+    truth = truth[:count] if smallest else truth.flip(0)[:count]
+    torch.testing.assert_close(found.values, truth, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(count, dtype=torch.float64))
+    assert (found.residuals < 1e-8).all()
+
+
+def test_an_operator_may_return_its_argument():
+    class Identity(Dense):
+        def __matmul__(self, vector):
+            return vector
+
+    found = top_eigenvalues(Identity(torch.eye(5).double()), 2)
+    torch.testing.assert_close(found.values, torch.ones(2).double())
+
+
 def test_trace_intervals_hold_the_truth_as_often_as_they_say():
     matrix, trials, level = symmetric(), 300, 0.9
     found = [trace(Dense(matrix), samples=10, seed=seed) for seed in range(trials)]

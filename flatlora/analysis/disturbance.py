@@ -217,7 +217,7 @@ def replace_tokens(vocabulary: int, field: str | int | None = "input_ids", keep:
 
     Args:
         vocabulary: size of the vocabulary.
-        field: where the batch holds the token ids: a key, a position, or None if the batch is the tensor.
+        field: where the batch holds the token ids: a key, a position (also from the end), or None: the batch itself.
         keep: ids that are not replaced, such as padding.
 
     Returns:
@@ -244,7 +244,7 @@ def add_noise(field: str | int | None = None) -> Corrupt:
     """A corruption of continuous inputs: Gaussian noise of `level` times the standard deviation of the batch.
 
     Args:
-        field: where the batch holds the inputs: a key, a position, or None if the batch is the tensor.
+        field: where the batch holds the inputs: a key, a position (also from the end), or None: the batch itself.
 
     Returns:
         A function for `under_corruption`.
@@ -278,7 +278,9 @@ def _with(batch: Any, field: str | int | None, value: Tensor) -> Any:
         return value
     if isinstance(field, str):
         return {**batch, field: value}
-    return type(batch)([value if k == field else part for k, part in enumerate(batch)])
+    parts = list(batch)
+    parts[field] = value
+    return type(batch)(parts)
 
 
 def _generator(seed: int, sample: int, batch: int) -> torch.Generator:

@@ -94,7 +94,13 @@ def test_corruption_is_the_same_for_every_model_and_level(net, ids):
 
 
 @pytest.mark.parametrize(
-    "batch, field", [(torch.ones(3, 4), None), ((torch.ones(3, 4), 1), 0), ({"x": torch.ones(3, 4)}, "x")]
+    "batch, field",
+    [
+        (torch.ones(3, 4), None),
+        ((torch.ones(3, 4), 1), 0),
+        ([1, torch.ones(3, 4)], -1),
+        ({"x": torch.ones(3, 4)}, "x"),
+    ],
 )
 def test_noise_on_one_field_of_a_batch(batch, field):
     x = batch if field is None else batch[field]
@@ -105,6 +111,14 @@ def test_noise_on_one_field_of_a_batch(batch, field):
     moved = out if field is None else out[field]
     z = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(moved, original + 0.5 * original.std() * z)
+
+
+def test_tokens_at_a_position_from_the_end_are_replaced():
+    batch = torch.zeros(4, 50, dtype=torch.long), torch.zeros(4, 50, dtype=torch.long)
+    out = [replace_tokens(9, field=k)(batch, 1.0, torch.Generator().manual_seed(0)) for k in (1, -1)]
+    assert torch.equal(out[0][1], out[1][1]) and out[1][1].any() and not out[1][0].any()
+    with pytest.raises(IndexError):
+        replace_tokens(9, field=-3)(batch, 1.0, torch.Generator())
 
 
 def test_surface_holds_the_lines():

@@ -251,6 +251,8 @@ def averaged(
         TypeError: the method of the model has no random noise; or its output has no logits.
         RuntimeError: the model is in training mode, or no noise is on: the adapters are merged or disabled, rho is 0,
             or the call is inside `unperturbed`. Raised when the function is called.
+        ValueError: an argument out of bounds; or, when the function is called, probabilities of a single logit
+            (regression, binary classification), where ``of="logits"`` is meant.
     """
     states = flat_parts(model)
     for state in states:

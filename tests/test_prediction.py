@@ -225,3 +225,11 @@ def test_an_output_without_logits_is_refused():
     model = get_flat_peft_model(Named(), FlatLoraConfig(r=2, target_modules=["layer"], rho=0.1)).eval()
     with pytest.raises(TypeError, match=r"has \.logits, got dict"):
         averaged(model)(inputs().float())
+
+
+def test_probabilities_of_one_logit_are_refused():
+    config = FlatLoraConfig(r=2, target_modules=["0"], rho=0.1, schedule="constant", init_lora_weights=False)
+    model = get_flat_peft_model(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 1)).double(), config).eval()
+    with pytest.raises(ValueError, match='two or more classes, got one logit.*of="logits"'):
+        averaged(model)(inputs())
+    assert averaged(model, of="logits")(inputs()).unique().numel() == 5

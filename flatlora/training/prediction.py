@@ -31,6 +31,11 @@ class AveragedPrediction:
                     rho = state.rho if self.rho is None else self.rho
                     stack.enter_context(state.override(forced=True, sample=FIRST_SAMPLE + k, rho=rho))
                 logits = _logits(self.model(*args, **kwargs))
+            if self.of == "probabilities" and logits.shape[-1:] == (1,):
+                raise ValueError(
+                    "averaged of probabilities needs two or more classes, got one logit, whose softmax is always 1: "
+                    'give averaged of="logits"'
+                )
             logits = logits if logits.dtype == torch.float64 else logits.float()
             part = logits.softmax(-1) if self.of == "probabilities" else logits
             total = part if total is None else total + part

@@ -143,7 +143,9 @@ def sam_sharpness(
         model, loss_fn, batches: see `loss_line`.
         rho: radii, Frobenius norm over all chosen weights; default 0.05 (SAM).
         steps: number of gradient ascent steps.
-        space, layers, sizes, progress, file: see `flatlora.analysis.options.Options`.
+        space, layers, progress, file: see `flatlora.analysis.options.Options`.
+        sizes: weight of each batch in `center`, and in the loss that ``per_batch=False`` maximizes. With
+            ``per_batch=True`` the batches are the samples: `mean`, `stderr` and `interval` count each one alike.
         per_batch: maximize for each batch separately (m-sharpness), so that the spread over the batches is the
             uncertainty; False maximizes the mean loss over all batches and gives one number without uncertainty.
         seed: of the random start.

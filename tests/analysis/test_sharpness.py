@@ -181,6 +181,17 @@ def test_sam_sharpness_per_batch_and_together(net, ids):
         sam_sharpness(net, token_loss, ids, steps=0)
 
 
+def test_sizes_weigh_the_center_and_the_joint_loss_but_not_the_samples(net, ids):
+    shares = torch.tensor([0.25, 0.75]).double()
+    plain, sized = (sam_sharpness(net, token_loss, ids, rho=[0.1], sizes=sizes) for sizes in (None, [2, 6]))
+    centers = torch.tensor([sam_sharpness(net, token_loss, [b], rho=[0.1]).center for b in ids]).double()
+    assert torch.equal(sized.rises, plain.rises) and torch.equal(sized.mean, sized.rises.mean(dim=0))
+    assert sized.center == pytest.approx(float(shares @ centers))
+    together = sam_sharpness(net, token_loss, ids, rho=[0.1], sizes=[1, 3], per_batch=False)
+    repeated = sam_sharpness(net, token_loss, [ids[0], *[ids[1]] * 3], rho=[0.1], per_batch=False)
+    torch.testing.assert_close(together.rises, repeated.rises, rtol=1e-3, atol=0)
+
+
 def test_the_merged_space_and_the_adapter_space_differ():
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(r=2, target_modules=["0"]))  # B = 0
     x = [torch.randn(8, 6)]

@@ -1,13 +1,14 @@
 """The report: one self-contained page with the numbers of the files."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
 from flatlora import report
-from flatlora.analysis import ExpectedSharpness, LossLine, LossSurface, save
+from flatlora.analysis import Degradation, ExpectedSharpness, LossLine, LossSurface, save
 
 pytest.importorskip("matplotlib", reason="the plot extra is not installed")
 GRID = torch.linspace(-1, 1, 5, dtype=torch.float64)
@@ -88,6 +89,19 @@ def test_runs_that_cannot_be_compared_are_still_shown(tmp_path):
     save(LossLine(GRID, GRID[None], 1.0, "plain", "merged", 0), runs[0] / "analysis/loss_line.json")
     save(LossSurface(GRID, GRID, GRID + GRID[:, None], 1.0, "plain", "merged", 0), runs[1] / "analysis/loss_line.json")
     assert "Not compared: LossLine, LossSurface" in check(report.build(runs))
+
+
+@pytest.mark.parametrize("falls", [False, True])
+def test_the_table_has_the_points_of_all_runs(tmp_path, falls):
+    grids, rows = ([0.5, 2.0], [0.5, 1.0, 4.0]), ["0.5", "1", "2", "4"]
+    for name, grid in zip("ab", grids, strict=True):
+        levels = torch.tensor(sorted(grid, reverse=falls)).double()
+        result = Degradation(levels, levels * torch.ones(2, 1).double(), 0.0, "rounding", "bits", 0)
+        save(result, tmp_path / name / "analysis/rounding.json")
+    page = report.build([tmp_path / "a", tmp_path / "b"])
+    found = re.findall(r"<tr[^>]*><t[hd]>([\d.]+)</t[hd]>(.*)</tr>", page)
+    assert [x for x, _ in found] == sorted(rows, key=float, reverse=falls)
+    assert {x: cells.count("—") for x, cells in found} == {"0.5": 0, "1": 1, "2": 1, "4": 1}
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path):

@@ -77,7 +77,7 @@ def _result(results: dict[str, Any], heading: str) -> str:
 
 
 def _curves(results: dict[str, Curve]) -> str:
-    """A table with the mean and its 95 % interval at each point, and the paired difference of two runs."""
+    """A table with the mean and its 95 % interval at each point of any run, and the paired difference of two runs."""
     first = next(iter(results.values()))
     columns = dict(results)
     note = "Mean and 95 % interval."
@@ -92,7 +92,9 @@ def _curves(results: dict[str, Curve]) -> str:
         low, high = curve.interval()
         for k, x in enumerate(curve.grid.tolist()):
             cells[name, x] = _number(curve.mean[k].item(), low[k].item(), high[k].item())
-    rows = [[f"{x:.4g}", *(cells.get((name, x), "—") for name in columns)] for x in first.grid.tolist()]
+    falls = bool(first.grid[0] > first.grid[-1])  # numbers of bits fall
+    points = sorted({x for _, x in cells}, reverse=falls)
+    rows = [[f"{x:.4g}", *(cells.get((name, x), "—") for name in columns)] for x in points]
     center = ["undisturbed", *(f"{curve.center:.4g}" for curve in columns.values())]
     head = [getattr(first, "unit", first.GRID), *columns]
     return f"<p class=note>{escape(note)}</p>\n" + table(head, [center, *rows])

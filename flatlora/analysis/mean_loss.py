@@ -41,11 +41,14 @@ def _is_cuda_in_use() -> bool:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with torch's fused transformer path off, since it reads weights without calling their layers.
 
-    On exit the training mode of every module, this switch and the random states are restored.
+    Compiled models run without their compiled code, which knows nothing of displaced layers. On exit the training mode
+    of every module, these switches and the random states are restored.
     """
     training = {module: module.training for module in model.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()
-    with preserved_rng():
+    # without its compiler imported, which takes seconds, torch has compiled nothing
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with preserved_rng(), eager:
         try:
             model.eval()
             torch.backends.mha.set_fastpath_enabled(False)

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from flatlora.analysis import displacement as weights_module
-from flatlora.analysis import loss_line, merged_row_norms
+from flatlora.analysis import loss_line, merged_row_norms, sam_sharpness
 from flatlora.analysis.directions import Directions
 from flatlora.analysis.displacement import find_weights
 from flatlora.analysis.merged_norms import all_row_norms
@@ -254,3 +254,20 @@ def test_the_middle_of_a_grid_is_the_center():
     for grid in (torch.linspace(-1, 1, 21), torch.linspace(-1, 1, 21, dtype=torch.float64), None):
         distances = loss_line(model, value, model.batches, distances=grid, directions=1).distances
         assert distances[10] == 0 and distances.tolist() == pytest.approx([k / 10 for k in range(-10, 11)])
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_compiled_model_is_measured_without_its_compiled_code(net, ids, warm):
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="eager")
+    if warm:
+        with torch.no_grad():
+            token_loss(compiled.eval(), ids[0])
+    for model in (net, compiled):
+        model.train()
+    expected = loss_line(net, token_loss, ids, distances=[-0.2, 0.0, 0.1, 0.3]).losses
+    before = Snapshot(net)
+    assert torch.equal(loss_line(compiled, token_loss, ids, distances=[-0.2, 0.0, 0.1, 0.3]).losses, expected)
+    before.assert_same()
+    sam = [sam_sharpness(model, token_loss, ids, rho=0.1).rises for model in (net, compiled)]
+    assert torch.equal(*sam)

@@ -106,7 +106,8 @@ def find_weights(model: nn.Module, layers: Layers = None, space: str = "merged")
         space: "merged", the weight W' of the layer; or "adapter", the factors A and B of the active adapters.
 
     Raises:
-        ValueError: an unknown space or `layers`, no layer matched, or a layer whose weight cannot be displaced.
+        ValueError: an unknown space or `layers`, no layer matched, or a layer whose weight cannot be displaced or is
+            offloaded.
     """
     check_space("space", space)
     arguments.layers("layers", layers)
@@ -117,6 +118,8 @@ def find_weights(model: nn.Module, layers: Layers = None, space: str = "merged")
     if callable(layers):
         modules = [(name, module) for name, module in modules if layers(name)]
     make = _factor_weights if space == "adapter" else _merged_weights
+    for name, module in modules:
+        _check_present(name, module)
     found = [weight for name, module in modules for weight in make(name, module)]
     if not found:
         raise ValueError(
@@ -266,6 +269,14 @@ def _canonical(name: str) -> str:
 def is_transposed(module: nn.Module) -> bool:
     """Whether this is a Conv1D of transformers, which stores its weight as (n, m)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _check_present(name: str, module: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(
+            f"layer {name!r} ({type(module).__name__}): its weights must be in memory, got weights on the meta device: "
+            "load the model without offloading (accelerate), or leave the layer out through layers="
+        )
 
 
 def _weight(name: str, owner: nn.Module, path: str, transposed: bool) -> Weight:

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,3 +200,15 @@ def test_a_weight_that_is_elsewhere_is_an_error():
     layer.weight = nn.Parameter(torch.empty(0, 3))
     with pytest.raises(ValueError, match=r"'0' \(Linear\): weight must be a whole floating-point matrix.*gather"):
         find_weights(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+def test_an_offloaded_layer_is_an_error(adapted):
+    model = nn.Sequential(OrderedDict((name, nn.Linear(3, 3)) for name in "ab"))
+    model = get_peft_model(model, LoraConfig(target_modules=["a", "b"])) if adapted else model
+    x, loss = [torch.randn(2, 3)], lambda m, b: m(b).square().mean()
+    expected = expected_sharpness(model, loss, x, layers=lambda name: name == "b").rises
+    accelerate.cpu_offload(dict(model.named_modules())["base_model.model.a" if adapted else "a"])
+    with pytest.raises(ValueError, match=r"layer 'a' \(Linear\): its weights must be in memory.*without offloading"):
+        expected_sharpness(model, loss, x)
+    assert torch.equal(expected_sharpness(model, loss, x, layers=lambda name: name == "b").rises, expected)

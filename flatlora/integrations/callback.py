@@ -193,19 +193,27 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
     def _save_tensors(self, perturbation: Perturbation, optimizer: Any, lr_scheduler: Any = None, **_: Any) -> None:
         """Tensors cannot be in the JSON file, so they are saved in the state of the optimizer.
 
-        Where the factors are divided among processes (FSDP, ZeRO), that state is divided in a way of its own. Then they
-        are saved in the state of the learning rate scheduler, which is the same in all processes.
+        Where that does not hold them, they are saved in the state of the learning rate scheduler, which is the same
+        in all processes.
         """
         known = perturbation.state_dict()
         kept = {name: known[name] for name in METHOD}
         anchor = perturbation.registry.first_factor()
         if anchor is None or not kept["tensors"]:
             return
-        if is_divided(anchor):
-            number = str(self._perturbations.index(perturbation))
-            vars(_innermost(lr_scheduler)).setdefault("flatlora", {})[number] = kept
-        elif optimizer.state.get(anchor):
+        scheduler, number = _innermost(lr_scheduler), str(self._perturbations.index(perturbation))
+        if _holds_tensors(optimizer, anchor):
             optimizer.state[anchor]["flatlora"] = kept
+            getattr(scheduler, "flatlora", {}).pop(number, None)
+            return
+        if scheduler is not None:
+            vars(scheduler).setdefault("flatlora", {})[number] = kept
+        if scheduler is None or "flatlora" not in scheduler.state_dict():
+            perturbation.diagnostics.warn_once(
+                f"the checkpoints of this run do not have the state of {type(perturbation.settings.method).__name__}: "
+                f"the state of the optimizer cannot hold it, and {type(scheduler).__name__}.state_dict() does not. Use "
+                "a scheduler of torch, or save perturbation(model).state_dict() with each checkpoint."
+            )
 
     def _load_tensors(
         self, perturbation: Perturbation, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
@@ -213,11 +221,10 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         anchor = perturbation.registry.first_factor()
         if anchor is None:
             return
-        if is_divided(anchor):
-            number = str(self._perturbations.index(perturbation))
-            kept = vars(_innermost(lr_scheduler)).get("flatlora", {}).get(number)
-        else:
-            kept = None if optimizer is None else optimizer.state.get(anchor, {}).pop("flatlora", None)
+        number = str(self._perturbations.index(perturbation))
+        kept = getattr(_innermost(lr_scheduler), "flatlora", {}).get(number)
+        if kept is None and optimizer is not None and not is_divided(anchor):
+            kept = optimizer.state.get(anchor, {}).pop("flatlora", None)
         if kept is not None:
             perturbation.load_state_dict({**perturbation.state_dict(), **kept})
 
@@ -225,3 +232,12 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
 def _innermost(lr_scheduler: Any) -> Any:
     """The scheduler that accelerate wraps."""
     return getattr(lr_scheduler, "scheduler", lr_scheduler)
+
+
+def _holds_tensors(optimizer: Any, anchor: nn.Parameter) -> bool:
+    """Whether tensors can be saved in the state of the optimizer for this factor.
+
+    They cannot if there is none (SGD without momentum), or if the factors are divided among processes (FSDP, ZeRO):
+    then the state is divided in a way of its own.
+    """
+    return not is_divided(anchor) and bool(optimizer.state.get(anchor))

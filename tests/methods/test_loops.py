@@ -1,12 +1,13 @@
 """Every method in a Trainer that stops and resumes, and with a GradScaler that overflows."""
 
+import pytest
 import torch
 from helpers import tiny, twin
 from helpers.methods import every_method
 from helpers.runs import adapter, assert_same_adapter, rows, trainer
 from transformers import Trainer
 
-from flatlora import FlatLoraCallback, TwoPassTrainerMixin, ascent, perturbation
+from flatlora import BiLoraConfig, EFMLoraConfig, FlatLoraCallback, TwoPassTrainerMixin, ascent, perturbation
 
 
 class TwoPassTrainer(TwoPassTrainerMixin, Trainer):
@@ -23,15 +24,38 @@ def run(kind, settings, folder, resume=None, **more):
     return model
 
 
-@every_method
-def test_a_trainer_resumes_bit_for_bit(kind, settings, tmp_path):
-    whole = run(kind, settings, tmp_path, save_strategy="steps", save_steps=1)
+def assert_resumes(kind, settings, folder, **more):
+    whole = run(kind, settings, folder, save_strategy="steps", save_steps=1, **more)
     kept = perturbation(whole).tensors()
     for step in (1, 4):
-        resumed = run(kind, settings, tmp_path / "again", str(tmp_path / f"checkpoint-{step}"))
+        resumed = run(kind, settings, folder / "again", str(folder / f"checkpoint-{step}"), **more)
         assert_same_adapter(resumed, adapter(whole))
         tensors = perturbation(resumed).tensors()
         assert tensors.keys() == kept.keys() and all(torch.equal(t, kept[name]) for name, t in tensors.items())
+
+
+@every_method
+def test_a_trainer_resumes_bit_for_bit(kind, settings, tmp_path):
+    assert_resumes(kind, settings, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [EFMLoraConfig, BiLoraConfig])
+def test_a_trainer_resumes_bit_for_bit_with_an_optimizer_that_keeps_no_state(kind, tmp_path):
+    assert_resumes(kind, {}, tmp_path, optim="sgd")
+
+
+@pytest.mark.parametrize("kind", [EFMLoraConfig, BiLoraConfig])
+def test_a_state_that_no_checkpoint_holds_is_warned_of_once(kind, tmp_path):
+    class Forgetful(torch.optim.lr_scheduler.LambdaLR):
+        def state_dict(self):
+            return {"last_epoch": self.last_epoch}
+
+    model = tiny.adapted(kind(**tiny.LORA))
+    optimizer = torch.optim.SGD(tiny.trainable(model), lr=1e-2)
+    optimizers = optimizer, Forgetful(optimizer, lambda step: 1.0)
+    with pytest.warns(UserWarning, match="cannot hold it, and Forgetful") as caught:
+        trainer(model, tmp_path, callbacks=[FlatLoraCallback()], max_steps=3, more={"optimizers": optimizers}).train()
+    assert sum("Forgetful" in str(warning.message) for warning in caught) == 1
 
 
 def scaled_step(model, optimizer, scaler, step, factor=1.0):

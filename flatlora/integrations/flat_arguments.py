@@ -40,7 +40,7 @@ class FlatArguments:
     flat_backend: str | None = _key("flatlora, rwp: implementation of the noise.")
     flat_space: str | None = _key("rwp: noise in the 'merged' weight, or in the 'adapter'.")
     flat_rtol: float | None = _key("fmlora, efmlora: relative cutoff of the pseudo-inverses.")
-    flat_beta: float | None = _key("efmlora: weight of the past in the moving average.")
+    flat_beta: float | None = _key("efmlora: weight of the newest perturbation in the moving average.")
     flat_ascent_r: int | None = _key("bilora: rank of the ascent factors.")
     flat_variant: str | None = _key("bar: 'obar' or 'nbar'.")
 

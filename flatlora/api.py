@@ -273,12 +273,12 @@ def ascent(model: nn.Module) -> AbstractContextManager[None]:
 
     A backward inside is at (A, B). Those after it, until the optimizer's step, are at the perturbed factors.
 
-    Nothing else remains of the pass: `.grad`, torch's generators (so that both passes have the same dropout masks, and
-    rho = 0 is plain LoRA) and the statistics of batch normalization are what they were. With gradient accumulation,
-    either run a first pass for each micro-batch, or run the first passes of all micro-batches in one `with` and then
-    all second passes. Under DDP the gradients of the first pass are not averaged: each process perturbs by its own
-    batch, as is usual for SAM. Where the adapter is divided among processes (FSDP, ZeRO) they are averaged, so that all
-    have the same perturbation. The scale of a GradScaler cancels.
+    Nothing else remains of the pass: `.grad`, the generators of torch, NumPy and Python (so that both passes have the
+    same dropout and data masks, and rho = 0 is plain LoRA) and the statistics of batch normalization are what they
+    were. With gradient accumulation, either run a first pass for each micro-batch, or run the first passes of all
+    micro-batches in one `with` and then all second passes. Under DDP the gradients of the first pass are not averaged:
+    each process perturbs by its own batch, as is usual for SAM. Where the adapter is divided among processes (FSDP,
+    ZeRO) they are averaged, so that all have the same perturbation. The scale of a GradScaler cancels.
 
     Args:
         model: a model with an `FMLoraConfig` or a `LoraSamConfig`, also wrapped (DDP, compiled).

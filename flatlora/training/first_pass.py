@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.two_pass import TwoPass
+from ..utils.random_states import preserved_rng
 from .distributed import is_deepspeed, is_divided, is_zero
 from .engine_steps import idle
 from .perturbation import Perturbation
@@ -30,7 +31,7 @@ def first_pass(model: nn.Module, perturbation: Perturbation, method: TwoPass) ->
     factor = perturbation.registry.first_factor()
     run = _divided_pass if factor is not None and is_divided(factor) else _whole_pass
     try:
-        with run(model, parameters, perturbation, method), torch.random.fork_rng(_devices(parameters)):
+        with run(model, parameters, perturbation, method), preserved_rng(_devices(parameters)):
             yield
         perturbation.method_state.done = True
     finally:

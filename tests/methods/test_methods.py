@@ -3,7 +3,9 @@
 import copy
 import itertools
 import json
+import random
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -341,6 +343,30 @@ def test_the_first_pass_leaves_batch_norm_as_it_was():
     with ascent(model):
         model(torch.randn(8, 4)).sum().backward()
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    "seed, draw",
+    [(torch.manual_seed, torch.rand), (np.random.seed, np.random.rand), (random.seed, lambda n: [random.random()])],
+    ids=["torch", "numpy", "random"],
+)
+def test_both_passes_draw_the_random_numbers_of_plain_lora(seed, draw):
+    """As SpecAugment of Wav2Vec2 does, which draws its masks with NumPy."""
+
+    class Masked(torch.nn.Sequential):
+        def forward(self, x):
+            drawn.append(float(draw(1)[0]))
+            return super().forward(x * drawn[-1])
+
+    seed(0)
+    plain, drawn = [float(draw(1)[0]) for _ in range(3)], []
+    model = get_flat_peft_model(Masked(torch.nn.Linear(4, 1)), LoraSamConfig(target_modules=["0"])).train()
+    seed(0)
+    for _ in range(3):
+        with ascent(model):
+            model(torch.ones(2, 4)).sum().backward()
+        model(torch.ones(2, 4)).sum().backward()
+    assert drawn[::2] == drawn[1::2] == plain
 
 
 def test_perturbed_shows_the_moved_point_in_evaluation_mode():

@@ -8,11 +8,13 @@ optimizer.step()                       # from (A, B)
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
+from ..utils.arguments import boolean, shown
 from .base import FactorOffset, MethodState, TrainingRun
 
 
@@ -21,6 +23,19 @@ class FirstPass(MethodState):
 
     def __init__(self) -> None:
         self.done = False
+
+    def state_dict(self) -> dict[str, Any] | None:
+        return {"done": True} if self.done else None
+
+    def check(self, state: Any, shapes: Collection[tuple[int, ...]]) -> dict[str, Any] | None:
+        if state is None:
+            return None
+        if not isinstance(state, Mapping) or [*state] != ["done"]:
+            raise ValueError(f"method must be None or have one entry 'done', got {shown(state)}")
+        return {"done": boolean("method['done']", state["done"])}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        self.done = state is not None and state["done"]
 
 
 @dataclass(frozen=True)

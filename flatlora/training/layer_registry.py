@@ -91,8 +91,14 @@ class LayerRegistry(PartlyCopied):
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` returned."""
+        """Restore what `tensors` returned.
+
+        A displacement of A or B that is not in it is removed. Other tensors stay: an older file does not have them.
+        """
         for name, layer in self.named():
+            for factor, adapter in [*layer.offsets]:
+                if factor in ("lora_A", "lora_B") and f"{name}.{factor}.{adapter}" not in tensors:
+                    del layer.offsets[factor, adapter]
             for key, tensor in tensors.items():
                 factor, _, adapter = key.removeprefix(f"{name}.").partition(".")
                 if key.startswith(f"{name}.{factor}.") and adapter in layer.flat_adapters:

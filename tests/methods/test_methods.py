@@ -299,6 +299,43 @@ def test_state_resumes_bit_for_bit_in_a_plain_loop(kind, settings, tmp_path):
 
 
 @every_method
+def test_a_state_of_before_the_first_step_starts_the_run_again(kind, settings):
+    model = tiny.adapted(kind(rho=0.3, **tiny.LORA, **settings, total_steps=6))
+    start, flat = copy.deepcopy((model.state_dict(), perturbation(model).state_dict()))
+    losses = []
+    for _ in range(2):
+        model.load_state_dict(start)
+        perturbation(model).load_state_dict(flat)
+        assert perturbation(model).tensors().keys() == flat["tensors"].keys()
+        optimizer = torch.optim.AdamW(tiny.trainable(model), lr=1e-2)
+        losses.append([step(model, optimizer, i, tiny.loss) for i in range(3)])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("kind", [FMLoraConfig, LoraSamConfig])
+def test_a_state_of_between_the_two_passes_is_of_between_the_two_passes(kind):
+    one, two = (tiny.adapted(kind(rho=0.3, **tiny.LORA)) for _ in range(2))
+    before = perturbation(one).state_dict()
+    with ascent(one):
+        tiny.loss(one, 0).backward()
+    between = copy.deepcopy(perturbation(one).state_dict())
+    perturbation(two).load_state_dict(between)
+    for model in (one, two):
+        optimizer = torch.optim.SGD(tiny.trainable(model), lr=1e-2)
+        tiny.loss(model, 0).backward()
+        optimizer.step()
+    assert tiny.same(tiny.trainable(one), tiny.trainable(two))
+    perturbation(one).load_state_dict(between)
+    perturbation(one).load_state_dict(before)
+    tiny.loss(one, 0).backward()
+    with pytest.raises(RuntimeError, match="takes two passes"):
+        torch.optim.SGD(tiny.trainable(one), lr=1e-2).step()
+    for damaged in ({"done": 2}, {"finished": True}, True):
+        with pytest.raises(ValueError, match="method"):
+            perturbation(one).load_state_dict({**before, "method": damaged})
+
+
+@every_method
 def test_an_adapter_that_is_loaded_without_a_first_initialization_trains_with_the_same_bits(kind, settings, tmp_path):
     tiny.adapted(kind(rho=0.3, **tiny.LORA, **settings, total_steps=4)).save_pretrained(tmp_path)
     losses = []

@@ -121,6 +121,9 @@ class TrainingRun(Protocol):
     @property
     def settings(self) -> Any: ...  # a `Settings`
 
+    @property
+    def diagnostics(self) -> Any: ...  # its `layers_perturbed`: numbers of the layers perturbed since the last step
+
     def draw(self, device: torch.device) -> tuple[Tensor, int]:
         """The key of the noise and the sample of the forward that runs."""
 

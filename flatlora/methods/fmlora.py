@@ -2,7 +2,8 @@
 
 FMLoRA    (alg. 1)   E_t = E_B(gradients at (A, B));        the step's gradient is taken at (A, B + E_t)
 EFMLoRA   (alg. 2)   the step's gradient is taken at (A, B + E_{t-1}); from that same gradient and at that same point,
-                     E_t = (1 - beta) E_{t-1} + beta E_B. The first step is plain, and E_1 = E_B
+                     E_t = (1 - beta) E_{t-1} + beta E_B. The first step is plain, and E_1 = E_B.
+                     In a step whose passes are all switched off, that point is (A, B)
 
 E_B, of size ||s E_B A||_F <= rho_t in each layer, is `ops.ascent.full_weight_ascent` (eqs. 12, 13, 15).
 """
@@ -132,7 +133,8 @@ class EFMLora(_FullWeightAscent, FactorOffset):
 def _B_of_gradient(f: Factors, run: TrainingRun) -> Tensor:
     """The value of B at which the gradient was computed: dL/dA = s (B + E)^T dL/dW."""
     B, offset = run.whole.value(f.B), f.layer.offsets.get(("lora_B", f.adapter))
-    return B if offset is None else B + offset.to(B)
+    # switched off for the passes of this step, the gradient is that at B
+    return B if offset is None or not run.diagnostics.layers_perturbed else B + offset.to(B)
 
 
 def _of_equal_shape(run: TrainingRun) -> Iterator[list[Factors]]:

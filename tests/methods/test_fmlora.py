@@ -1,5 +1,6 @@
 """FMLoRA and EFMLoRA against algorithms 1 and 2 of arXiv 2508.00522, followed step by step on tensors."""
 
+import contextlib
 import math
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from helpers import twin
 from transformers import Trainer, TrainingArguments
 
-from flatlora import EFMLoraConfig, FlatLoraCallback, FMLoraConfig, TwoPassTrainerMixin, ascent
+from flatlora import (
+    EFMLoraConfig,
+    FlatLoraCallback,
+    FMLoraConfig,
+    TwoPassTrainerMixin,
+    ascent,
+    perturbation,
+    unperturbed,
+)
 
 RHO, BETA = 0.1, 0.7
 
@@ -54,12 +63,13 @@ class Twin:
 class EFMTwin(Twin):
     """Algorithm 2: the first step is plain and sets E_1 = E^B_1, whole; beta is of the steps after it."""
 
-    def optimizer_step(self, micro):
-        gradients = self.gradients(self.E, micro)
+    def optimizer_step(self, micro, off=False):
+        at = zeros(self.tensors) if off else self.E
+        gradients = self.gradients(at, micro)
         if self.clip is not None:
             norm = torch.cat([g.flatten() for g in gradients]).norm()
             gradients = [g * min(1.0, (self.clip / (norm + 1e-6)).item()) for g in gradients]
-        new = perturbations(self.tensors, gradients, self.E, rho_at(self.step))
+        new = perturbations(self.tensors, gradients, at, rho_at(self.step))
         beta = 1.0 if self.step == 0 else BETA
         self.update(gradients)
         self.E = [(1 - beta) * old + beta * e for old, e in zip(self.E, new, strict=True)]
@@ -109,6 +119,26 @@ def test_a_layer_whose_first_gradient_comes_later_starts_whole_too():
     expected = twin.dense_ascent(A.detach(), B.detach(), A.grad, B.grad, RHO)
     optimizer.step()
     torch.testing.assert_close(late.offsets["lora_B", "default"], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:this optimizer step trains without noise")  # in evaluation mode
+@pytest.mark.parametrize("switch", ["enabled", "unperturbed", "evaluation mode"])
+def test_efmlora_takes_the_perturbation_of_a_step_that_is_switched_off_at_B(switch):
+    model = twin.adapted(EFMLoraConfig, rho=RHO, beta=BETA)
+    expected = EFMTwin(model, torch.optim.SGD)
+    optimizer = torch.optim.SGD(twin.trainable(model), lr=1e-2)
+    for step in range(6):
+        off = step in (2, 4)
+        perturbation(model).enabled = not (off and switch == "enabled")
+        model.train(not (off and switch == "evaluation mode"))
+        with unperturbed(model) if off and switch == "unperturbed" else contextlib.nullcontext():
+            twin.loss(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.optimizer_step([step], off)
+    twin.assert_close(model, expected.tensors)
+    for layer, E in zip(model.base_model.model.layers, expected.E, strict=True):
+        torch.testing.assert_close(layer.offsets["lora_B", "default"], E, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["one first pass", "a first pass per micro-batch"])

@@ -25,6 +25,8 @@ from .base import FactorOffset, TrainingRun, gradient, trained_factors
 class BarConfig(PerturbedLoraConfig):
     """Configuration of BAR. A and B are rescaled before each optimizer step, without a perturbation.
 
+    The optimizer must update them in float32 (peft's default), since 16 bits would round the scale to 1.
+
     Args:
         rho (`float`):
             The paper's alpha at the beginning of training. Default 0.25, as in the comparison of arXiv 2508.19564.
@@ -68,8 +70,23 @@ class Bar(FactorOffset):
                 grow_A = _norm(gradient(run, f.A)) > _norm(gradient(run, f.B))
             for parameter, value, grows in ((f.A, A, grow_A), (f.B, B, ~grow_A)):
                 if parameter in rates:  # a frozen factor stays as it is
+                    _check_precision(f.name, value)
                     step = alpha * rates[parameter]
                     run.whole.write(parameter, torch.where(grows, value * (1 + step), value * (1 - step)))
+
+
+def _check_precision(name: str, x: Tensor) -> None:
+    """Check that 1 + alpha eta is not rounded to 1: alpha eta is about 1e-4, and bfloat16 has 3 digits.
+
+    Raises:
+        RuntimeError: the factor has 16 bits.
+    """
+    if x.dtype.itemsize < 4:
+        raise RuntimeError(
+            f"BAR scales A and B by 1 ± alpha * lr, which {x.dtype} rounds to 1, and the optimizer updates factors of "
+            f"{name!r} in {x.dtype}. Keep them in float32: create the adapter with autocast_adapter_dtype=True (the "
+            "default), do not cast the model after that, and run the forward under autocast."
+        )
 
 
 def _norm(x: Tensor) -> Tensor:

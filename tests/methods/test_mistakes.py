@@ -78,6 +78,32 @@ def test_a_trainer_whose_optimizer_steps_are_not_seen_is_refused(kind):
         callback.on_step_end(None, state, None, model=model)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_whose_precision_rounds_the_scale_of_bar_away_are_refused(dtype):
+    for rho in (0.0, 0.25):
+        model = tiny.adapted(BarConfig(rho=rho, schedule="constant", **tiny.LORA)).to(dtype)
+        optimizer = torch.optim.SGD(tiny.trainable(model), lr=1e-4)
+        tiny.loss(model).backward()
+        before = [p.clone() for p in tiny.trainable(model)]
+        refused = pytest.raises(RuntimeError, match=f"rounds to 1.*q_proj.* in {dtype}. .*autocast_adapter_dtype=True")
+        with refused if rho else contextlib.nullcontext():
+            optimizer.step()
+        assert rho == 0 or tiny.same(tiny.trainable(model), before)
+
+
+def test_bar_acts_in_a_step_under_autocast():
+    steps = []
+    for rho in (0.0, 0.25):
+        model = tiny.adapted(BarConfig(rho=rho, schedule="constant", **tiny.LORA), tiny.base_model().bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            tiny.loss(model).backward()
+        before = [p.detach().clone() for p in tiny.trainable(model)]
+        torch.optim.SGD(tiny.trainable(model), lr=1e-4).step()
+        steps.append([p.detach() - old for p, old in zip(tiny.trainable(model), before, strict=True)])
+    for plain, bar, old in zip(*steps, before, strict=True):
+        torch.testing.assert_close((bar - plain).norm(), 0.25e-4 * old.norm(), rtol=1e-2, atol=0)
+
+
 def test_two_methods_in_one_model_are_refused():
     model = get_flat_peft_model(tiny.base_model(), EFMLoraConfig(**tiny.LORA))
     with pytest.raises(ValueError, match="method is EFMLora.*got FlatLora"):

@@ -281,7 +281,8 @@ def ascent(model: nn.Module) -> AbstractContextManager[None]:
     ZeRO) they are averaged, so that all have the same perturbation. The scale of a GradScaler cancels.
 
     Args:
-        model: a model with an `FMLoraConfig` or a `LoraSamConfig`, also wrapped (DDP, compiled).
+        model: a model with an `FMLoraConfig` or a `LoraSamConfig`, also wrapped (DDP, compiled). If something outside
+            the adapted model trains too (a head), the module that holds both: gradients elsewhere would add up.
 
     Raises:
         ValueError: the model has no flat layer.

@@ -24,8 +24,9 @@ def first_pass(model: nn.Module, perturbation: Perturbation, method: TwoPass) ->
     Raises:
         RuntimeError: there was no backward inside.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    buffers = [b for m in model.modules() if isinstance(m, _BATCH_NORM) for b in m.buffers(recurse=False)]
+    modules = _modules(model, perturbation)
+    parameters = [*dict.fromkeys(p for m in modules for p in m.parameters(recurse=False) if p.requires_grad)]
+    buffers = [b for m in modules if isinstance(m, _BATCH_NORM) for b in m.buffers(recurse=False)]
     statistics = [b.clone() for b in buffers]
     method.forget(perturbation)
     factor = perturbation.registry.first_factor()
@@ -102,6 +103,12 @@ def _engine_idle(model: nn.Module, perturbation: Perturbation, expected: bool) -
         return nullcontext()
     perturbation.follow_engine(engine)
     return idle(engine)
+
+
+def _modules(model: nn.Module, perturbation: Perturbation) -> list[nn.Module]:
+    """What trains: the module that `ascent` was given, which may be a part or a wrapper, and the perturbed model."""
+    known = model if perturbation.model is None else perturbation.model
+    return [*dict.fromkeys([*model.modules(), *known.modules()])]
 
 
 def _check_backward(made: bool) -> None:

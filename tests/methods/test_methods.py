@@ -382,6 +382,30 @@ def test_the_first_pass_leaves_batch_norm_as_it_was():
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
 
 
+@pytest.mark.parametrize("which", ["a part", "the model", "a module with the model and a head"])
+def test_the_first_pass_leaves_no_gradient_also_if_ascent_is_given_a_part(which):
+    def backward():
+        head(model(torch.ones(8, 4))).sum().backward()
+
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    config = FMLoraConfig(target_modules=["0", "2"], modules_to_save=["1"])
+    model, head = get_flat_peft_model(base, config).train(), torch.nn.Identity()
+    passed = {"a part": model.base_model.model[0], "the model": model}.get(which)
+    if passed is None:
+        passed = torch.nn.Sequential(model, head := torch.nn.Linear(2, 1))
+    parts = torch.nn.ModuleList([model, head])
+    before = {name: b.clone() for name, b in parts.named_buffers()}
+    backward()
+    grads = {name: p.grad.clone() for name, p in parts.named_parameters() if p.grad is not None}
+    for name, b in parts.named_buffers():
+        b.copy_(before[name])
+    with ascent(passed):
+        backward()
+    assert all(torch.equal(b, before[name]) for name, b in parts.named_buffers())
+    assert all(torch.equal(p.grad, grads[name]) for name, p in parts.named_parameters() if p.grad is not None)
+    assert sum("modules_to_save" in name for name in grads) == 2
+
+
 @pytest.mark.parametrize(
     "seed, draw",
     [(torch.manual_seed, torch.rand), (np.random.seed, np.random.rand), (random.seed, lambda n: [random.random()])],

@@ -19,10 +19,11 @@ from flatlora.ops.philox import mix_rank, philox4x32
 from ..utils import arguments
 from ..utils.arguments import INT64, choice, function, integer, integers, text
 from ..utils.dtypes import accumulation_dtype
+from ..utils.random_states import preserved_rng
 from .displacement import Weight, active, find_weights
 from .fields import how, points, result, samples
 from .journal import Journal, fingerprint
-from .mean_loss import LossFn, MeanLoss, preserved_rng
+from .mean_loss import LossFn, MeanLoss
 from .measurement import Measurement
 from .merged_norms import merged_rows
 from .options import File, Layers, OptionKeywords, Options, check_progress, check_seed, measures, strengths

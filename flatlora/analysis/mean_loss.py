@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,28 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..utils import arguments
+from ..utils.random_states import preserved_rng
 from .displacement import At, Weight, displaced
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-
-
-@contextlib.contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Restore the random states of torch (all devices in use), NumPy and Python on exit, bit for bit."""
-    devices = range(torch.cuda.device_count()) if _is_cuda_in_use() else []
-    numpy = sys.modules.get("numpy")
-    own, arrays = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        random.setstate(own)
-        if numpy:
-            numpy.random.set_state(arrays)
-
-
-def _is_cuda_in_use() -> bool:
-    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch's
 
 
 @contextlib.contextmanager

@@ -102,6 +102,7 @@ class SamSharpness(Curve):
     """
 
     GRID, SAMPLES = "rho", "rises"
+    ALSO_MEASURED = ("first_order",)
     rho: Tensor = points()  # (radii,), float64
     rises: Tensor = samples()  # (batches or 1, radii), float64
     first_order: Tensor = samples()  # (batches or 1, radii), float64

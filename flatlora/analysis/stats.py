@@ -59,12 +59,13 @@ class Curve:
     """Base class of results with several samples at several points.
 
     A subclass is a frozen dataclass. Its class attributes `GRID` and `SAMPLES` name its field of points, (points,), and
-    its field of independent samples, (samples, points). `center` is the value at the undisturbed model; the other
-    fields say how the result was measured.
+    its field of independent samples, (samples, points). `center` is the value at the undisturbed model, and
+    `ALSO_MEASURED` names further values; the other fields say how the result was measured.
     """
 
     GRID: ClassVar[str]
     SAMPLES: ClassVar[str]
+    ALSO_MEASURED: ClassVar[tuple[str, ...]] = ()
     center: float
 
     def __post_init__(self) -> None:
@@ -113,7 +114,8 @@ class Curve:
         if type(other) is not type(self):
             refuse("other", f"another {type(self).__name__}", other, WrongType)
         result: Any = self  # a subclass is a dataclass
-        for name in [f.name for f in fields(result) if f.name not in (self.SAMPLES, "center")]:
+        measured = (self.SAMPLES, "center", *self.ALSO_MEASURED)
+        for name in [f.name for f in fields(result) if f.name not in measured]:
             ours, theirs = getattr(self, name), getattr(other, name, None)
             if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
                 same = torch.equal(ours, theirs)
@@ -124,7 +126,7 @@ class Curve:
         if self.sampled.shape != other.sampled.shape:
             counts = len(self.sampled), len(other.sampled)
             raise ValueError(f"other must have the same number of samples, {counts[0]}, got {counts[1]}")
-        changes = {self.SAMPLES: self.sampled - other.sampled, "center": self.center - other.center}
+        changes = {name: getattr(self, name) - getattr(other, name) for name in measured}
         difference: Self = replace(result, **changes)
         return difference
 

@@ -68,6 +68,18 @@ def test_two_models_on_the_same_noise_differ_by_less_than_either_interval():
         results[0].minus(expected_sharpness(a, value, a.batches, rho=[0.1], samples=2))
 
 
+def test_the_difference_of_two_worst_cases_is_that_of_all_that_was_measured():
+    one, two = (
+        sam_sharpness(m, value, m.batches, rho=[0.1, 0.2]) for m in (Quadratic(slope=1.0), Quadratic(slope=2.0))
+    )
+    difference = two.minus(one)
+    for name in ("rises", "first_order", "center"):
+        assert torch.equal(
+            *(torch.as_tensor(x) for x in (getattr(difference, name), getattr(two, name) - getattr(one, name)))
+        )
+    assert difference.first_order.all()
+
+
 def test_paired_intervals_hold_the_truth_as_often_as_they_say():
     models, trials, level = [Quadratic(slope=1.0), Quadratic(slope=1.0)], 100, 0.8
     models[1].H = Quadratic(seed=7).H

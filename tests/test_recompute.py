@@ -45,6 +45,14 @@ class Net(nn.Module):
         return self.head(self.backbone(x))
 
 
+def backward_of_a_rerun(run, x, grad):
+    """The gradient for x of a forward that is computed again."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        torch.autograd.backward(run(x), grad)
+    return x.grad
+
+
 class ByFunction(torch.autograd.Function):
     """A custom checkpoint, like those of DeepSpeed, Unsloth and fairscale."""
 
@@ -57,12 +65,7 @@ class ByFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            out = ctx.run(x)
-        torch.autograd.backward(out, grad)
-        return None, x.grad
+        return None, backward_of_a_rerun(ctx.run, *ctx.saved_tensors, grad)
 
 
 class ByFunctionOfOtherNames(torch.autograd.Function):
@@ -70,17 +73,12 @@ class ByFunctionOfOtherNames(torch.autograd.Function):
 
     @staticmethod
     def forward(self, run, x):
-        self.run, self.x = run, x.detach()
-        with torch.no_grad():
-            return run(x)
+        self.kept = run, x
+        return run(x)
 
     @staticmethod
     def vjp(node, grad):
-        x = node.x.requires_grad_()
-        with torch.enable_grad():
-            out = node.run(x)
-        torch.autograd.backward(out, grad)
-        return None, x.grad
+        return None, backward_of_a_rerun(*node.kept, grad)
 
 
 class ByFunctionWithSetup(torch.autograd.Function):
@@ -92,12 +90,11 @@ class ByFunctionWithSetup(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.run, x = inputs
-        ctx.save_for_backward(x)
+        ctx.kept = inputs
 
     @staticmethod
     def backward(ctx, grad):
-        return ByFunction.backward(ctx, grad)
+        return None, backward_of_a_rerun(*ctx.kept, grad)
 
 
 def reentrant(block, x):

@@ -391,6 +391,19 @@ def test_options_that_are_set_by_a_state_take_no_step_back(kind):
     assert perturbation(model).steps == 4
 
 
+def test_steps_that_change_nothing_count_when_options_are_set_by_a_state():
+    """A warm-up from 0: the adapter has the values of the start, and the run is where its latest state was saved."""
+    model = flat_model(schedule="linear", total_steps=8)
+    optimizer = SGD(twin.trainable(model), lr=0.0)
+    for i in range(2):
+        step(model, optimizer, i)
+    (state,) = states(optimizer)
+    state["param_groups"][0]["lr"] = 0.1
+    optimizer.load_state_dict(state)
+    step(model, optimizer, 2)
+    assert perturbation(model).steps == 3
+
+
 def test_optimizer_states_of_two_tasks_in_turn():
     model = flat_model(schedule="linear", total_steps=12)
     optimizer, kept = AdamW(twin.trainable(model), lr=0.1), [None, None]
